@@ -1,0 +1,33 @@
+# A small PolyGLU on the embedded corpus, in minutes on two CPU cores.
+# python prepare_data.py tiny && python train.py config/tiny.py
+
+data_dir = "data/tiny"
+out_dir = "out/tiny"
+
+# model: 1.2M parameters
+tokenizer = "bytes"
+vocab_size = 259
+block_size = 256
+n_layer = 4
+n_head = 4
+n_kv_head = 2
+head_dim = 32
+n_embd = 160
+d_ff = 480
+
+# data: each domain gets enough to be learnt
+mixture = {"math": 0.4, "stem": 0.3, "code": 0.3}
+mixture_end = None
+
+# run: 1.6M tokens
+max_steps = 400
+batch_size = 16
+micro_batch_size = 16
+lr = 3e-3
+warmup_steps = 40
+weight_decay = 0.1
+
+eval_interval = 200
+eval_tokens = 32_768
+save_interval = 100
+compile = True  # half the time of running eagerly, once compiled

@@ -1,0 +1,659 @@
+"""PolychromaticLM: a decoder-only transformer whose feed-forward neurons choose their activation (arXiv 2603.13347).
+
+In reading order: configuration, activations, RMSNorm, rotary positions, KV cache, attention, PolyGLU, block, loss, model.
+What is unusual here, next to a plain GPT:
+- PolyGLU in place of the MLP: every neuron mixes K activations by a learned preference and an input-conditioned router
+- one activation (K = 1) is the plain GLU, so SwiGLU, GEGLU, ... are settings of the same class
+- grouped-query attention, RMSNorm on every query and key head (QK-norm), rotary positions, tied embedding, no biases
+- documents packed into one row see nothing of each other; padding is one more document
+- the loss is computed in pieces of the vocabulary projection and never holds all the logits
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+# The registry of activations: a new one is one line here, and a name in ModelConfig.activations.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "gelu": F.gelu,  # the exact one, by erf
+}
+ROUTER_CONTEXTS = ("prefix", "token", "sequence")
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model. The defaults are PolychromaticLM: 597,153,888 parameters, 1,380,960 of them routing.
+
+    Raises ValueError, naming the value, for a shape that cannot be built.
+    """
+
+    block_size: int = 4096  # context, in tokens
+    vocab_size: int = 151_669  # rows of the embedding, which is also the output head
+    n_layer: int = 28  # transformer blocks
+    n_head: int = 16  # query heads
+    n_kv_head: int = 8  # key and value heads, each shared by n_head / n_kv_head query heads
+    n_embd: int = 1024  # width of the residual stream
+    head_dim: int = 64  # width of one attention head
+    d_ff: int = 4096  # feed-forward neurons in a layer
+    activations: tuple[str, ...] = (
+        "relu",
+        "tanh",
+        "silu",
+        "gelu",
+    )  # what a neuron chooses from; a single one: a plain GLU
+    router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences alone
+    router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
+    gumbel: bool = True  # Gumbel noise on the routing logits in training
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    tokenizer: str = "qwen3"  # the tokenizer that the token ids belong to
+
+    def __post_init__(self):
+        self.activations = tuple(self.activations)
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in self.activations:
+            if name not in ACTIVATIONS:
+                raise ValueError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
+        if not self.activations or len(set(self.activations)) < len(self.activations):
+            raise ValueError(f"activations is {self.activations}; name at least one, each once")
+        if self.router_context not in ROUTER_CONTEXTS:
+            raise ValueError(f"unknown router_context {self.router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
+        if self.router_hidden < 0:
+            raise ValueError(f"router_hidden is {self.router_hidden}; it must be 0 (static preferences alone) or more")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head is {self.n_head}; it must be a multiple of n_kv_head, which is {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in float32, or unchanged if it is float64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matmul on x runs here: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32 (arXiv 1910.07467). [..., dim] -> same shape, dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+def rope_angles(length: int, head_dim: int, theta: float) -> Tensor:
+    """Rotary angles, in radians: [length, head_dim / 2] float32 (arXiv 2104.09864, eq. 15)."""
+    wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return torch.arange(length, dtype=torch.float32)[:, None] / wavelengths
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by angles [T, head_dim / 2], as Llama and Qwen pair them."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class LayerCache(NamedTuple):
+    """What one layer remembers of the tokens it has read; all preallocated, updated in place."""
+
+    k: Tensor  # [B, n_kv_head, max_length, head_dim]
+    v: Tensor  # the same
+    router: (
+        Tensor  # [B, 1, router_hidden + 1]: sum over the current document of the router's projections, and their count
+    )
+
+
+class KVCache:
+    """The memory that makes a decoded token cost one token. Give it to forward(); it is filled up to `length`.
+
+    batch_size rows, room for max_length tokens each; dtype is that of keys and values.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
+        if config.router_context == "sequence" and len(config.activations) > 1 and config.router_hidden:
+            raise ValueError(
+                'a router_context="sequence" reads later tokens too, so no cache is exact; run without one'
+            )
+        self.length, self.max_length = 0, max_length
+        self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
+        kv = (batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.layers = [
+            LayerCache(
+                torch.zeros(kv, device=device, dtype=dtype),
+                torch.zeros(kv, device=device, dtype=dtype),
+                torch.zeros(batch_size, 1, config.router_hidden + 1, device=device, dtype=sum_dtype(self.doc_ids)),
+            )
+            for _ in range(config.n_layer)
+        ]
+
+
+class BatchContext(NamedTuple):
+    """What every layer needs to know of a batch; made once by PolychromaticLM.context()."""
+
+    cos: Tensor  # [T, head_dim / 2] of this batch's positions
+    sin: Tensor
+    mask: Tensor | BlockMask | None  # who sees whom: [B, 1, T, S] bool, or a block mask; None: plain causal
+    start: Tensor  # [B, T] int64: where each token's document starts, as prefix_mean counts
+    tau: Tensor  # [] temperature of the routing
+    past: int  # tokens that were in the cache before this batch
+
+
+def document_mask(doc_ids: Tensor, flex: bool) -> Tensor | BlockMask:
+    """A token sees itself and what precedes it in its document: doc_ids [B, T] -> a block mask, or [B, 1, T, T] bool."""
+    B, T = doc_ids.shape
+    if flex:
+
+        def visible(b, h, q, kv):
+            return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
+
+        return create_block_mask(visible, B, None, T, T, device=doc_ids.device)
+    return same_document(doc_ids, doc_ids, past=0)
+
+
+def same_document(q_docs: Tensor, kv_docs: Tensor, past: int) -> Tensor:
+    """Causal and within a document: queries [B, T] at positions past.. over keys [B, S] at 0.. -> [B, 1, T, S] bool."""
+    q = torch.arange(past, past + q_docs.size(1), device=q_docs.device)
+    kv = torch.arange(kv_docs.size(1), device=q_docs.device)
+    return ((q[:, None] >= kv) & (q_docs[:, :, None] == kv_docs[:, None, :]))[:, None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with RMSNorm on every query and key head before RoPE (QK-norm)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.w_q = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
+        self.w_k = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.w_v = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.w_o = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
+        self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
+        self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, ctx: BatchContext, cache: LayerCache | None = None) -> Tensor:
+        """x [B, T, n_embd] -> [B, T, n_embd]. With a cache, also attends to (and appends to) what it holds."""
+        B, T, _ = x.shape
+        q, k, v = (
+            w(x).view(B, T, -1, self.head_dim).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v)
+        )  # [B, H, T, D]
+        q = rotate(self.norm_q(q), ctx.cos, ctx.sin)
+        k = rotate(self.norm_k(k), ctx.cos, ctx.sin)
+        if cache is not None:
+            end = ctx.past + T
+            cache.k[:, :, ctx.past : end], cache.v[:, :, ctx.past : end] = k, v
+            k, v = cache.k[:, :, :end], cache.v[:, :, :end]
+        if isinstance(ctx.mask, BlockMask):
+            y = compiled_flex_attention(q, k, v, block_mask=ctx.mask, enable_gqa=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, ctx.mask, is_causal=ctx.mask is None, enable_gqa=True)
+        return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+# Compiled by itself, so that it never holds [T, T] scores even when the model around it runs eagerly.
+compiled_flex_attention = torch.compile(flex_attention)
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of running sums. Double: a document of two tokens after one of 4,000 would inherit a big sum's rounding."""
+    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+
+
+def prefix_mean(x: Tensor, start: Tensor, state: Tensor | None = None) -> Tensor:
+    """The mean of x over a token's document, up to and including that token.
+
+    x [B, T, R] -> [B, T, R] of its dtype, at least float32. start [B, T]: t0 + 1 where the token's document begins at t0
+    of these T tokens, 0 where it began earlier. state [B, 1, R + 1] (LayerCache.router) carries the sum and count of the
+    document under way from one call to the next; it is updated in place.
+    """
+    ones = F.pad(x.to(sum_dtype(x)), (0, 1), value=1.0)  # the last column counts tokens
+    before = ones.new_zeros(x.size(0), 1, ones.size(2)) if state is None else state
+    total = torch.cat((torch.zeros_like(before), before, ones), dim=1).cumsum(1)
+    total = total[:, 2:] - total.gather(1, start[:, :, None].expand_as(ones))
+    if state is not None:
+        state.copy_(total[:, -1:])
+    return (total[..., :-1] / total[..., -1:]).to(at_least_fp32(x).dtype)
+
+
+def gumbel_noise(*shape: int, like: Tensor) -> Tensor:
+    """Standard Gumbel noise, -log(-log(U)), of the device and dtype of `like`."""
+    uniform = torch.rand(shape, device=like.device, dtype=like.dtype)
+    return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(like.dtype).tiny)))
+
+
+def softmax(logits: list[Tensor]) -> list[Tensor]:
+    """Softmax over a list of K tensors: written out, it compiles into the arithmetic around it, and no [K, ...] is stored."""
+    peak = functools.reduce(torch.maximum, logits).detach()
+    powers = [torch.exp(x - peak) for x in logits]
+    total = sum(powers)
+    return [p / total for p in powers]
+
+
+class PolyGLU(nn.Module):
+    """A gated linear unit whose neurons mix K activations (paper, section 3).
+
+        PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
+        g          = softmax( (alpha + beta * f(h) + Gumbel noise) / tau )          over the K activations
+
+    alpha [d_ff, K] is what each neuron prefers whatever the input; f(h) = W2 relu(W1 h + b1) + b2 is what the context asks
+    of the whole layer, scaled by beta [K]. The noise is for training alone, one draw per (row, neuron, activation). h is
+    the mean of x over the tokens so far ("prefix"), x itself ("token") or the mean over the whole row ("sequence": the
+    paper's code; it shows every token its future). The mean commutes with W1, so it is taken of W1's router_hidden
+    outputs. With K = 1 there is no g, and the layer is a plain GLU.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        K = len(config.activations)
+        self.activations = config.activations
+        self.context, self.gumbel = config.router_context, config.gumbel
+        self.w_gate = nn.Linear(config.n_embd, config.d_ff, bias=False)
+        self.w_up = nn.Linear(config.n_embd, config.d_ff, bias=False)
+        self.w_down = nn.Linear(config.d_ff, config.n_embd, bias=False)
+        self.routed, self.dynamic = K > 1, K > 1 and config.router_hidden > 0
+        if self.routed:
+            self.alpha = nn.Parameter(torch.zeros(config.d_ff, K))
+        if self.dynamic:
+            self.beta = nn.Parameter(torch.ones(K))
+            self.router_in = nn.Linear(config.n_embd, config.router_hidden)
+            self.router_out = nn.Linear(config.router_hidden, K)
+
+    def forward(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """x [B, T, n_embd] -> [B, T, n_embd]. tau [] is the temperature; start and state are prefix_mean's."""
+        gate, up = self.w_gate(x), self.w_up(x)  # [B, T, d_ff]
+        weights = self.routing(x, tau, start, state) if self.routed else (1,)
+        mixed = sum(g * ACTIVATIONS[name](gate) for g, name in zip(weights, self.activations))
+        return self.w_down(mixed * up)
+
+    def routing(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> list[Tensor]:
+        """The weights g of each activation in each neuron: K tensors [B, T, d_ff] float32, summing to 1."""
+        static = self.alpha.t()[:, None, None, :]
+        if self.training and self.gumbel:
+            static = static + gumbel_noise(len(self.activations), x.size(0), 1, self.alpha.size(0), like=self.alpha)
+        static = static / tau  # [K, B or 1, 1, d_ff]
+        if not self.dynamic:
+            return softmax(list(static.expand(-1, x.size(0), x.size(1), -1)))
+        dynamic = (self.beta * self.router(x, start, state)).permute(2, 0, 1)[..., None] / tau  # [K, B, T, 1]
+        return softmax([s + d for s, d in zip(static, dynamic)])
+
+    def router(self, x: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """f(h), what the context asks of the layer: x [B, T, n_embd] -> [B, T, K] float32."""
+        h = self.router_in(x)
+        with torch.autocast(x.device.type, enabled=False):
+            h = at_least_fp32(h)
+            if self.context == "prefix":
+                start = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device) if start is None else start
+                h = prefix_mean(h, start, state)
+            elif self.context == "sequence":
+                h = h.mean(dim=1, keepdim=True).expand_as(h)
+            return self.router_out(F.relu(h))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then PolyGLU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.ffn = PolyGLU(config)
+
+    def forward(self, x: Tensor, ctx: BatchContext, cache: LayerCache | None = None) -> Tensor:
+        """x [B, T, n_embd] -> [B, T, n_embd]."""
+        x = x + self.attn(self.norm_1(x), ctx, cache)
+        return x + self.ffn(self.norm_2(x), ctx.tau, ctx.start, cache.router if cache else None)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of hidden @ weight.T, a few rows at a time, with the gradients taken on the way.
+
+    hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [] float32. The logits of a chunk are turned into
+    their own gradient in place and dropped, so that all N x V of them never exist and no matmul is done twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
+        V, d = weight.shape
+        pad = -V % 128  # tensor cores are slow on a ragged 151,669
+        rows = max(128, (2**28 if hidden.is_cuda else 2**26) // (V + pad) // 128 * 128)
+        dtype = compute_dtype(hidden)
+        w, hidden_c = F.pad(weight, (0, 0, 0, pad)).to(dtype), hidden.to(dtype)
+        valid = targets >= 0
+        count = valid.sum().clamp_min(1)
+        loss = torch.zeros((), dtype=at_least_fp32(hidden).dtype, device=hidden.device)
+        d_hidden, d_weight = [], torch.zeros((), dtype=loss.dtype, device=hidden.device)
+        for h, t, ok in zip(hidden_c.split(rows), targets.clamp_min(0).split(rows), valid.split(rows)):
+            logits = at_least_fp32(h @ w.t())
+            logits[:, V:] = -torch.inf
+            lse = logits.logsumexp(-1, keepdim=True)
+            loss = loss + ((lse - logits.gather(1, t[:, None]))[:, 0] * ok).sum()
+            if needs_grad:
+                grad = logits.sub_(lse).exp_().scatter_add_(1, t[:, None], -torch.ones_like(lse))
+                grad = grad.mul_((ok.to(loss.dtype) / count)[:, None]).to(dtype)
+                d_hidden.append(grad @ w)
+                d_weight = d_weight + grad.t() @ h
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(d_hidden), d_weight[:V])
+            ctx.dtypes = hidden.dtype, weight.dtype
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):
+        d_hidden, d_weight = ctx.saved_tensors
+        return (d_hidden * d_loss).to(ctx.dtypes[0]), (d_weight * d_loss).to(ctx.dtypes[1]), None, None
+
+
+class PolychromaticLM(nn.Module):
+    """The whole model: embedding, blocks, norm, and the embedding again as the output head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        # The routing temperature is a tensor: a Python float that changes every step would recompile every step.
+        self.register_buffer("tau", torch.tensor(1.0))
+        self.register_buffer(
+            "angles", rope_angles(config.block_size, config.head_dim, config.rope_theta), persistent=False
+        )
+        self.flex: bool | None = (
+            None  # FlexAttention for packed documents; None: on CUDA, with a boolean mask elsewhere
+        )
+        self.apply(self._init_weights)
+        for block in self.blocks:  # the paths into the residual stream start smaller, 1 / sqrt(2 n_layer)
+            for linear in (block.attn.w_o, block.ffn.w_down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits of the next token, or their loss.
+
+        tokens [B, T] int64. With targets [B, T] (-1: ignored): the mean cross-entropy in nats per token, [] float32. Else
+        logits [B, T, vocab_size]; with a cache, those of the last position only, [B, 1, vocab_size].
+        doc_ids [B, T] int64, in contiguous runs: attention and the prefix mean stay inside each document. With a cache the
+        tokens continue what it holds. Raises ValueError if the row grows past block_size or the cache's room.
+        """
+        ctx = self.context(tokens, doc_ids, cache)
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, ctx, cache.layers[i] if cache else None)
+        if cache is not None:
+            cache.length += tokens.size(1)
+            x = x[:, -1:]
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, self.embedding.weight)
+        return ChunkedCrossEntropy.apply(
+            x.flatten(0, 1), self.embedding.weight, targets.flatten(), torch.is_grad_enabled()
+        )
+
+    def context(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> BatchContext:
+        """What all layers share of a batch: positions, mask, document starts. Arguments as forward()'s."""
+        B, T = tokens.shape
+        past = cache.length if cache else 0
+        end, room = past + T, min(self.config.block_size, cache.max_length if cache else self.config.block_size)
+        if end > room:
+            raise ValueError(f"{end} tokens in a row, but there is room for {room}")
+        mask, start = None, torch.zeros(B, T, dtype=torch.int64, device=tokens.device)
+        if doc_ids is not None:
+            previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
+            is_new = doc_ids != torch.cat((previous, doc_ids[:, :-1]), dim=1)
+            start = torch.where(is_new, torch.arange(1, T + 1, device=tokens.device), 0).cummax(1).values
+        if cache is not None:
+            cache.doc_ids[:, past:end] = 0 if doc_ids is None else doc_ids
+        if past:
+            mask = same_document(cache.doc_ids[:, past:end], cache.doc_ids[:, :end], past)
+        elif doc_ids is not None:
+            on_cuda = tokens.is_cuda and cache is None
+            mask = document_mask(doc_ids, flex=on_cuda if self.flex is None else self.flex)
+        angles = self.angles[past:end]
+        return BatchContext(angles.cos(), angles.sin(), mask, start, self.tau, past)
+
+    # ------------------------------------------------------------------------------------------------- using the model
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Collection[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue prompts, a token of every row at a time: yields [B] int64, -1 in rows that have ended.
+
+        tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the k
+        likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in `stop`. When a row would outgrow
+        block_size, its older half is forgotten (a longer prompt is cut the same way at once). No noise is drawn but the
+        sampling's own. `torch.stack(list(model.generate(...)), 1)` collects [B, steps].
+        Raises ValueError for an empty prompt, and for a "sequence" router with prompts of different lengths.
+        """
+        prompts = [list(map(int, row)) for row in tokens]
+        if not prompts or not all(prompts):
+            raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
+        longest, device = max(map(len, prompts)), self.tau.device
+        exact_cache = not (self.config.router_context == "sequence" and self.blocks[0].ffn.dynamic)
+        ragged = any(len(row) < longest for row in prompts)
+        if ragged and not exact_cache:
+            raise ValueError('a router_context="sequence" would read the padding too; give prompts of one length')
+        # Shorter prompts are padded on the left, and the padding is a document of its own.
+        row = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        docs = (
+            torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device) if ragged else None
+        )
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
+        block_size, cache, unread = self.config.block_size, None, 0
+        training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                if row.size(1) > block_size:
+                    row, cache = row[:, -(block_size // 2) or -1 :], None
+                    docs = docs[:, -row.size(1) :] if docs is not None else None
+                if cache is None:
+                    unread = row.size(1)
+                    if exact_cache:
+                        room = min(block_size, row.size(1) + max_new_tokens)
+                        dtype = compute_dtype(self.embedding.weight)
+                        cache = KVCache(self.config, len(prompts), room, device, dtype)
+                logits = self(row[:, -unread:], doc_ids=None if docs is None else docs[:, -unread:], cache=cache)
+                token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
+                yield torch.where(ended, -1, token)
+                ended |= torch.isin(token, stops)
+                if ended.all():
+                    return
+                unread = 1
+                row = torch.cat((row, token[:, None]), dim=1)
+                docs = torch.cat((docs, torch.ones_like(docs[:, :1])), dim=1) if docs is not None else None
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def routing_stats(self, tokens: Tensor, doc_ids: Tensor | None = None) -> dict[str, list]:
+        """What the routing does on these tokens [B, T], without noise: measures by name, each a list over the layers.
+
+        - static_entropy: of softmax(alpha), mean over neurons, in nats. It says nothing of the input, nor of tau.
+        - dynamic_entropy: of g = softmax((alpha + beta f) / tau), mean over neurons and tokens, in nats
+        - usage: share of each activation [K], the mean of g
+        - input_dependence: mutual information of choice and token, mean over neurons, in nats: H(mean g) - mean H(g)
+        - agreement: largest share of the layer's neurons that favour one activation, mean over tokens; ties split their vote
+        static_entropy_share and dynamic_entropy_share are the entropies as shares of ln K. Empty for a plain GLU.
+        """
+        K = len(self.config.activations)
+        if K == 1:
+            return {}
+        stats = {name: [] for name in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement")}
+
+        def measure(ffn: PolyGLU, inputs: tuple, _):
+            x, tau, start, _ = inputs
+            h_sum, votes_sum, mean_g = 0.0, 0.0, 0.0
+            for i in range(x.size(0)):  # a row at a time: g has K * T * d_ff numbers in each
+                g = torch.stack(ffn.routing(x[i : i + 1], tau, start[i : i + 1]))  # [K, 1, T, d_ff]
+                votes = (g == g.amax(0)).float()
+                h_sum += entropy(g).mean()
+                votes_sum += (votes / votes.sum(0)).mean(-1).amax(0).mean()
+                mean_g += g.mean((1, 2))
+            h, mean_g = h_sum / x.size(0), mean_g / x.size(0)  # mean_g [K, d_ff]
+            stats["static_entropy"].append(entropy(ffn.alpha.t().softmax(0)).mean().item())
+            stats["dynamic_entropy"].append(h.item())
+            stats["usage"].append(mean_g.mean(-1).tolist())
+            stats["input_dependence"].append((entropy(mean_g).mean() - h).clamp_min(0).item())
+            stats["agreement"].append((votes_sum / x.size(0)).item())
+
+        training = self.training
+        self.eval()
+        hooks = [block.ffn.register_forward_hook(measure) for block in self.blocks]
+        try:
+            with torch.compiler.set_stance("force_eager"):  # compiled blocks would run past the hooks
+                self(tokens, torch.full_like(tokens, -1), doc_ids)  # targets, so that no logits are kept
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.train(training)
+        for name in ("static_entropy", "dynamic_entropy"):
+            stats[f"{name}_share"] = [h / math.log(K) for h in stats[name]]
+        return stats
+
+    def configure_optimizer(
+        self, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
+    ) -> torch.optim.AdamW:
+        """Fused AdamW, with decay on weight matrices and the embedding only: never on alpha, beta, norms, biases."""
+        decay, keep = [], []
+        for name, p in self.named_parameters():
+            (decay if p.dim() == 2 and not name.endswith("alpha") else keep).append(p)
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    def flops_per_token(self, length: int | None = None) -> float:
+        """Floating-point operations of one training token, forward and backward, in rows of `length` (block_size) tokens.
+
+        6 for each parameter (the head's matmul stands for the embedding), 12 L H D T for attention, its causal half counted
+        whole (arXiv 2204.02311, appendix B).
+        """
+        c = self.config
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
+        return 6 * sum(p.numel() for p in self.parameters()) + attention
+
+    # ------------------------------------------------------------------------------------------- weights in and out
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "PolychromaticLM":
+        """A model on the CPU from a checkpoint, a run folder that holds one, or a directory of save_pretrained().
+
+        Raises FileNotFoundError if nothing is there, ValueError if what is there is damaged or not ours.
+        """
+        source = Path(source)
+        if (source / "config.json").is_file():
+            state = _load_safetensors(source / "model.safetensors")
+            try:
+                config = ModelConfig(**json.loads((source / "config.json").read_text()))
+            except (TypeError, json.JSONDecodeError) as e:
+                raise ValueError(f"{source / 'config.json'} is not a configuration of this model: {e}") from None
+        else:
+            checkpoint = load_checkpoint(source)
+            config, state = ModelConfig(**checkpoint["model_config"]), checkpoint["model"]
+        model = cls(config)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as e:
+            raise ValueError(f"the weights of {source} do not fit its configuration: {e}") from None
+        return model
+
+    def save_pretrained(self, directory: str | Path):
+        """Write config.json and model.safetensors, for from_pretrained(). Needs the safetensors package."""
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Shannon entropy over the first dimension, in nats: [K, ...] -> [...]."""
+    return torch.special.entr(p).sum(0)
+
+
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """One token of every row of logits [B, V] -> [B] int64; arguments as generate()'s."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        outside = (p.cumsum(-1) - p >= top_p).scatter(1, order, (p.cumsum(-1) - p >= top_p))
+        logits = logits.masked_fill(outside, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def load_checkpoint(source: str | Path) -> dict:
+    """Read a checkpoint of train.py, or the one in a run folder: tensors and plain values on the CPU, never code.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or not ours.
+    """
+    path = Path(source)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # a damaged zip, a truncated tensor or refused code each raise their own kind
+        raise ValueError(f"{path} is damaged or not a checkpoint ({str(e).splitlines()[0][:120]})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    return checkpoint
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError("reading .safetensors needs a package: pip install safetensors") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except Exception as e:
+        raise ValueError(f"{path} is damaged ({e})") from None

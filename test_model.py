@@ -1,0 +1,1046 @@
+"""Everything that must stay true, in the order of the promises: size, causality, documents, cache, Qwen3, loss, gradients,
+routing, data, schedules, kill and resume, error messages.
+
+python -m pytest -q test_model.py
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config
+import model as model_module
+import prepare_data
+import sample
+import train
+from model import (
+    ACTIVATIONS,
+    ChunkedCrossEntropy,
+    KVCache,
+    ModelConfig,
+    PolychromaticLM,
+    PolyGLU,
+    prefix_mean,
+    sample_token,
+)
+
+ROOT = Path(__file__).parent
+SMALL = dict(
+    block_size=64, vocab_size=259, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, d_ff=48, router_hidden=8, tokenizer="bytes"
+)  # fmt: skip
+
+
+def small_model(**overrides) -> PolychromaticLM:
+    """A small model with weights large enough that its routing and attention differ from token to token."""
+    torch.manual_seed(0)
+    model = PolychromaticLM(ModelConfig(**{**SMALL, **overrides}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+        model.tau.fill_(0.5)
+    return model.eval()
+
+
+def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------- 1. the size
+
+
+def test_default_model_is_polychromatic_lm_to_the_parameter():
+    with torch.device("meta"):
+        model = PolychromaticLM(ModelConfig())
+    total = sum(p.numel() for p in model.parameters())
+    routing = sum(p.numel() for n, p in model.named_parameters() if re.search(r"alpha|beta|router", n))
+    assert total == 597_153_888
+    assert routing == 1_380_960
+    assert f"{routing / total:.3%}" == "0.231%"
+
+
+def test_init_is_the_papers():
+    torch.manual_seed(0)
+    model = PolychromaticLM(ModelConfig(**{**SMALL, "n_layer": 8, "n_embd": 128, "d_ff": 256}))
+    for name, p in model.named_parameters():
+        if name.endswith("alpha") or name.endswith("bias"):
+            assert p.eq(0).all(), name
+        elif name.endswith("beta") or "norm" in name:
+            assert p.eq(1).all(), name
+        else:
+            expected = 0.02 / 4 if re.search(r"w_o|w_down", name) else 0.02  # 1 / sqrt(2 * 8 layers)
+            assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), (
+                name
+            )  # four standard errors
+
+
+def test_only_weight_matrices_and_the_embedding_decay():
+    model = small_model()
+    optimizer = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+    kept = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
+    assert (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[1]["weight_decay"]) == (0.1, 0.0)
+    assert decayed | kept == set(names.values())
+    assert kept == {n for n in names.values() if re.search(r"alpha|beta|norm|bias", n)}
+
+
+def test_flops_per_token_count_parameters_and_attention():
+    model = small_model(activations=("silu",))
+    n = sum(p.numel() for p in model.parameters())
+    assert model.flops_per_token() == 6 * n + 12 * 2 * 32 * 64
+    assert model.flops_per_token(length=10) == 6 * n + 12 * 2 * 32 * 10
+
+
+# --------------------------------------------------------------------------------------------------------- 2. causality
+
+
+@pytest.mark.parametrize("context", ["prefix", "token"])
+@torch.no_grad()
+def test_changing_any_later_token_changes_no_earlier_logit(context):
+    model, tokens = small_model(router_context=context), random_tokens(1, 24)
+    before = model(tokens)
+    for t in range(1, 24):
+        changed = tokens.clone()
+        changed[0, t:] = (tokens[0, t:] + 101) % 256
+        after = model(changed)
+        assert (after[:, :t] - before[:, :t]).abs().max() < 1e-5
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-2  # and the change is one that shows
+
+
+@torch.no_grad()
+def test_a_sequence_router_sees_the_future():
+    model, tokens = small_model(router_context="sequence"), random_tokens(1, 24)
+    changed = tokens.clone()
+    changed[0, -1] = (tokens[0, -1] + 101) % 256
+    assert (model(changed)[:, 0] - model(tokens)[:, 0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_prefix_router_reads_the_mean_of_the_tokens_so_far():
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    start = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 3, 3, 3, 6, 6]])  # second row: documents begin at 0, 2 and 5
+    mean = prefix_mean(x, start)
+    for row, first, t in [(0, 0, 0), (0, 0, 6), (1, 0, 1), (1, 2, 2), (1, 2, 4), (1, 5, 6)]:
+        torch.testing.assert_close(mean[row, t], x[row, first : t + 1].mean(0))
+
+
+@torch.no_grad()
+def test_a_short_document_does_not_inherit_the_rounding_of_a_long_one():
+    x = 100 + torch.randn(1, 4000, 3)
+    start = torch.zeros(1, 4000, dtype=torch.int64)
+    start[0, 3998:] = 3999  # a document of two tokens after one of 3,998
+    torch.testing.assert_close(prefix_mean(x, start)[0, 3998], x[0, 3998], rtol=1e-7, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- 3. documents
+
+
+def pack(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return random_tokens(1, sum(lengths)), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[
+        None
+    ]
+
+
+@pytest.mark.parametrize("context", ["prefix", "token"])
+@torch.no_grad()
+def test_packed_documents_give_the_logits_that_each_gives_alone(context):
+    model = small_model(router_context=context)
+    tokens, doc_ids = pack([5, 1, 17, 9])
+    packed = model(tokens, doc_ids=doc_ids)
+    for doc in range(4):
+        inside = doc_ids[0] == doc
+        torch.testing.assert_close(packed[:, inside], model(tokens[:, inside]), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_flex_attention_gives_what_the_boolean_mask_gives():
+    model = small_model(block_size=256)
+    tokens, doc_ids = pack([100, 28, 120])
+    masked = model(tokens, doc_ids=doc_ids)
+    model.flex = True
+    torch.testing.assert_close(model(tokens, doc_ids=doc_ids), masked, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_one_document_that_fills_the_row_needs_no_mask():
+    model, tokens = small_model(), random_tokens(2, 30)
+    torch.testing.assert_close(model(tokens, doc_ids=torch.zeros_like(tokens)), model(tokens), rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- 4. cache
+
+
+@torch.no_grad()
+def test_cached_logits_equal_the_full_forward_at_every_position_of_a_ragged_batch():
+    model = small_model()
+    tokens = random_tokens(3, 20)
+    padding = torch.tensor([0, 4, 9])  # the first tokens of each row are padding, a document of its own
+    doc_ids = (torch.arange(20) >= padding[:, None]).long()
+    cache = KVCache(model.config, 3, 20)
+    steps = [model(tokens[:, :10], doc_ids=doc_ids[:, :10], cache=cache)]
+    for t in range(10, 20):
+        steps.append(model(tokens[:, t : t + 1], doc_ids=doc_ids[:, t : t + 1], cache=cache))
+    assert cache.length == 20
+    for row, pad in enumerate(padding.tolist()):
+        alone = model(tokens[row : row + 1, pad:])[0]
+        for i, logits in enumerate(steps):
+            torch.testing.assert_close(logits[row, 0], alone[9 + i - pad], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_carries_the_documents_across_calls():
+    model = small_model()
+    tokens, doc_ids = pack([7, 6, 11])
+    full, cache = model(tokens, doc_ids=doc_ids), KVCache(model.config, 1, 24)
+    for first, last in [(0, 5), (5, 9), (9, 10), (10, 15), (15, 24)]:  # documents begin inside and at the edge of calls
+        logits = model(tokens[:, first:last], doc_ids=doc_ids[:, first:last], cache=cache)
+        torch.testing.assert_close(logits[0, 0], full[0, last - 1], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["prefix", "token", "sequence"])
+def test_greedy_generation_is_what_the_full_forward_would_choose(context):
+    model = small_model(router_context=context)
+    lengths = [3, 11, 1, 7] if context != "sequence" else [5, 5]
+    prompts = [random_tokens(n, seed=n + i).tolist() for i, n in enumerate(lengths)]
+    written = torch.stack(list(model.generate(prompts, 20, temperature=0)), dim=1)
+    for prompt, new in zip(prompts, written.tolist()):
+        row = list(prompt)
+        for token in new:
+            logits = model(torch.tensor([row]))[0, -1]
+            assert logits[token] > logits.max() - 1e-4
+            row.append(token)
+
+
+@torch.no_grad()
+def test_generation_goes_on_past_the_context_from_its_recent_half():
+    model = small_model(block_size=16)
+    row = random_tokens(40).tolist()
+    new = torch.stack(list(model.generate([row], 30, temperature=0)), dim=1)[0].tolist()
+    window = row[-8:]  # a prompt of 40 in a context of 16 keeps its last 8
+    for token in new:
+        window = window[-8:] if len(window) > 16 else window
+        assert token == model(torch.tensor([window]))[0, -1].argmax().item()
+        window.append(token)
+
+
+@torch.no_grad()
+def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
+    model = small_model()
+    prompts = [random_tokens(4, seed=s).tolist() for s in range(4)]
+    free = torch.stack(list(model.generate(prompts, 12, temperature=0)), dim=1)
+    stop = free[0, 3].item()
+    stopped = torch.stack(list(model.generate(prompts, 12, temperature=0, stop={stop})), dim=1)
+    for before, after in zip(free.tolist(), stopped.tolist()):
+        end = before.index(stop) + 1 if stop in before else 12
+        assert after[:end] == before[: min(end, len(after))]
+        assert all(token == -1 for token in after[end:])
+
+
+def test_generation_leaves_the_model_in_the_mode_it_was_in():
+    model = small_model().train()
+    next(model.generate([[1, 2]], 5)).tolist()
+    assert model.training
+    assert list(model.generate([[1, 2]], 0)) == []
+
+
+def test_top_k_and_top_p_leave_out_the_unlikely():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def share(**kw):
+        return torch.bincount(sample_token(logits, 1.0, generator=generator, **kw), minlength=4) / 4000
+
+    torch.testing.assert_close(share(top_k=None, top_p=None), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+    torch.testing.assert_close(share(top_k=2, top_p=None), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(share(top_k=None, top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
+    assert share(top_k=None, top_p=0.01)[0] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- 5. Qwen3
+
+
+@torch.no_grad()
+def test_one_silu_is_qwen3():
+    """An independent implementation, with our weights: the same logits."""
+    transformers = pytest.importorskip("transformers")
+    model = small_model(activations=("silu",), head_dim=16, rope_theta=1e6)
+    c = model.config
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+            max_position_embeddings=c.block_size, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        )
+    ).eval()  # fmt: skip
+    names = {
+        "embedding": "model.embed_tokens", "attn.w_q": "self_attn.q_proj", "attn.w_k": "self_attn.k_proj",
+        "attn.w_v": "self_attn.v_proj", "attn.w_o": "self_attn.o_proj", "attn.norm_q": "self_attn.q_norm",
+        "attn.norm_k": "self_attn.k_norm", "ffn.w_gate": "mlp.gate_proj", "ffn.w_up": "mlp.up_proj",
+        "ffn.w_down": "mlp.down_proj", "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "norm": "model.norm",
+    }  # fmt: skip
+    state = {}
+    for name, p in model.named_parameters():
+        layer, part = re.match(r"(?:blocks\.(\d+)\.)?(.*)\.weight", name).groups()
+        state[(f"model.layers.{layer}." if layer else "") + names[part] + ".weight"] = p
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    theirs.tie_weights()
+    tokens = random_tokens(2, 40)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_one_activation_has_no_routing_parameter():
+    assert not [
+        n for n, _ in small_model(activations=("gelu",)).named_parameters() if re.search(r"alpha|beta|router", n)
+    ]
+    static = [n for n, _ in small_model(router_hidden=0).named_parameters() if re.search(r"beta|router", n)]
+    assert static == []
+
+
+# -------------------------------------------------------------------------------------------------------------- 6. loss
+
+
+@pytest.mark.parametrize("vocab_size, rows", [(259, 300), (151_669, 400)])  # one chunk, and two
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+def test_chunked_loss_equals_plain_cross_entropy_in_value_and_gradients(vocab_size, rows, dtype, tolerance):
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab_size, 8, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, vocab_size, (rows,))
+    targets[::7] = -1
+    targets[-1] = vocab_size - 1
+    plain = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=-1)
+    expected = torch.autograd.grad(3 * plain, (hidden, weight))
+    loss = ChunkedCrossEntropy.apply(hidden, weight, targets, True)
+    torch.testing.assert_close(loss, plain, rtol=tolerance, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, (hidden, weight)), expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_the_models_loss_is_the_cross_entropy_of_its_logits():
+    model, tokens = small_model(), random_tokens(3, 20)
+    targets = random_tokens(3, 20, seed=2)
+    targets[0, :5] = -1
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(model(tokens, targets), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, targets), expected)
+    assert model(tokens, torch.full_like(tokens, -1)).item() == 0  # nothing to predict
+
+
+# --------------------------------------------------------------------------------------------------------- 7. gradients
+
+
+@pytest.mark.parametrize("context", ["prefix", "token", "sequence"])
+@pytest.mark.parametrize("names", [("tanh", "silu", "gelu"), ("silu",)])
+def test_polyglu_gradients_by_gradcheck(context, names):
+    torch.manual_seed(0)
+    layer = (
+        PolyGLU(ModelConfig(n_embd=4, d_ff=6, router_hidden=3, router_context=context, activations=names))
+        .double()
+        .eval()
+    )
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    start = torch.tensor([[0, 0, 3, 3, 3], [0, 2, 2, 2, 5]])
+    x, tau = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True), torch.tensor(0.7, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(parameters, values)), (x, tau, start))
+
+    assert torch.autograd.gradcheck(run, (x, *(p.detach().clone().requires_grad_() for p in parameters.values())))
+
+
+def test_compiled_blocks_train_like_eager_ones():
+    """The same loss and gradients through torch.compile, with documents and without noise."""
+    if not train.compiler_works(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+    tokens, doc_ids = pack([20, 30, 14])
+    results = []
+    for compiled in (False, True):
+        model = small_model(gumbel=False).train()
+        if compiled:
+            for block in model.blocks:
+                block.compile()
+        loss = model(tokens, tokens, doc_ids)
+        loss.backward()
+        results.append([loss.detach()] + [p.grad for p in model.parameters()])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the routing
+
+
+@torch.no_grad()
+def test_polyglu_is_its_equation():
+    """Against a plain transcription, a neuron at a time."""
+    model, x = small_model(), torch.randn(1, 5, 32)
+    layer, tau = model.blocks[0].ffn, 0.3
+    y = layer(x, torch.tensor(tau))
+    sigma = [F.relu, torch.tanh, F.silu, F.gelu]
+    for t in range(5):
+        h = x[0, : t + 1].mean(0)
+        f = layer.router_out(F.relu(layer.router_in(h)))
+        mixed = torch.empty(48)
+        for j in range(48):
+            g = torch.softmax((layer.alpha[j] + layer.beta * f) / tau, dim=0)
+            pre = layer.w_gate.weight[j] @ x[0, t]
+            mixed[j] = sum(g[k] * sigma[k](pre) for k in range(4))
+        expected = layer.w_down(mixed * layer.w_up(x[0, t]))
+        torch.testing.assert_close(y[0, t], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fifth_activation_is_one_line(monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "sine", torch.sin)
+    model = small_model(activations=("relu", "tanh", "silu", "gelu", "sine")).train()
+    optimizer = model.configure_optimizer(1e-2, 0.1, (0.9, 0.95))
+    tokens = random_tokens(4, 33)
+    losses = []
+    for _ in range(20):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        assert model.blocks[0].ffn.alpha.grad[:, 4].abs().sum() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_noise_is_for_training_alone_and_one_draw_a_row():
+    model, tokens = small_model(), random_tokens(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), model(tokens))
+        model.train()
+        assert not torch.equal(model(tokens), model(tokens))
+        layer = small_model(router_hidden=0).train().blocks[0].ffn
+        g = torch.stack(layer.routing(torch.randn(2, 12, 32), torch.tensor(0.5)))
+        assert torch.equal(g[:, :, :1].expand_as(g), g)  # the same at every position of a row
+        assert not torch.equal(g[:, 0], g[:, 1])  # another in another row
+
+
+def test_gumbel_noise_has_the_standard_gumbel_moments():
+    torch.manual_seed(0)
+    noise = model_module.gumbel_noise(200_000, like=torch.zeros(()))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.1])
+def test_routing_weights_are_a_softmax_however_far_apart_the_logits(tau):
+    logits = [torch.tensor([0.0, -50.0, 1e4]), torch.tensor([1.0, 50.0, -1e4]), torch.tensor([2.0, 0.0, 0.0])]
+    weights = torch.stack(model_module.softmax([x / tau for x in logits]))
+    torch.testing.assert_close(weights, torch.softmax(torch.stack(logits) / tau, dim=0))
+
+
+def routed_by(alpha: torch.Tensor, f: torch.Tensor | None = None) -> dict:
+    """routing_stats of a model whose first layer has this alpha [d_ff, K], and by token the routing logits f [T, K]."""
+    model = small_model(router_context="token", router_hidden=32 if f is not None else 0, d_ff=len(alpha))
+    ffn = model.blocks[0].ffn
+    with torch.no_grad():
+        model.tau.fill_(1.0)
+        ffn.alpha.copy_(alpha)
+        if f is not None:
+            ffn.beta.fill_(1)
+            ffn.router = lambda x, start=None, state=None: f[None]
+    return {name: layers[0] for name, layers in model.routing_stats(random_tokens(1, 8)).items()}
+
+
+def test_routing_measures_take_their_known_values():
+    d_ff, far = 16, 200.0
+    each = F.one_hot(torch.arange(d_ff) % 4, 4).float()  # every neuron its own, a quarter of them each
+    by_token = F.one_hot(torch.arange(8) % 4, 4).float()  # every token its own
+    same = F.one_hot(torch.full((d_ff,), 2), 4).float()
+    cases = {  # dynamic entropy, usage, input dependence, agreement
+        "uniform": (routed_by(torch.zeros(d_ff, 4)), math.log(4), [0.25] * 4, 0.0, 0.25),
+        "one for all": (routed_by(far * same), 0.0, [0, 0, 1, 0], 0.0, 1.0),
+        "one a neuron": (routed_by(far * each), 0.0, [0.25] * 4, 0.0, 0.25),
+        "one a token": (routed_by(torch.zeros(d_ff, 4), far * by_token), 0.0, [0.25] * 4, math.log(4), 1.0),
+    }
+    for name, (stats, entropy, usage, dependence, agreement) in cases.items():
+        assert stats["dynamic_entropy"] == pytest.approx(entropy, abs=1e-5), name
+        assert stats["dynamic_entropy_share"] == pytest.approx(entropy / math.log(4), abs=1e-5), name
+        assert stats["usage"] == pytest.approx(usage, abs=1e-5), name
+        assert stats["input_dependence"] == pytest.approx(dependence, abs=1e-5), name
+        assert stats["agreement"] == pytest.approx(agreement, abs=1e-5), name
+    assert cases["uniform"][0]["static_entropy"] == pytest.approx(math.log(4))
+    assert cases["one a token"][0]["static_entropy_share"] == pytest.approx(1)  # blind to what the tokens do
+    assert small_model(activations=("silu",)).routing_stats(random_tokens(1, 8)) == {}
+
+
+def test_saved_models_come_back_bit_identical(tmp_path):
+    pytest.importorskip("safetensors")
+    model = small_model()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PolychromaticLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def test_byte_tokenizer_round_trips_and_never_makes_a_special_from_text():
+    encoding = prepare_data.get_tokenizer("bytes")
+    text = "def f():\n\treturn 'ünïcödé 🙂'\r\n\n\n<|endoftext|><|im_end|>\x00"
+    ids = encoding.encode_ordinary(text)
+    assert bytes(ids) == text.encode() and encoding.decode(ids) == text
+    assert encoding.n_vocab == 259
+    assert [encoding.encode_single_token(s) for s in prepare_data.SPECIALS] == [256, 257, 258]
+
+
+def arithmetic(text: str) -> Fraction | None:
+    """The value of a plain arithmetic expression, None if it is not one."""
+    if not re.fullmatch(r"[\d\s+*/-]+", text) or not re.fullmatch(r"\s*-?\d+(\s*[+*/-]\s*-?\d+)*\s*", text):
+        return None
+    return eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})
+
+
+@pytest.mark.parametrize("family", prepare_data.FAMILIES)
+def test_every_equation_in_every_worked_step_holds(family):
+    rng, checked = random.Random(1), 0
+    for _ in range(300):
+        question, steps, answer = prepare_data.FAMILIES[family](rng)
+        assert question and steps and answer
+        for step in steps:
+            for chain in re.split(r"[:;,]| and | is | so ", re.sub(r"\d*x = ", "", step)):
+                sides = [arithmetic(side) for side in re.sub(r"10% ?|\d+% ?", "", chain).split("=")]
+                if len(sides) > 1 and None not in sides:
+                    assert len(set(sides)) == 1, step
+                    checked += 1
+    assert checked > 250  # the steps do hold equations to check
+
+
+@pytest.mark.parametrize(
+    "family, pattern, solve",
+    [
+        ("addition", r"What is (\d+) \+ (\d+)\?", lambda a, b: str(a + b)),
+        ("subtraction", r"What is (\d+) - (\d+)\?", lambda a, b: str(a - b)),
+        ("multiplication", r"What is (\d+) \* (\d+)\?", lambda a, b: str(a * b)),
+        ("division", r"Divide (\d+) by (\d+)", lambda a, b: f"{a // b} remainder {a % b}"),
+        ("gcd", r"divisor of (\d+) and (\d+)", lambda a, b: str(math.gcd(a, b))),
+        ("percentages", r"What is (\d+)% of (\d+)", lambda a, b: str(Fraction(a * b, 100))),
+        ("fractions", r"What is (\S+) ([+-]) (\S+)\?", None),
+        ("equations", r"Solve (\d+)x ([+-]) (\d+) = (-?\d+)", None),
+        ("sequences", r"next: (.*), \.\.\.", None),
+    ],
+)
+def test_answers_are_right_when_worked_out_from_the_question(family, pattern, solve):
+    rng = random.Random(2)
+    for _ in range(300):
+        question, _, answer = prepare_data.FAMILIES[family](rng)
+        found = re.search(pattern, question).groups()
+        if solve:
+            assert answer == solve(*map(int, found)), question
+        elif family == "fractions":
+            a, sign, b = Fraction(found[0]), found[1], Fraction(found[2])
+            assert answer == str(a + b if sign == "+" else a - b), question
+        elif family == "equations":
+            a, sign, b, c = int(found[0]), found[1], int(found[2]), int(found[3])
+            assert answer == f"x = {(c - b if sign == '+' else c + b) // a}", question
+        else:
+            terms = [int(t) for t in found[0].split(", ")]
+            arithmetic_rule = len({b - a for a, b in zip(terms, terms[1:])}) == 1
+            assert int(answer) == (2 * terms[-1] - terms[-2] if arithmetic_rule else terms[-1] ** 2 // terms[-2]), (
+                question
+            )
+
+
+def test_word_problems_are_right_when_worked_out_from_the_question():
+    rng, kinds = random.Random(3), set()
+    for _ in range(300):
+        question, _, answer = prepare_data.FAMILIES["word problems"](rng)
+        a, b, c = (*map(int, re.findall(r"\d+", question)), 0)[:3]
+        values = {"loses": a + b - c, "fills": a * b + c, "shares": a // b, "buys": c - a * b}
+        kind = next(word for word in values if word in question)
+        kinds.add(kind)
+        assert int(answer) == values[kind], question
+    assert len(kinds) == 4
+
+
+def test_the_split_is_by_the_text_alone(tmp_path):
+    documents = [f"document {i}" for i in range(2000)] * 2
+    counts = prepare_data.write_domain(tmp_path, documents, prepare_data.get_tokenizer("bytes"), 0.1)
+    parts = {s: np.fromfile(tmp_path / f"{s}.bin", dtype=np.uint16) for s in ("train", "val")}
+    texts = {
+        s: [bytes(x[x < 256].astype(np.uint8)).decode() for x in np.split(ids, np.flatnonzero(ids == 256) + 1)]
+        for s, ids in parts.items()
+    }
+    train_set, val_set = set(texts["train"]) - {""}, set(texts["val"]) - {""}
+    assert not train_set & val_set and train_set | val_set == set(documents)
+    assert len(val_set) == pytest.approx(200, abs=50)
+    assert counts["train_tokens"] == len(parts["train"]) and counts["val_tokens"] == len(parts["val"])
+    assert counts["val_bytes"] == len(parts["val"]) - (parts["val"] == 256).sum()
+    assert parts["val"][-1] == 256  # <|endoftext|> after every document
+
+
+def test_docstring_prose_is_prose(tmp_path):
+    source = 'def f():\n    """{0}\n\n    >>> 1 + 1\n    2\n\n    The end.\n    """\nadd_docstr(f, "{0}")\nx = "{0} not a docstring"\n'
+    (tmp_path / "a.py").write_text(source.format("A sentence of prose. " * 12))
+    (tmp_path / "b.py").write_text("def broken(:")
+    found = prepare_data.docstring_prose(tmp_path / "a.py")
+    assert len(found) == 2 and "The end." in found[0] and ">>>" not in found[0] and "2\n" not in found[0]
+    assert prepare_data.docstring_prose(tmp_path / "b.py") == []
+
+
+# --------------------------------------------------------------------------------------------------- batches, schedules
+
+
+@pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory) -> Path:
+    """A small corpus of three domains, written by the real writer."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    encoding, rng, domains = prepare_data.get_tokenizer("bytes"), random.Random(0), {}
+    for name, alphabet, size in [
+        ("math", "0123456789+= ", 400),
+        ("stem", "the quick brown fox. ", 150),
+        ("code", "if x:\n ()", 60),
+    ]:
+        documents = ("".join(rng.choices(alphabet, k=rng.randint(20, 200))) for _ in range(size))
+        domains[name] = {"source": "test", **prepare_data.write_domain(folder / name, documents, encoding, 0.2)}
+    prepare_data.write_meta(folder, encoding, domains)
+    return folder
+
+
+def run_settings(corpus_dir: Path, out_dir: Path, **overrides) -> dict:
+    return {
+        **SMALL, "data_dir": str(corpus_dir), "out_dir": str(out_dir), "max_steps": 12, "batch_size": 8, "micro_batch_size": 4,
+        "lr": 1e-2, "warmup_steps": 2, "eval_interval": 6, "eval_tokens": 256, "save_interval": 3, "log_interval": 1,
+        "device": "cpu", "dtype": "float32", "compile": False, **overrides,
+    }  # fmt: skip
+
+
+def test_every_window_is_visited_once_before_any_is_visited_twice(corpus_dir):
+    cfg = train.TrainConfig(**run_settings(corpus_dir, "x", max_steps=300, batch_size=8))
+    corpus = train.Corpus(cfg)
+    visits = {domain: [] for domain in cfg.mixture}
+    for step in range(cfg.max_steps):
+        for d, domain in enumerate(cfg.mixture):
+            visits[domain] += [
+                corpus.nth_window(domain, corpus.visited[step, d] + i) for i in range(corpus.quotas[step, d])
+            ]
+    for domain, order in visits.items():
+        n = corpus.n_windows(domain, "train")
+        epochs = [order[i : i + n] for i in range(0, len(order), n)]
+        assert len(epochs) > 1 and epochs[0] != epochs[1]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs[:-1])
+        assert len(set(epochs[-1])) == len(epochs[-1])
+
+
+@pytest.mark.parametrize("batch_size", [8, 32, 128])
+def test_every_step_is_within_one_sequence_of_its_mixture(batch_size):
+    cfg = train.TrainConfig(max_steps=500, batch_size=batch_size)
+    table = train.quotas(cfg)
+    ideal = np.array([list(train.mixture_at(s, cfg).values()) for s in range(500)]) * batch_size
+    assert (table.sum(1) == batch_size).all() and (table >= 0).all()
+    assert np.abs(table - ideal).max() <= 1
+    assert np.abs((table - ideal).cumsum(0)).max() <= 2  # small shares are not starved
+    assert train.mixture_at(0, cfg) == train.mixture_at(399, cfg) == {"math": 0.7, "stem": 0.25, "code": 0.05}
+    assert train.mixture_at(499, cfg) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
+
+
+def test_batches_depend_on_seed_and_step_alone(corpus_dir):
+    one, two, other = (
+        train.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", seed=s, micro_batch_size=m)))
+        for s, m in [(1, 8), (1, 2), (2, 8)]
+    )
+    for step in (11, 0, 5):
+        assert np.array_equal(one.batch(step), two.batch(step))
+    assert not np.array_equal(one.batch(5), other.batch(5))
+
+
+def test_document_ids_end_with_end_of_text(corpus_dir):
+    corpus = train.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x")))
+    rows = np.array([[5, 6, 256, 7, 256, 256, 8]])
+    tokens, targets, doc_ids = corpus.to_inputs(rows, torch.device("cpu"))
+    assert tokens.tolist() == [[5, 6, 256, 7, 256, 256]]
+    assert targets.tolist() == [[6, 256, 7, 256, 256, 8]]
+    assert doc_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
+
+
+def test_schedules_are_the_papers():
+    cfg = train.TrainConfig()
+    assert cfg.model_config() == ModelConfig()
+    assert train.lr_at(1999, cfg) == pytest.approx(1e-4) and train.lr_at(999, cfg) == pytest.approx(5e-5)
+    assert train.lr_at(2000, cfg) == 1e-4 and train.lr_at(19_531, cfg) == pytest.approx(0, abs=1e-12)
+    assert train.tau_at(0, cfg) == 1 and train.tau_at(19_531, cfg) == pytest.approx(0.1)
+    assert train.tau_at(9765, cfg) == pytest.approx(max(0.1, 1 - 0.9 * 9765 / 19_531))
+
+
+def test_val_loss_counts_every_window_once_whatever_the_batch(corpus_dir):
+    results = []
+    for micro in (1, 8):
+        cfg = train.TrainConfig(**run_settings(corpus_dir, "x", eval_tokens=10**6, micro_batch_size=micro))
+        results.append(
+            train.evaluate(small_model(), train.Corpus(cfg), torch.device("cpu"), torch.autocast("cpu", enabled=False))
+        )
+    for domain in results[0]["val"]:
+        assert results[0]["val"][domain]["loss"] == pytest.approx(results[1]["val"][domain]["loss"], abs=1e-5)
+        val, counts = results[0]["val"][domain], train.Corpus(cfg).meta["domains"][domain]
+        assert val["bits_per_byte"] == pytest.approx(
+            val["loss"] / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
+        )
+
+
+# --------------------------------------------------------------------------------------------------- 8. kill and resume
+
+
+def flags(settings: dict) -> list[str]:
+    return [
+        f"--{name}={value if not isinstance(value, tuple) else ','.join(value)}" for name, value in settings.items()
+    ]
+
+
+def run_train(settings: dict, *extra: str, **kw) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train.py", *flags(settings), *extra]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kw)
+
+
+def kill_at_step(settings: dict, step: int, number: int, *extra: str) -> tuple[int, str]:
+    """Start a run, send it a signal once its log shows that step; exit status and output."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags(settings), *extra], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    output = ""
+    for line in process.stdout:
+        output += line
+        if re.match(rf"step +{step}/", line):
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=120)
+    return process.returncode, output + rest
+
+
+def final_weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
+    states = [v for s in checkpoint["optimizer"]["state"].values() for v in s.values()]
+    return {**checkpoint["model"], **{f"optimizer {i}": v for i, v in enumerate(states)}}
+
+
+def assert_bit_identical(one: dict, two: dict):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus_dir, tmp_path_factory) -> Path:
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    done = run_train(run_settings(corpus_dir, out_dir))
+    assert done.returncode == 0, done.stderr
+    return out_dir
+
+
+def test_a_run_logs_its_losses_evaluations_and_routing(unbroken):
+    log = train.read_log(unbroken)
+    steps, evaluations = [x for x in log if "loss" in x], [x for x in log if "val" in x]
+    assert [x["step"] for x in steps] == list(range(1, 13))
+    assert [x["step"] for x in evaluations] == [0, 6, 12]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert evaluations[-1]["val"]["math"]["bits_per_byte"] < evaluations[0]["val"]["math"]["bits_per_byte"]
+    assert {"lr", "tau", "mixture", "grad_norm", "tokens_per_second", "mfu", "memory_gib"} <= steps[0].keys()
+    assert len(evaluations[0]["routing"]["dynamic_entropy"]) == SMALL["n_layer"]
+
+
+def test_sigkill_and_resume_end_bit_identical_to_an_unbroken_run(unbroken, corpus_dir, tmp_path):
+    settings = run_settings(corpus_dir, tmp_path / "run")
+    for step in (5, 7, 10):  # the checkpoints are of steps 3, 6 and 9
+        status, output = kill_at_step(settings, step, signal.SIGKILL, "--resume")
+        assert status == -signal.SIGKILL, output
+        assert train.load_checkpoint(tmp_path / "run")["step"] == step // 3 * 3
+    done = run_train(settings, "--resume")
+    assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
+    assert_bit_identical(final_weights(tmp_path / "run"), final_weights(unbroken))
+    steps = [x["step"] for x in train.read_log(tmp_path / "run") if "loss" in x]
+    assert steps == list(range(1, 13))  # nothing is logged twice
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_signal_saves_and_exits_0(unbroken, corpus_dir, tmp_path, number):
+    settings = run_settings(corpus_dir, tmp_path / "run")
+    status, output = kill_at_step(settings, 4, number)
+    assert status == 0, output
+    command = re.search(r"Go on with: python (.*)", output)[1]
+    assert "--resume" in command and "finishing the step" in output
+    assert train.load_checkpoint(tmp_path / "run")["step"] in (5, 6)
+    assert (
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    )
+    assert_bit_identical(final_weights(tmp_path / "run"), final_weights(unbroken))
+
+
+def test_a_failed_save_leaves_the_checkpoint_before_it(tmp_path):
+    train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
+
+    class Unsavable:
+        def __reduce__(self):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit, match="cannot write .*No space left.*intact"):
+        train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2, "model": torch.zeros(9), "bad": Unsavable()})
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_non_finite_updates_are_skipped_and_several_in_a_row_end_the_run(corpus_dir, tmp_path):
+    settings = run_settings(corpus_dir, tmp_path / "run", lr=1e30, warmup_steps=0, eval_interval=100)
+    done = run_train(settings)
+    assert done.returncode == 1 and "update skipped (5 so far)" in done.stdout
+    assert done.stderr.count("\n") == 1 and "5 non-finite updates in a row" in done.stderr and "ckpt.pt" in done.stderr
+    assert all(v.isfinite().all() for v in final_weights(tmp_path / "run").values())
+
+
+def test_sampling_from_a_run(unbroken, tmp_path):
+    (tmp_path / "prompt.txt").write_text("1+1=")
+    command = [
+        sys.executable,
+        "sample.py",
+        f"--out_dir={unbroken}",
+        f"--prompt=@{tmp_path / 'prompt.txt'}",
+        "--max_new_tokens=100",
+        "--num_samples=2",
+    ]
+    outputs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120) for _ in range(2)]
+    assert outputs[0].returncode == 0, outputs[0].stderr
+    assert outputs[0].stdout == outputs[1].stdout and outputs[0].stdout.count("1+1=") == 2
+    assert len(outputs[0].stdout) > 100
+
+
+def test_a_text_ends_before_its_stop_whatever_pieces_it_comes_in():
+    text = "one two END three"
+    for size in range(1, 8):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        assert "".join(sample.until(iter(pieces), "END")) == "one two "
+        assert "".join(sample.until(iter(pieces), "ENDS")) == text
+        assert list(sample.until(iter(pieces), None)) == [*pieces, ""]
+
+
+# ---------------------------------------------------------------------------------------------------- 9. error messages
+
+
+def load(*argv: str):
+    return config.load(train.TrainConfig, list(argv))
+
+
+@pytest.fixture()
+def override(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "settings.py").write_text(text)
+        return str(tmp_path / "settings.py")
+
+    return write
+
+
+def test_settings_come_from_defaults_then_files_then_flags(override):
+    path = override("lr = 3e-4\nmax_steps = 7\nactivations = ('relu', 'tanh')\nmixture_end = None\n")
+    cfg = load(
+        path,
+        "--max_steps=1e3",
+        "--compile",
+        "--mixture.math=0.5",
+        "--mixture.stem=0.45",
+        "--out_dir=7",
+        "--activations=silu",
+    )
+    assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.out_dir, cfg.activations) == (3e-4, 1000, True, "7", ("silu",))
+    assert cfg.mixture == {"math": 0.5, "stem": 0.45, "code": 0.05} and cfg.mixture_end is None
+    assert cfg.batch_size == 128
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--max_step=5"], "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?"),
+        (["--max_steps=many"], "--max_steps: max_steps takes int, not 'many'"),
+        (["--max_steps=1.5"], "--max_steps: max_steps takes int, not 1.5"),
+        (["--max_steps"], "--max_steps needs a value: --max_steps=<int>"),
+        (["--lr=True"], "--lr: lr takes float, not True"),
+        (["--compile=maybe"], "--compile: compile takes True or False, not 'maybe'"),
+        (["--max_steps=0"], "max_steps is 0; it must be at least 1"),
+        (["--activations=relu,swish"], "unknown activation 'swish'; there are relu, tanh, silu, gelu"),
+        (["--activations=relu,relu"], "name at least one, each once"),
+        (["--router_context=future"], "unknown router_context 'future'; there are prefix, token, sequence"),
+        (["--n_kv_head=3"], "n_head is 16; it must be a multiple of n_kv_head, which is 3"),
+        (["--head_dim=7"], "head_dim is 7; rotary positions need an even one"),
+        (["--n_layer=0"], "n_layer is 0; it must be at least 1"),
+        (["--router_hidden=-1"], "router_hidden is -1"),
+        (["--micro_batch_size=3"], "batch_size is 128; it must be a multiple of micro_batch_size, 3"),
+        (["--dtype=float16"], "dtype is 'float16'; it must be auto, bfloat16 or float32"),
+        (["--mixture.math=0.9"], "must be shares of math, stem, code that sum to 1"),
+        (["--lr=0"], "lr is 0.0; it must be above 0"),
+        (["--resume", "--overwrite"], "resume and overwrite exclude each other"),
+        (["config/tinny.py"], "config/tinny.py: no such file; did you mean config/tiny.py?"),
+        (["tiny"], "'tiny' is neither a .py file of settings nor a --name=value flag"),
+    ],
+)
+def test_a_bad_setting_is_one_line(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as error:
+        load(*arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rate = 1", "settings.py:1: there is no setting 'learning_rate'"),
+        ("lr = 1\nmax_steps = 'x'", "settings.py:2: max_steps takes int, not 'x'"),
+        ("import os", "settings.py:1: expected `name = value` with a literal value, found `import os`"),
+        ("lr = 2 * unknown", "settings.py:1: expected `name = value`"),
+        ("lr = ", "not lines of `name = value`"),
+    ],
+)
+def test_a_bad_override_file_is_one_line(override, text, message):
+    with pytest.raises(SystemExit) as error:
+        load(override(text))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_lists_every_setting_with_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as done:
+        load("--help")
+    text = capsys.readouterr().out
+    assert done.value.code == 0
+    for field in dataclasses.fields(train.TrainConfig):
+        assert re.search(rf"^  --{field.name}=.*\n        \S", text, re.M), field.name
+
+
+def damage_corpus(source: Path, target: Path, **meta) -> Path:
+    import shutil
+
+    shutil.copytree(source, target)
+    path = target / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **meta}))
+    return target
+
+
+def corpus_error(data_dir: Path, **overrides) -> str:
+    with pytest.raises(SystemExit) as error:
+        train.Corpus(train.TrainConfig(**run_settings(data_dir, "x", **overrides)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path):
+    assert (
+        "no data in data/tiny; make it: python prepare_data.py tiny"
+        in corpus_error(Path("data/tiny"), data_dir="data/tiny")
+        if not Path("data/tiny").exists()
+        else True
+    )
+    assert "make it: python prepare_data.py absent" in corpus_error(tmp_path / "absent")
+    assert "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259" in corpus_error(
+        corpus_dir, tokenizer="qwen3"
+    )
+    assert "with 259 tokens, the model 'bytes' with 300" in corpus_error(corpus_dir, vocab_size=300)
+    assert "fewer than a window" in corpus_error(corpus_dir, block_size=100_000)
+    assert "the mixture names 'art'; " in corpus_error(corpus_dir, mixture={"math": 0.5, "art": 0.5}, mixture_end=None)
+    short = damage_corpus(corpus_dir, tmp_path / "short")
+    with open(short / "stem" / "train.bin", "r+b") as file:
+        file.truncate(100)
+    assert "train.bin holds 100 bytes, not the " in corpus_error(
+        short
+    ) and "make it again: python prepare_data.py short" in corpus_error(short)
+    (short / "meta.json").write_text('{"tokenizer": ')
+    assert "meta.json is damaged" in corpus_error(short)
+
+
+def run_error(settings: dict, *extra: str) -> str:
+    cfg = config.load(train.TrainConfig, [*flags(settings), *extra])
+    with pytest.raises(SystemExit) as error:
+        train.open_run(cfg)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_bad_run_folder_is_one_line_and_nothing_is_lost(unbroken, corpus_dir, tmp_path):
+    before = final_weights(unbroken)
+    message = run_error(run_settings(corpus_dir, unbroken))
+    assert "ckpt.pt exists" in message and "--resume" in message and "--overwrite" in message
+    assert "was trained with n_layer=2, not 3" in run_error(run_settings(corpus_dir, unbroken, n_layer=3), "--resume")
+    assert_bit_identical(before, final_weights(unbroken))
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in run_error(run_settings(corpus_dir, tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other", "code"])
+def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path, damage):
+    content = (unbroken / "ckpt.pt").read_bytes()
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"x" * 1000, "empty": b""}.get(damage, b""))
+    if damage == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    if damage == "code":
+        torch.save({"model": os.system}, path)
+    assert str(path) in run_error(run_settings(corpus_dir, tmp_path), "--resume")
+    with pytest.raises(SystemExit) as error:
+        sample.load_model(str(path), torch.device("cpu"))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sampling_errors_are_one_line(unbroken, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no checkpoint under out; train one"):
+        sample.newest_checkpoint()
+    with pytest.raises(SystemExit, match="no checkpoint at .*absent"):
+        sample.load_model("absent", torch.device("cpu"))
+    with pytest.raises(SystemExit, match="cannot read the prompt from 'absent.txt'"):
+        sample.read_prompt("@absent.txt")
+    with pytest.raises(SystemExit, match="device 'abacus' cannot be used here"):
+        train.pick_device("abacus")
+    model = small_model()
+    with pytest.raises(ValueError, match="an empty prompt"):
+        next(model.generate([[1], []], 5))
+    with pytest.raises(ValueError, match="give prompts of one length"):
+        next(small_model(router_context="sequence").generate([[1], [1, 2]], 5))
+    with pytest.raises(ValueError, match="no cache is exact"):
+        KVCache(ModelConfig(**SMALL, router_context="sequence"), 1, 8)
+    with pytest.raises(ValueError, match="65 tokens in a row, but there is room for 64"):
+        model(random_tokens(1, 65))
+    with pytest.raises(ValueError, match="unknown tokenizer 'morse'"):
+        prepare_data.get_tokenizer("morse")
+    for argv, message in [
+        (["--prompt="], "empty prompt: starting a new document"),
+        (["--prompt=" + "x" * 70], "has 70 tokens, the context 64: only its last 32"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={unbroken}", "--max_new_tokens=3", *argv])
+        sample.main()
+        assert message in capsys.readouterr().err
+
+
+def test_preparing_an_unknown_corpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "tinny"])
+    with pytest.raises(SystemExit, match="which corpus\\? python prepare_data.py tiny"):
+        prepare_data.main()
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(corpus_dir, tmp_path):
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    started = time.time()
+    done = run_train(run_settings(corpus_dir, tmp_path / "run", max_steps=1, compile=True), env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("training uncompiled.*torch.compile does not work here", done.stdout)) == 1
+    assert time.time() - started < 120
+
+
+def test_model_and_train_import_without_the_optional_packages():
+    blocked = ("tiktoken", "datasets", "tqdm", "safetensors", "transformers", "matplotlib")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import model, train"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

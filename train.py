@@ -1,0 +1,522 @@
+"""Train a PolychromaticLM.
+
+python train.py config/tiny.py                     minutes on two CPU cores, after python prepare_data.py tiny
+python train.py config/tiny.py --max_steps=50      any setting can be overridden
+python train.py config/tiny.py --resume            go on where a stopped or killed run was
+
+Without an override file the settings are the paper's pretraining run. A run folder gets ckpt.pt and log.jsonl.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import config
+from model import ModelConfig, PolychromaticLM, load_checkpoint
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
+MAX_SKIPPED = 5  # non-finite updates in a row before the run gives up
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    """Settings of a run, with those of its model. The defaults are the paper's pretraining."""
+
+    data_dir: str = "data/pretrain"  # a corpus of prepare_data.py
+    out_dir: str = "out/pretrain"  # the run folder
+    resume: bool = False  # go on from the run folder's checkpoint
+    overwrite: bool = False  # start anew in a run folder that already holds a checkpoint
+    seed: int = 1337  # of the initial weights, the order of the data and the routing noise
+    max_steps: int = 19_531  # optimizer steps; the schedules span them
+    batch_size: int = 128  # sequences of block_size tokens in a step
+    micro_batch_size: int = 8  # sequences in one forward pass; divides batch_size, changes nothing but memory and noise
+    lr: float = 1e-4  # peak learning rate
+    warmup_steps: int = 2000  # linear warm-up, then a cosine to 0
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    weight_decay: float = 0.1  # AdamW, on weight matrices and the embedding only
+    grad_clip: float = 1.0  # largest gradient norm
+    tau_start: float = 1.0  # routing temperature at the first step
+    tau_end: float = 0.1  # and at the last; linear in between
+    mixture: dict[str, float] = field(
+        default_factory=lambda: {"math": 0.7, "stem": 0.25, "code": 0.05}
+    )  # shares of the domains
+    mixture_end: dict[str, float] | None = field(
+        default_factory=lambda: {"math": 0.85, "stem": 0.1, "code": 0.05}
+    )  # at the last step; None: as before
+    anneal_start: float = 0.8  # share of the run after which the mixture moves, linearly, to mixture_end
+    eval_interval: int = 1000  # steps between evaluations; there is one at the start and the end too
+    eval_tokens: int = 1_048_576  # tokens of each domain's val.bin in an evaluation, at most
+    save_interval: int = 500  # steps between checkpoints
+    log_interval: int = 10  # steps between lines on the screen and in log.jsonl
+    device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
+    dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are float32 always
+    compile: bool | None = None  # torch.compile; None: on CUDA only
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in (
+            "max_steps",
+            "batch_size",
+            "micro_batch_size",
+            "eval_interval",
+            "eval_tokens",
+            "save_interval",
+            "log_interval",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "grad_clip", "tau_start", "tau_end"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of micro_batch_size, {self.micro_batch_size}"
+            )
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
+        for mixture in (self.mixture, self.mixture_end or self.mixture):
+            if set(mixture) != set(self.mixture) or min(mixture.values()) < 0 or abs(sum(mixture.values()) - 1) > 1e-6:
+                raise ValueError(f"the mixture {mixture} must be shares of {', '.join(self.mixture)} that sum to 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+
+
+def lr_at(step: int, cfg: TrainConfig) -> float:
+    """Learning rate of a step (0-based): linear warm-up, then a cosine to 0 at max_steps."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def tau_at(step: int, cfg: TrainConfig) -> float:
+    """Routing temperature of a step, linear from tau_start to tau_end over the run (paper: max(0.1, 1 - 0.9 s / total))."""
+    return cfg.tau_start + (cfg.tau_end - cfg.tau_start) * min(1.0, step / cfg.max_steps)
+
+
+def mixture_at(step: int, cfg: TrainConfig) -> dict[str, float]:
+    """The domains' shares at a step: mixture, moving linearly to mixture_end after anneal_start of the run."""
+    start = cfg.anneal_start * cfg.max_steps
+    moved = min(1.0, max(0.0, (step - start) / max(1.0, cfg.max_steps - 1 - start)))
+    end = cfg.mixture_end or cfg.mixture
+    return {domain: share + moved * (end[domain] - share) for domain, share in cfg.mixture.items()}
+
+
+def quotas(cfg: TrainConfig) -> np.ndarray:
+    """Sequences of each domain in each step, [max_steps, domains] int64.
+
+    Every entry is the mixture's share of batch_size rounded down or up; who is rounded up is whoever the roundings so far
+    have left furthest behind, so that small shares are served too.
+    """
+    table = np.empty((cfg.max_steps, len(cfg.mixture)), dtype=np.int64)
+    owed = np.zeros(len(cfg.mixture))
+    for step in range(cfg.max_steps):
+        ideal = np.array(list(mixture_at(step, cfg).values())) * cfg.batch_size
+        owed += ideal
+        table[step] = np.floor(ideal + 1e-9)
+        behind = np.argsort(table[step] - owed, kind="stable")
+        fractional = [d for d in behind if ideal[d] - table[step, d] > 1e-9]
+        table[step, fractional[: cfg.batch_size - table[step].sum()]] += 1
+        owed -= table[step]
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+class Corpus:
+    """A prepared corpus. A step's batch is a pure function of (seed, step): no state, nothing to save.
+
+    Ends the script with one line if the corpus is missing, damaged, or of another tokenizer than the model.
+    """
+
+    def __init__(self, cfg: TrainConfig):
+        self.cfg, self.folder = cfg, Path(cfg.data_dir)
+        again = f"python prepare_data.py {self.folder.name}"
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+        except OSError:
+            config.fail(f"no data in {self.folder}; make it: {again}")
+        except json.JSONDecodeError as e:
+            config.fail(f"{self.folder / 'meta.json'} is damaged ({e}); make it again: {again}")
+        if self.meta["tokenizer"] != cfg.tokenizer or self.meta["vocab_size"] != cfg.vocab_size:
+            config.fail(
+                f"{self.folder} has tokenizer {self.meta['tokenizer']!r} with {self.meta['vocab_size']:,} tokens, the model "
+                f"{cfg.tokenizer!r} with {cfg.vocab_size:,}; set --tokenizer={self.meta['tokenizer']} --vocab_size={self.meta['vocab_size']}"
+            )
+        for domain in cfg.mixture:
+            if domain not in self.meta["domains"]:
+                config.fail(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.meta['domains'])}")
+        self.tokens = {d: {s: self._open(d, s, again) for s in ("train", "val")} for d in cfg.mixture}
+        self.quotas = quotas(cfg)
+        self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
+        self.orders: dict[tuple[str, int], np.ndarray] = {}
+
+    def _open(self, domain: str, split: str, again: str) -> np.ndarray:
+        path, expected = self.folder / domain / f"{split}.bin", self.meta["domains"][domain][f"{split}_tokens"]
+        dtype = np.dtype(self.meta["dtype"])
+        size = path.stat().st_size if path.is_file() else 0
+        if size != expected * dtype.itemsize:
+            config.fail(
+                f"{path} holds {size:,} bytes, not the {expected * dtype.itemsize:,} of meta.json; make it again: {again}"
+            )
+        if expected <= self.cfg.block_size:
+            config.fail(f"{path} has {expected:,} tokens, fewer than a window of block_size {self.cfg.block_size} + 1")
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def window(self, domain: str, split: str, index: int) -> np.ndarray:
+        """Tokens of a window and the one after it, [block_size + 1] int64."""
+        T = self.cfg.block_size
+        return self.tokens[domain][split][index * T : index * T + T + 1].astype(np.int64)
+
+    def n_windows(self, domain: str, split: str) -> int:
+        return (len(self.tokens[domain][split]) - 1) // self.cfg.block_size
+
+    def nth_window(self, domain: str, n: int) -> int:
+        """Index of the n-th training window to be visited: all of them once, in an order permuted anew in every epoch."""
+        epoch, place = divmod(n, self.n_windows(domain, "train"))
+        if (domain, epoch) not in self.orders:
+            self.orders = {k: v for k, v in self.orders.items() if k[0] != domain}
+            rng = np.random.default_rng([self.cfg.seed, epoch, *domain.encode()])
+            self.orders[domain, epoch] = rng.permutation(self.n_windows(domain, "train"))
+        return self.orders[domain, epoch][place]
+
+    def batch(self, step: int) -> np.ndarray:
+        """The windows of a step, [batch_size, block_size + 1] int64."""
+        rows = [
+            self.window(domain, "train", self.nth_window(domain, self.visited[step, d] + i))
+            for d, domain in enumerate(self.cfg.mixture)
+            for i in range(self.quotas[step, d])
+        ]
+        return np.stack(rows)
+
+    def micro_batches(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """tokens, targets and doc_ids, each [micro_batch_size, block_size] int64, of every micro-batch of a step."""
+        for rows in np.split(self.batch(step), self.cfg.batch_size // self.cfg.micro_batch_size):
+            yield self.to_inputs(rows, device)
+
+    def val_batches(self, domain: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """eval_tokens of a domain's val windows, evenly spread; the last batch is filled up with ignored targets."""
+        B, total = self.cfg.micro_batch_size, self.n_windows(domain, "val")
+        count = min(total, max(1, self.cfg.eval_tokens // self.cfg.block_size))
+        chosen = np.linspace(0, total - 1, count).astype(np.int64)
+        for i in range(0, count, B):
+            rows = np.stack([self.window(domain, "val", index) for index in chosen[i : i + B]])
+            tokens, targets, doc_ids = self.to_inputs(np.resize(rows, (B, rows.shape[1])), device)
+            targets[len(rows) :] = -1
+            yield tokens, targets, doc_ids
+
+    def to_inputs(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.from_numpy(rows).to(device, non_blocking=True)
+        tokens = rows[:, :-1]
+        ends = tokens == self.meta["end_of_text"]  # <|endoftext|> is the last token of its document
+        return tokens.contiguous(), rows[:, 1:].contiguous(), ends.cumsum(1) - ends.long()
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of that name; "auto": cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        config.fail(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matmuls; "auto": bfloat16 where the hardware multiplies it faster, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return torch.bfloat16 if device.type == "cpu" and has_amx else torch.float32
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile can build and run something here; if not, says why in one line."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
+        return True
+    except Exception as e:  # no C++ compiler, no Python headers, no Triton: each raises its own kind
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        print(f"training uncompiled, several times slower: torch.compile does not work here ({reason.strip()[:150]})")
+        return False
+
+
+# --------------------------------------------------------------------------------------------------- checkpoint and log
+
+
+def save_checkpoint(path: Path, checkpoint: dict):
+    """Write a checkpoint under a temporary name, flush it to disk, then rename it: `path` is always whole."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
+        partial.unlink(missing_ok=True)
+        config.fail(
+            f"cannot write {path}: {str(e).splitlines()[0]}; an earlier checkpoint, if there was one, is intact"
+        )
+
+
+def open_run(cfg: TrainConfig) -> dict | None:
+    """Prepare the run folder; the checkpoint to resume from, or None. Never lets one run write over another."""
+    folder = Path(cfg.out_dir)
+    ckpt = folder / "ckpt.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        config.fail(f"the run folder {folder} cannot be written: {e.strerror}; choose another with --out_dir=")
+    if not cfg.resume:
+        if ckpt.exists() and not cfg.overwrite:
+            config.fail(f"{ckpt} exists; --resume goes on with that run, --overwrite starts anew in its place")
+        (folder / "log.jsonl").unlink(missing_ok=True)
+        return None
+    if not ckpt.exists():
+        print(f"nothing to resume in {folder} yet: starting at step 0")
+        return None
+    try:
+        checkpoint = load_checkpoint(ckpt)
+    except ValueError as e:
+        config.fail(f"{e}; start anew with --overwrite or another --out_dir=")
+    if "optimizer" not in checkpoint:
+        config.fail(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
+    for name, ours in dataclasses.asdict(cfg).items():
+        theirs = checkpoint["settings"].get(name, ours)
+        if ours != theirs and name in checkpoint["model_config"]:
+            config.fail(
+                f"{ckpt} was trained with {name}={theirs!r}, not {ours!r}; resume it with its own model settings"
+            )
+        if ours != theirs and name not in ("resume", "overwrite"):
+            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+    keep = [line for line in read_log(folder) if line["step"] <= checkpoint["step"]]
+    partial = folder / "log.partial"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in keep))
+    os.replace(partial, folder / "log.jsonl")
+    return checkpoint
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The objects of a run's log.jsonl; a line that a kill cut short is left out."""
+    lines = []
+    path = folder / "log.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def noise_seed(*key: int) -> int:
+    """A well-mixed seed for a key such as (seed, step, micro-batch)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@torch.no_grad()
+def evaluate(model: PolychromaticLM, corpus: Corpus, device: torch.device, autocast) -> dict:
+    """Val loss of every domain, in nats per token and bits per byte, and the routing measures on the first val batches."""
+    model.eval()
+    val, sample = {}, []
+    for domain in corpus.cfg.mixture:
+        total = count = 0.0
+        for i, (tokens, targets, doc_ids) in enumerate(corpus.val_batches(domain, device)):
+            with autocast:
+                loss = model(tokens, targets, doc_ids).item()
+            n = (targets >= 0).sum().item()
+            total, count = total + loss * n, count + n
+            if i == 0:
+                sample.append((tokens, doc_ids))
+        counts = corpus.meta["domains"][domain]
+        tokens_per_byte = counts["val_tokens"] / max(1, counts["val_bytes"])
+        val[domain] = {"loss": total / count, "bits_per_byte": total / count / math.log(2) * tokens_per_byte}
+    tokens, doc_ids = (torch.cat([rows[:2] for rows in parts]) for parts in zip(*sample))
+    with autocast:
+        routing = model.routing_stats(tokens, doc_ids)
+    model.train()
+    return {"val": val, "routing": routing}
+
+
+def train(cfg: TrainConfig):
+    """Run the training that cfg describes, from its first step or from its checkpoint, to its last."""
+    torch.set_flush_denormal(True)  # at a low tau, gates of 1e-40 would halve a CPU's speed
+    checkpoint = open_run(cfg)
+    corpus = Corpus(cfg)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    ckpt, log_path = Path(cfg.out_dir) / "ckpt.pt", Path(cfg.out_dir) / "log.jsonl"
+
+    torch.manual_seed(cfg.seed)
+    model = PolychromaticLM(cfg.model_config()).to(device)
+    optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    first_step, skipped = 0, 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first_step, skipped = checkpoint["step"], checkpoint["skipped"]
+        print(f"resumed {ckpt} at step {first_step}")
+    del checkpoint
+    compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and compiler_works(device)
+    if compiled:
+        for block in model.blocks:  # one graph serves all blocks: compiling takes as long for 28 as for one
+            block.compile()
+    n_params = sum(p.numel() for p in model.parameters())
+    print(
+        f"{n_params:,} parameters, {'/'.join(cfg.activations)}, on {device.type} in {str(dtype)[6:]}"
+        f"{', compiled' if compiled else ''}; {cfg.batch_size * cfg.block_size:,} tokens a step"
+    )
+
+    def save(step: int):
+        save_checkpoint(ckpt, {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
+            "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
+        })  # fmt: skip
+
+    def log(line: dict):
+        with open(log_path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    stop = StopSignal()
+    skipped_in_a_row, clock, seen = 0, time.monotonic(), 0
+    tokens_per_step = cfg.batch_size * cfg.block_size
+    flops_per_token = model.flops_per_token()
+    peak = next(
+        (f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
+    )
+    started = time.monotonic()
+    model.train()
+    if first_step == 0:
+        save(0)  # from now on there is always a checkpoint to resume
+
+    for step in range(first_step, cfg.max_steps + 1):
+        lr, tau = lr_at(step, cfg), tau_at(step, cfg)
+        model.tau.fill_(tau)
+        if (step % cfg.eval_interval == 0 and step > first_step) or step in (0, cfg.max_steps):
+            paused = time.monotonic()
+            measured = evaluate(model, corpus, device, autocast)
+            log({"step": step, "tau": tau, **measured})
+            print_evaluation(step, measured)
+            clock += time.monotonic() - paused
+        if step == cfg.max_steps:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        n_micro = cfg.batch_size // cfg.micro_batch_size
+        for i, (tokens, targets, doc_ids) in enumerate(corpus.micro_batches(step, device)):
+            torch.manual_seed(noise_seed(cfg.seed, step, i))
+            with autocast:
+                micro_loss = model(tokens, targets, doc_ids) / n_micro
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if math.isfinite(norm) and math.isfinite(loss):
+            optimizer.step()
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            print(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; update skipped ({skipped} so far)")
+            if skipped_in_a_row == MAX_SKIPPED:
+                config.fail(
+                    f"{MAX_SKIPPED} non-finite updates in a row; {ckpt} is the last good checkpoint; try a lower --lr"
+                )
+        optimizer.zero_grad(set_to_none=True)
+
+        done, seen = step + 1, seen + 1
+        if done % cfg.log_interval == 0 or done == cfg.max_steps:
+            now = time.monotonic()
+            rate = seen * tokens_per_step / (now - clock)
+            clock, seen = now, 0
+            mfu = rate * flops_per_token / peak if peak else None
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+            log({
+                "step": done, "loss": loss.item(), "lr": lr, "tau": tau, "mixture": mixture_at(step, cfg),
+                "grad_norm": norm.item(), "skipped": skipped, "tokens_per_second": rate, "mfu": mfu, "memory_gib": memory,
+            })  # fmt: skip
+            left = time.strftime("%H:%M:%S", time.gmtime((cfg.max_steps - done) * tokens_per_step / rate))
+            print(
+                f"step {done:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {loss.item():.3f}  lr {lr:.1e}  tau {tau:.2f}  "
+                f"norm {norm.item():.2f}  {rate:,.0f} tokens/s{f'  MFU {mfu:.1%}' if mfu else ''}  {left} left",
+                flush=True,
+            )
+        if stop.requested or done % cfg.save_interval == 0 or done == cfg.max_steps:
+            model.tau.fill_(tau_at(done, cfg))
+            save(done)
+        if stop.requested:
+            print(f"stopped; {ckpt} is at step {done}. Go on with: {resume_command()}")
+            return
+    minutes = (time.monotonic() - started) / 60
+    print(
+        f"done in {minutes:.1f} minutes; {ckpt} is at step {cfg.max_steps}. Read what it writes: python sample.py --out_dir={cfg.out_dir}"
+    )
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.requested = True
+        print("finishing the step, then saving", flush=True)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def resume_command() -> str:
+    """The command line of this run, with --resume."""
+    args = [arg for arg in sys.argv if arg.split("=")[0] not in ("--resume", "--overwrite")]
+    return " ".join(["python", *args, "--resume"])
+
+
+def print_evaluation(step: int, measured: dict):
+    """One line a measure: bits per byte of every domain, and the layers' mean of the routing's dynamic entropy."""
+    bits = "  ".join(f"{domain} {val['bits_per_byte']:.3f}" for domain, val in measured["val"].items())
+    print(f"step {step}: val bits per byte: {bits}")
+    if routing := measured["routing"]:
+        share, agreement = (np.mean(routing[name]) for name in ("dynamic_entropy_share", "agreement"))
+        print(f"step {step}: routing: dynamic entropy {share:.1%} of ln K, agreement {agreement:.1%}", flush=True)
+
+
+def main():
+    train(config.load(TrainConfig))
+
+
+if __name__ == "__main__":
+    main()

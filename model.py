@@ -1,6 +1,6 @@
 """PolychromaticLM: a decoder-only transformer whose feed-forward neurons choose their activation (arXiv 2603.13347).
 
-In reading order: configuration, activations, RMSNorm, rotary positions, KV cache, attention, PolyGLU, block, loss, model.
+In reading order: activations, configuration, norm, rotary positions, KV cache, attention, PolyGLU, block, loss, model.
 What is unusual here, next to a plain GPT:
 - PolyGLU in place of the MLP: every neuron mixes K activations by a learned preference and an input-conditioned router
 - one activation (K = 1) is the plain GLU, so SwiGLU, GEGLU, ... are settings of the same class
@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,7 @@ class ModelConfig:
     n_embd: int = 1024  # width of the residual stream
     head_dim: int = 64  # width of one attention head
     d_ff: int = 4096  # feed-forward neurons in a layer
-    activations: tuple[str, ...] = (
-        "relu",
-        "tanh",
-        "silu",
-        "gelu",
-    )  # what a neuron chooses from; a single one: a plain GLU
+    activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # what a neuron chooses from; one: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences alone
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
     gumbel: bool = True  # Gumbel noise on the routing logits in training
@@ -62,7 +58,7 @@ class ModelConfig:
     tokenizer: str = "qwen3"  # the tokenizer that the token ids belong to
 
     def __post_init__(self):
-        self.activations = tuple(self.activations)
+        self.activations = tuple(self.activations.split(",") if isinstance(self.activations, str) else self.activations)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -80,6 +76,11 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
 
+    @property
+    def sees_future(self) -> bool:
+        """Whether the routing of a token depends on later ones. Then no KV cache is exact."""
+        return self.router_context == "sequence" and self.router_hidden > 0 and len(self.activations) > 1
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in float32, or unchanged if it is float64 already."""
@@ -93,7 +94,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 (arXiv 1910.07467). [..., dim] -> same shape, dtype."""
+    """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467): [..., dim] -> the same, its dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -112,7 +113,7 @@ def rope_angles(length: int, head_dim: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by angles [T, head_dim / 2], as Llama and Qwen pair them."""
+    """Rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by angles [T, head_dim / 2], as Llama does."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -123,7 +124,7 @@ class LayerCache(NamedTuple):
     k: Tensor  # [B, n_kv_head, max_length, head_dim]
     v: Tensor  # the same
     router: (
-        Tensor  # [B, 1, router_hidden + 1]: sum over the current document of the router's projections, and their count
+        Tensor  # [B, 1, router_hidden + 1]: the router's projections summed over the document so far, and their count
     )
 
 
@@ -134,10 +135,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
-        if config.router_context == "sequence" and len(config.activations) > 1 and config.router_hidden:
-            raise ValueError(
-                'a router_context="sequence" reads later tokens too, so no cache is exact; run without one'
-            )
+        if config.sees_future:
+            raise ValueError('router_context="sequence" reads later tokens too, so no cache is exact; run without one')
         self.length, self.max_length = 0, max_length
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
         kv = (batch_size, config.n_kv_head, max_length, config.head_dim)
@@ -162,27 +161,32 @@ class BatchContext(NamedTuple):
     past: int  # tokens that were in the cache before this batch
 
 
-def document_mask(doc_ids: Tensor, flex: bool) -> Tensor | BlockMask:
-    """A token sees itself and what precedes it in its document: doc_ids [B, T] -> a block mask, or [B, 1, T, T] bool."""
-    B, T = doc_ids.shape
-    if flex:
+def document_mask(q_docs: Tensor, kv_docs: Tensor, past: int = 0) -> Tensor:
+    """Who sees whom, [B, 1, T, S] bool: a token sees itself and what precedes it in its document.
 
-        def visible(b, h, q, kv):
-            return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
-
-        return create_block_mask(visible, B, None, T, T, device=doc_ids.device)
-    return same_document(doc_ids, doc_ids, past=0)
-
-
-def same_document(q_docs: Tensor, kv_docs: Tensor, past: int) -> Tensor:
-    """Causal and within a document: queries [B, T] at positions past.. over keys [B, S] at 0.. -> [B, 1, T, S] bool."""
+    q_docs [B, T]: documents of the queries, at positions past.., kv_docs [B, S]: those of the keys, at positions 0..
+    """
     q = torch.arange(past, past + q_docs.size(1), device=q_docs.device)
     kv = torch.arange(kv_docs.size(1), device=q_docs.device)
     return ((q[:, None] >= kv) & (q_docs[:, :, None] == kv_docs[:, None, :]))[:, None]
 
 
+def document_block_mask(doc_ids: Tensor) -> BlockMask:
+    """The same for FlexAttention, of a whole row: doc_ids [B, T] -> a block mask, [T, T] only in its blocks."""
+    B, T = doc_ids.shape
+
+    def visible(b, h, q, kv):
+        return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
+
+    return create_block_mask(visible, B, None, T, T, device=doc_ids.device)
+
+
+# Compiled by itself, so that it never holds [T, T] scores even where the model around it runs eagerly.
+compiled_flex_attention = torch.compile(flex_attention)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv 2305.13245) with RMSNorm on every query and key head before RoPE (QK-norm)."""
+    """Causal grouped-query attention (arXiv 2305.13245), RMSNorm on every query and key head before RoPE (QK-norm)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -197,9 +201,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: BatchContext, cache: LayerCache | None = None) -> Tensor:
         """x [B, T, n_embd] -> [B, T, n_embd]. With a cache, also attends to (and appends to) what it holds."""
         B, T, _ = x.shape
-        q, k, v = (
-            w(x).view(B, T, -1, self.head_dim).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v)
-        )  # [B, H, T, D]
+        heads = (B, T, -1, self.head_dim)
+        q, k, v = (w(x).view(heads).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))  # [B, H, T, head_dim]
         q = rotate(self.norm_q(q), ctx.cos, ctx.sin)
         k = rotate(self.norm_k(k), ctx.cos, ctx.sin)
         if cache is not None:
@@ -213,26 +216,22 @@ class Attention(nn.Module):
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
-# Compiled by itself, so that it never holds [T, T] scores even when the model around it runs eagerly.
-compiled_flex_attention = torch.compile(flex_attention)
-
-
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of running sums. Double: a document of two tokens after one of 4,000 would inherit a big sum's rounding."""
-    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    """float64: else a document of two tokens after one of 4,000 would inherit the rounding of a big sum."""
+    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have none
 
 
 def prefix_mean(x: Tensor, start: Tensor, state: Tensor | None = None) -> Tensor:
     """The mean of x over a token's document, up to and including that token.
 
-    x [B, T, R] -> [B, T, R] of its dtype, at least float32. start [B, T]: t0 + 1 where the token's document begins at t0
-    of these T tokens, 0 where it began earlier. state [B, 1, R + 1] (LayerCache.router) carries the sum and count of the
-    document under way from one call to the next; it is updated in place.
+    x [B, T, R] -> [B, T, R], at least float32. start [B, T]: t0 + 1 where the token's document begins at position t0 of
+    these T, 0 where it began before them. state [B, 1, R + 1] (LayerCache.router): sum and count of the document under
+    way, carried from one call to the next; it is updated in place.
     """
-    ones = F.pad(x.to(sum_dtype(x)), (0, 1), value=1.0)  # the last column counts tokens
-    before = ones.new_zeros(x.size(0), 1, ones.size(2)) if state is None else state
-    total = torch.cat((torch.zeros_like(before), before, ones), dim=1).cumsum(1)
-    total = total[:, 2:] - total.gather(1, start[:, :, None].expand_as(ones))
+    terms = F.pad(x.to(sum_dtype(x)), (0, 1), value=1.0)  # the last column counts tokens
+    before = terms.new_zeros(x.size(0), 1, terms.size(2)) if state is None else state
+    total = torch.cat((torch.zeros_like(before), before, terms), dim=1).cumsum(1)
+    total = total[:, 2:] - total.gather(1, start[:, :, None].expand_as(terms))
     if state is not None:
         state.copy_(total[:, -1:])
     return (total[..., :-1] / total[..., -1:]).to(at_least_fp32(x).dtype)
@@ -245,7 +244,7 @@ def gumbel_noise(*shape: int, like: Tensor) -> Tensor:
 
 
 def softmax(logits: list[Tensor]) -> list[Tensor]:
-    """Softmax over a list of K tensors: written out, it compiles into the arithmetic around it, and no [K, ...] is stored."""
+    """Softmax over K tensors. Written out, it compiles into the arithmetic around it, and no [K, ...] is stored."""
     peak = functools.reduce(torch.maximum, logits).detach()
     powers = [torch.exp(x - peak) for x in logits]
     total = sum(powers)
@@ -258,11 +257,11 @@ class PolyGLU(nn.Module):
         PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
         g          = softmax( (alpha + beta * f(h) + Gumbel noise) / tau )          over the K activations
 
-    alpha [d_ff, K] is what each neuron prefers whatever the input; f(h) = W2 relu(W1 h + b1) + b2 is what the context asks
-    of the whole layer, scaled by beta [K]. The noise is for training alone, one draw per (row, neuron, activation). h is
-    the mean of x over the tokens so far ("prefix"), x itself ("token") or the mean over the whole row ("sequence": the
-    paper's code; it shows every token its future). The mean commutes with W1, so it is taken of W1's router_hidden
-    outputs. With K = 1 there is no g, and the layer is a plain GLU.
+    alpha [d_ff, K] is what each neuron prefers whatever the input. f(h) = W2 relu(W1 h + b1) + b2 is what the context
+    asks of the whole layer, scaled by beta [K]. h is the mean of x over the tokens so far ("prefix"), x itself
+    ("token"), or the mean over the whole row ("sequence", as in the paper's code: every token sees its future). The
+    mean commutes with W1, so it is taken of the router_hidden outputs of W1. The noise is drawn in training alone, once
+    per (row, neuron, activation). With K = 1 there is no g, and the layer is a plain GLU.
     """
 
     def __init__(self, config: ModelConfig):
@@ -293,14 +292,13 @@ class PolyGLU(nn.Module):
         static = self.alpha.t()[:, None, None, :]
         if self.training and self.gumbel:
             static = static + gumbel_noise(len(self.activations), x.size(0), 1, self.alpha.size(0), like=self.alpha)
-        static = static / tau  # [K, B or 1, 1, d_ff]
-        if not self.dynamic:
-            return softmax(list(static.expand(-1, x.size(0), x.size(1), -1)))
-        dynamic = (self.beta * self.router(x, start, state)).permute(2, 0, 1)[..., None] / tau  # [K, B, T, 1]
-        return softmax([s + d for s, d in zip(static, dynamic)])
+        dynamic = self.router(x, start, state).permute(2, 0, 1)[..., None]
+        return softmax([s + d for s, d in zip(static / tau, dynamic / tau)])  # [B or 1, 1, d_ff] + [B, T, 1]
 
     def router(self, x: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """f(h), what the context asks of the layer: x [B, T, n_embd] -> [B, T, K] float32."""
+        """beta * f(h), what the context asks of the layer (nothing without a router): x [B, T, n_embd] -> [B, T, K]."""
+        if not self.dynamic:
+            return self.alpha.new_zeros(*x.shape[:2], len(self.activations))
         h = self.router_in(x)
         with torch.autocast(x.device.type, enabled=False):
             h = at_least_fp32(h)
@@ -309,7 +307,7 @@ class PolyGLU(nn.Module):
                 h = prefix_mean(h, start, state)
             elif self.context == "sequence":
                 h = h.mean(dim=1, keepdim=True).expand_as(h)
-            return self.router_out(F.relu(h))
+            return self.beta * self.router_out(F.relu(h))
 
 
 class Block(nn.Module):
@@ -328,43 +326,47 @@ class Block(nn.Module):
         return x + self.ffn(self.norm_2(x), ctx.tau, ctx.start, cache.router if cache else None)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight.T, a few rows at a time, with the gradients taken on the way.
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
+    """Mean cross-entropy, in nats, of the logits hidden @ weight.T, which never exist all at once.
 
-    hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [] float32. The logits of a chunk are turned into
-    their own gradient in place and dropped, so that all N x V of them never exist and no matmul is done twice.
+    hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. `rows` of the logits are held
+    at a time (None: as many as make 2**26 numbers, on a GPU 2**28).
     """
+    if rows is None:
+        rows = max(128, (2**28 if hidden.is_cuda else 2**26) // weight.size(0) // 128 * 128)
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """chunked_cross_entropy(): a chunk's logits are turned into their own gradient, so that no matmul is done twice."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
-        V, d = weight.shape
-        pad = -V % 128  # tensor cores are slow on a ragged 151,669
-        rows = max(128, (2**28 if hidden.is_cuda else 2**26) // (V + pad) // 128 * 128)
-        dtype = compute_dtype(hidden)
-        w, hidden_c = F.pad(weight, (0, 0, 0, pad)).to(dtype), hidden.to(dtype)
-        valid = targets >= 0
-        count = valid.sum().clamp_min(1)
-        loss = torch.zeros((), dtype=at_least_fp32(hidden).dtype, device=hidden.device)
-        d_hidden, d_weight = [], torch.zeros((), dtype=loss.dtype, device=hidden.device)
-        for h, t, ok in zip(hidden_c.split(rows), targets.clamp_min(0).split(rows), valid.split(rows)):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, needs_grad: bool) -> Tensor:
+        dtype, V = compute_dtype(hidden), weight.size(0)
+        w = F.pad(weight, (0, 0, 0, -V % 128)).to(dtype)  # tensor cores are slow on a ragged 151,669
+        mask = (targets >= 0).to(at_least_fp32(hidden).dtype)
+        share = mask / mask.sum().clamp_min(1)  # of each row in the mean
+        loss, d_hidden, d_weight = mask.new_zeros(()), [], torch.zeros_like(w, dtype=mask.dtype)
+        for h, target, s in zip(hidden.to(dtype).split(rows), targets.clamp_min(0).split(rows), share.split(rows)):
+            target = target[:, None]
             logits = at_least_fp32(h @ w.t())
             logits[:, V:] = -torch.inf
             lse = logits.logsumexp(-1, keepdim=True)
-            loss = loss + ((lse - logits.gather(1, t[:, None]))[:, 0] * ok).sum()
+            loss = loss + ((lse - logits.gather(1, target))[:, 0] * s).sum()
             if needs_grad:
-                grad = logits.sub_(lse).exp_().scatter_add_(1, t[:, None], -torch.ones_like(lse))
-                grad = grad.mul_((ok.to(loss.dtype) / count)[:, None]).to(dtype)
+                grad = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))
+                grad = grad.mul_(s[:, None]).to(dtype)
                 d_hidden.append(grad @ w)
-                d_weight = d_weight + grad.t() @ h
+                d_weight += grad.t() @ h
         if needs_grad:
             ctx.save_for_backward(torch.cat(d_hidden), d_weight[:V])
             ctx.dtypes = hidden.dtype, weight.dtype
-        return loss / count
+        return loss
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * d_loss).to(ctx.dtypes[0]), (d_weight * d_loss).to(ctx.dtypes[1]), None, None
+        return (d_hidden * d_loss).to(ctx.dtypes[0]), (d_weight * d_loss).to(ctx.dtypes[1]), None, None, None
 
 
 class PolychromaticLM(nn.Module):
@@ -378,12 +380,9 @@ class PolychromaticLM(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         # The routing temperature is a tensor: a Python float that changes every step would recompile every step.
         self.register_buffer("tau", torch.tensor(1.0))
-        self.register_buffer(
-            "angles", rope_angles(config.block_size, config.head_dim, config.rope_theta), persistent=False
-        )
-        self.flex: bool | None = (
-            None  # FlexAttention for packed documents; None: on CUDA, with a boolean mask elsewhere
-        )
+        angles = rope_angles(config.block_size, config.head_dim, config.rope_theta)
+        self.register_buffer("angles", angles, persistent=False)
+        self.flex: bool | None = None  # whether documents are kept apart by FlexAttention; None: on CUDA
         self.apply(self._init_weights)
         for block in self.blocks:  # the paths into the residual stream start smaller, 1 / sqrt(2 n_layer)
             for linear in (block.attn.w_o, block.ffn.w_down):
@@ -401,10 +400,10 @@ class PolychromaticLM(nn.Module):
     ) -> Tensor:
         """Logits of the next token, or their loss.
 
-        tokens [B, T] int64. With targets [B, T] (-1: ignored): the mean cross-entropy in nats per token, [] float32. Else
-        logits [B, T, vocab_size]; with a cache, those of the last position only, [B, 1, vocab_size].
-        doc_ids [B, T] int64, in contiguous runs: attention and the prefix mean stay inside each document. With a cache the
-        tokens continue what it holds. Raises ValueError if the row grows past block_size or the cache's room.
+        tokens [B, T] int64. With targets [B, T] (-1: ignored): the mean cross-entropy in nats per token, [] float32.
+        Else logits [B, T, vocab_size]; with a cache, those of the last position only, [B, 1, vocab_size].
+        doc_ids [B, T] int64, in contiguous runs: attention and the prefix mean stay inside each document. With a cache,
+        the tokens continue what it holds. Raises ValueError for a row longer than block_size or the cache's room.
         """
         ctx = self.context(tokens, doc_ids, cache)
         x = self.embedding(tokens)
@@ -416,16 +415,14 @@ class PolychromaticLM(nn.Module):
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.embedding.weight)
-        return ChunkedCrossEntropy.apply(
-            x.flatten(0, 1), self.embedding.weight, targets.flatten(), torch.is_grad_enabled()
-        )
+        return chunked_cross_entropy(x.flatten(0, 1), self.embedding.weight, targets.flatten())
 
     def context(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> BatchContext:
         """What all layers share of a batch: positions, mask, document starts. Arguments as forward()'s."""
         B, T = tokens.shape
         past = cache.length if cache else 0
-        end, room = past + T, min(self.config.block_size, cache.max_length if cache else self.config.block_size)
-        if end > room:
+        end, room = past + T, cache.max_length if cache else self.config.block_size
+        if end > min(room, self.config.block_size):
             raise ValueError(f"{end} tokens in a row, but there is room for {room}")
         mask, start = None, torch.zeros(B, T, dtype=torch.int64, device=tokens.device)
         if doc_ids is not None:
@@ -434,11 +431,11 @@ class PolychromaticLM(nn.Module):
             start = torch.where(is_new, torch.arange(1, T + 1, device=tokens.device), 0).cummax(1).values
         if cache is not None:
             cache.doc_ids[:, past:end] = 0 if doc_ids is None else doc_ids
-        if past:
-            mask = same_document(cache.doc_ids[:, past:end], cache.doc_ids[:, :end], past)
+            if past or doc_ids is not None:
+                mask = document_mask(cache.doc_ids[:, past:end], cache.doc_ids[:, :end], past)
         elif doc_ids is not None:
-            on_cuda = tokens.is_cuda and cache is None
-            mask = document_mask(doc_ids, flex=on_cuda if self.flex is None else self.flex)
+            flex = tokens.is_cuda if self.flex is None else self.flex
+            mask = document_block_mask(doc_ids) if flex else document_mask(doc_ids, doc_ids)
         angles = self.angles[past:end]
         return BatchContext(angles.cos(), angles.sin(), mask, start, self.tau, past)
 
@@ -457,10 +454,10 @@ class PolychromaticLM(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue prompts, a token of every row at a time: yields [B] int64, -1 in rows that have ended.
 
-        tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the k
-        likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in `stop`. When a row would outgrow
-        block_size, its older half is forgotten (a longer prompt is cut the same way at once). No noise is drawn but the
-        sampling's own. `torch.stack(list(model.generate(...)), 1)` collects [B, steps].
+        tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
+        k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in `stop`. A row that
+        outgrows block_size goes on from its last block_size / 2 tokens, a longer prompt likewise. Noise is drawn by the
+        sampling alone. `torch.stack(list(model.generate(...)), 1)` collects [B, steps].
         Raises ValueError for an empty prompt, and for a "sequence" router with prompts of different lengths.
         """
         prompts = [list(map(int, row)) for row in tokens]
@@ -468,41 +465,33 @@ class PolychromaticLM(nn.Module):
             raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
         if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
-        longest, device = max(map(len, prompts)), self.tau.device
-        exact_cache = not (self.config.router_context == "sequence" and self.blocks[0].ffn.dynamic)
-        ragged = any(len(row) < longest for row in prompts)
-        if ragged and not exact_cache:
-            raise ValueError('a router_context="sequence" would read the padding too; give prompts of one length')
-        # Shorter prompts are padded on the left, and the padding is a document of its own.
-        row = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        docs = (
-            torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device) if ragged else None
-        )
+        longest, device, block_size = max(map(len, prompts)), self.tau.device, self.config.block_size
+        ragged = any(len(prompt) < longest for prompt in prompts)
+        if ragged and self.config.sees_future:
+            raise ValueError('router_context="sequence" would read the padding too; give prompts of one length')
+        # Shorter prompts are padded on the left, and the padding (id -1) is a document of its own.
+        window = torch.tensor([[-1] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
-        block_size, cache, unread = self.config.block_size, None, 0
-        training = self.training
+        cache, training = None, self.training
         self.eval()
         try:
-            for _ in range(max_new_tokens):
-                if row.size(1) > block_size:
-                    row, cache = row[:, -(block_size // 2) or -1 :], None
-                    docs = docs[:, -row.size(1) :] if docs is not None else None
-                if cache is None:
-                    unread = row.size(1)
-                    if exact_cache:
-                        room = min(block_size, row.size(1) + max_new_tokens)
-                        dtype = compute_dtype(self.embedding.weight)
-                        cache = KVCache(self.config, len(prompts), room, device, dtype)
-                logits = self(row[:, -unread:], doc_ids=None if docs is None else docs[:, -unread:], cache=cache)
+            for step in range(max_new_tokens):
+                unread = window[:, -1:] if cache else window
+                if window.size(1) > block_size:
+                    unread = window = window[:, -max(1, block_size // 2) :]
+                    cache = None
+                if cache is None and not self.config.sees_future:
+                    room = min(block_size, window.size(1) + max_new_tokens - step)
+                    cache = KVCache(self.config, len(prompts), room, device, compute_dtype(self.embedding.weight))
+                doc_ids = (unread >= 0).long() if ragged else None
+                logits = self(unread.clamp_min(0), doc_ids=doc_ids, cache=cache)
                 token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
                 yield torch.where(ended, -1, token)
                 ended |= torch.isin(token, stops)
                 if ended.all():
                     return
-                unread = 1
-                row = torch.cat((row, token[:, None]), dim=1)
-                docs = torch.cat((docs, torch.ones_like(docs[:, :1])), dim=1) if docs is not None else None
+                window = torch.cat((window, token[:, None]), dim=1)
         finally:
             self.train(training)
 
@@ -514,7 +503,7 @@ class PolychromaticLM(nn.Module):
         - dynamic_entropy: of g = softmax((alpha + beta f) / tau), mean over neurons and tokens, in nats
         - usage: share of each activation [K], the mean of g
         - input_dependence: mutual information of choice and token, mean over neurons, in nats: H(mean g) - mean H(g)
-        - agreement: largest share of the layer's neurons that favour one activation, mean over tokens; ties split their vote
+        - agreement: largest share of the layer's neurons that favour the same activation, mean over tokens
         static_entropy_share and dynamic_entropy_share are the entropies as shares of ln K. Empty for a plain GLU.
         """
         K = len(self.config.activations)
@@ -527,7 +516,7 @@ class PolychromaticLM(nn.Module):
             h_sum, votes_sum, mean_g = 0.0, 0.0, 0.0
             for i in range(x.size(0)):  # a row at a time: g has K * T * d_ff numbers in each
                 g = torch.stack(ffn.routing(x[i : i + 1], tau, start[i : i + 1]))  # [K, 1, T, d_ff]
-                votes = (g == g.amax(0)).float()
+                votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
                 h_sum += entropy(g).mean()
                 votes_sum += (votes / votes.sum(0)).mean(-1).amax(0).mean()
                 mean_g += g.mean((1, 2))
@@ -563,10 +552,10 @@ class PolychromaticLM(nn.Module):
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     def flops_per_token(self, length: int | None = None) -> float:
-        """Floating-point operations of one training token, forward and backward, in rows of `length` (block_size) tokens.
+        """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.
 
-        6 for each parameter (the head's matmul stands for the embedding), 12 L H D T for attention, its causal half counted
-        whole (arXiv 2204.02311, appendix B).
+        6 for each parameter (the embedding works as the head), 12 L H D T for attention, the half that causality masks
+        counted too (arXiv 2204.02311, appendix B).
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
@@ -582,19 +571,17 @@ class PolychromaticLM(nn.Module):
         """
         source = Path(source)
         if (source / "config.json").is_file():
-            state = _load_safetensors(source / "model.safetensors")
-            try:
-                config = ModelConfig(**json.loads((source / "config.json").read_text()))
-            except (TypeError, json.JSONDecodeError) as e:
-                raise ValueError(f"{source / 'config.json'} is not a configuration of this model: {e}") from None
+            shape, state = (source / "config.json").read_text(), _load_safetensors(source / "model.safetensors")
         else:
             checkpoint = load_checkpoint(source)
-            config, state = ModelConfig(**checkpoint["model_config"]), checkpoint["model"]
-        model = cls(config)
+            shape, state = json.dumps(checkpoint["model_config"]), checkpoint["model"]
         try:
+            model = cls(ModelConfig(**json.loads(shape)))
             model.load_state_dict(state)
-        except RuntimeError as e:
-            raise ValueError(f"the weights of {source} do not fit its configuration: {e}") from None
+        except (TypeError, ValueError, RuntimeError) as e:  # unknown or bad settings, weights of another shape
+            raise ValueError(
+                f"{source} does not hold a model of this project: {' '.join(str(e).split())[:300]}"
+            ) from None
         return model
 
     def save_pretrained(self, directory: str | Path):
@@ -623,8 +610,8 @@ def sample_token(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None:
         p, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        outside = (p.cumsum(-1) - p >= top_p).scatter(1, order, (p.cumsum(-1) - p >= top_p))
-        logits = logits.masked_fill(outside, -torch.inf)
+        outside = p.cumsum(-1) - p >= top_p  # what comes before it reaches p already
+        logits = logits.masked_fill(torch.empty_like(outside).scatter(1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -638,9 +625,12 @@ def load_checkpoint(source: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"bad checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # a damaged zip, a truncated tensor or refused code each raise their own kind
-        raise ValueError(f"{path} is damaged or not a checkpoint ({str(e).splitlines()[0][:120]})") from None
+    except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own kind
+        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of this project")
     return checkpoint

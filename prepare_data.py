@@ -1,10 +1,10 @@
 """Text to tokens on disk.
 
-python prepare_data.py tiny     the embedded corpus, no network: generated math with worked steps, the docstring prose of
-                                the installed numpy and torch (stem), the source of Python's standard library (code)
+python prepare_data.py tiny    the embedded corpus, no network: generated math with worked steps, docstring prose of the
+                               installed numpy and torch (stem), the source of Python's standard library (code)
 
-A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after every
-document. A document goes to val by a hash of its text, so that a duplicate never straddles the split.
+A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
+every document. A document goes to val by a hash of its text, so that a duplicate never straddles the split.
 """
 
 import ast
@@ -346,7 +346,7 @@ def word_problem(rng: random.Random) -> Problem:
         holds = answer + c - b == a
     elif kind == 1:
         boxes, each, extra = rng.randint(2, 12), rng.randint(2, 20), rng.randint(1, 30)
-        question = f"{name} fills {boxes} boxes with {each} {thing} each and has {extra} left over. How many {thing} are there?"
+        question = f"{name} fills {boxes} boxes with {each} {thing} each and has {extra} left. How many {thing} in all?"
         packed, answer = boxes * each, boxes * each + extra
         steps = [f"in the boxes: {boxes} * {each} = {packed}", f"with the rest: {packed} + {extra} = {answer}"]
         holds = divmod(answer - extra, each) == (boxes, 0)
@@ -361,7 +361,7 @@ def word_problem(rng: random.Random) -> Problem:
     else:
         price, count = rng.randint(2, 15), rng.randint(2, 12)
         paid = price * count + rng.randint(1, 50)
-        question = f"{name} buys {count} {thing} at {price} euros each and pays with {paid} euros. How much change does {name} get?"
+        question = f"{name} buys {count} {thing} at {price} euros each and pays {paid} euros. How much change is due?"
         cost, answer = count * price, paid - count * price
         steps = [f"the price: {count} * {price} = {cost}", f"the change: {paid} - {cost} = {answer}"]
         holds = divmod(paid - answer, price) == (count, 0)
@@ -401,7 +401,7 @@ def math_documents(seed: int, size: float) -> Iterator[str]:
 
 
 def docstring_prose(path: Path) -> list[str]:
-    """The docstrings of a Python file, with those passed to functions like add_docstr(); examples and short ones left out."""
+    """The docstrings of a Python file and those it hands to add_docstr() and the like; no examples, no short ones."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the package's own invalid escapes

@@ -118,7 +118,7 @@ def main():
         ids = [encoding.eot_token]
     if len(ids) > (block_size := model.config.block_size):
         print(
-            f"the prompt has {len(ids):,} tokens, the context {block_size:,}: only its last {block_size // 2:,} are read",
+            f"the prompt has {len(ids):,} tokens, the context {block_size:,}: reading the last {block_size // 2:,}",
             file=sys.stderr,
         )
     dtype = pick_dtype("float32" if cfg.dtype == "auto" and device.type != "cuda" else cfg.dtype, device)

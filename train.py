@@ -9,6 +9,7 @@ Without an override file the settings are the paper's pretraining run. A run fol
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -28,6 +29,9 @@ from model import ModelConfig, PolychromaticLM, load_checkpoint
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MAX_SKIPPED = 5  # non-finite updates in a row before the run gives up
+
+MIXTURE = {"math": 0.7, "stem": 0.25, "code": 0.05}
+MIXTURE_END = {"math": 0.85, "stem": 0.1, "code": 0.05}
 
 
 @dataclass
@@ -50,12 +54,8 @@ class TrainConfig(ModelConfig):
     grad_clip: float = 1.0  # largest gradient norm
     tau_start: float = 1.0  # routing temperature at the first step
     tau_end: float = 0.1  # and at the last; linear in between
-    mixture: dict[str, float] = field(
-        default_factory=lambda: {"math": 0.7, "stem": 0.25, "code": 0.05}
-    )  # shares of the domains
-    mixture_end: dict[str, float] | None = field(
-        default_factory=lambda: {"math": 0.85, "stem": 0.1, "code": 0.05}
-    )  # at the last step; None: as before
+    mixture: dict[str, float] = field(default_factory=MIXTURE.copy)  # shares of the domains in a step
+    mixture_end: dict[str, float] | None = field(default_factory=MIXTURE_END.copy)  # at the last step; None: unchanged
     anneal_start: float = 0.8  # share of the run after which the mixture moves, linearly, to mixture_end
     eval_interval: int = 1000  # steps between evaluations; there is one at the start and the end too
     eval_tokens: int = 1_048_576  # tokens of each domain's val.bin in an evaluation, at most
@@ -109,7 +109,7 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 
 
 def tau_at(step: int, cfg: TrainConfig) -> float:
-    """Routing temperature of a step, linear from tau_start to tau_end over the run (paper: max(0.1, 1 - 0.9 s / total))."""
+    """Routing temperature of a step, linear from tau_start to tau_end over the run (paper: max(0.1, 1 - 0.9 s / S))."""
     return cfg.tau_start + (cfg.tau_end - cfg.tau_start) * min(1.0, step / cfg.max_steps)
 
 
@@ -124,8 +124,8 @@ def mixture_at(step: int, cfg: TrainConfig) -> dict[str, float]:
 def quotas(cfg: TrainConfig) -> np.ndarray:
     """Sequences of each domain in each step, [max_steps, domains] int64.
 
-    Every entry is the mixture's share of batch_size rounded down or up; who is rounded up is whoever the roundings so far
-    have left furthest behind, so that small shares are served too.
+    Every entry is the mixture's share of batch_size rounded down or up; up for whom the roundings so far have left
+    furthest behind, so that small shares are served too.
     """
     table = np.empty((cfg.max_steps, len(cfg.mixture)), dtype=np.int64)
     owed = np.zeros(len(cfg.mixture))
@@ -159,9 +159,10 @@ class Corpus:
         except json.JSONDecodeError as e:
             config.fail(f"{self.folder / 'meta.json'} is damaged ({e}); make it again: {again}")
         if self.meta["tokenizer"] != cfg.tokenizer or self.meta["vocab_size"] != cfg.vocab_size:
+            name, size = self.meta["tokenizer"], self.meta["vocab_size"]
             config.fail(
-                f"{self.folder} has tokenizer {self.meta['tokenizer']!r} with {self.meta['vocab_size']:,} tokens, the model "
-                f"{cfg.tokenizer!r} with {cfg.vocab_size:,}; set --tokenizer={self.meta['tokenizer']} --vocab_size={self.meta['vocab_size']}"
+                f"{self.folder} has tokenizer {name!r} with {size:,} tokens, the model {cfg.tokenizer!r} with "
+                f"{cfg.vocab_size:,}; train with --tokenizer={name} --vocab_size={size} or on other data"
             )
         for domain in cfg.mixture:
             if domain not in self.meta["domains"]:
@@ -174,10 +175,10 @@ class Corpus:
     def _open(self, domain: str, split: str, again: str) -> np.ndarray:
         path, expected = self.folder / domain / f"{split}.bin", self.meta["domains"][domain][f"{split}_tokens"]
         dtype = np.dtype(self.meta["dtype"])
-        size = path.stat().st_size if path.is_file() else 0
-        if size != expected * dtype.itemsize:
+        size, whole = path.stat().st_size if path.is_file() else 0, expected * dtype.itemsize
+        if size != whole:
             config.fail(
-                f"{path} holds {size:,} bytes, not the {expected * dtype.itemsize:,} of meta.json; make it again: {again}"
+                f"{path} holds {size:,} bytes, not the {whole:,} of meta.json; make it again: {again}"
             )
         if expected <= self.cfg.block_size:
             config.fail(f"{path} has {expected:,} tokens, fewer than a window of block_size {self.cfg.block_size} + 1")
@@ -192,7 +193,7 @@ class Corpus:
         return (len(self.tokens[domain][split]) - 1) // self.cfg.block_size
 
     def nth_window(self, domain: str, n: int) -> int:
-        """Index of the n-th training window to be visited: all of them once, in an order permuted anew in every epoch."""
+        """Index of the n-th training window visited: each of them once, in an order permuted anew in every epoch."""
         epoch, place = divmod(n, self.n_windows(domain, "train"))
         if (domain, epoch) not in self.orders:
             self.orders = {k: v for k, v in self.orders.items() if k[0] != domain}
@@ -347,7 +348,7 @@ def noise_seed(*key: int) -> int:
 
 @torch.no_grad()
 def evaluate(model: PolychromaticLM, corpus: Corpus, device: torch.device, autocast) -> dict:
-    """Val loss of every domain, in nats per token and bits per byte, and the routing measures on the first val batches."""
+    """Val loss of every domain, in nats per token and bits per byte, and the routing measures on rows of each."""
     model.eval()
     val, sample = {}, []
     for domain in corpus.cfg.mixture:
@@ -461,28 +462,22 @@ def train(cfg: TrainConfig):
             now = time.monotonic()
             rate = seen * tokens_per_step / (now - clock)
             clock, seen = now, 0
-            mfu = rate * flops_per_token / peak if peak else None
-            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-            log({
+            record = {
                 "step": done, "loss": loss.item(), "lr": lr, "tau": tau, "mixture": mixture_at(step, cfg),
-                "grad_norm": norm.item(), "skipped": skipped, "tokens_per_second": rate, "mfu": mfu, "memory_gib": memory,
-            })  # fmt: skip
-            left = time.strftime("%H:%M:%S", time.gmtime((cfg.max_steps - done) * tokens_per_step / rate))
-            print(
-                f"step {done:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {loss.item():.3f}  lr {lr:.1e}  tau {tau:.2f}  "
-                f"norm {norm.item():.2f}  {rate:,.0f} tokens/s{f'  MFU {mfu:.1%}' if mfu else ''}  {left} left",
-                flush=True,
-            )
+                "grad_norm": norm.item(), "skipped": skipped, "tokens_per_second": rate,
+                "mfu": rate * flops_per_token / peak if peak else None,
+                "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            }  # fmt: skip
+            log(record)
+            print_step(record, cfg.max_steps, (cfg.max_steps - done) * tokens_per_step / rate)
         if stop.requested or done % cfg.save_interval == 0 or done == cfg.max_steps:
             model.tau.fill_(tau_at(done, cfg))
             save(done)
         if stop.requested:
             print(f"stopped; {ckpt} is at step {done}. Go on with: {resume_command()}")
             return
-    minutes = (time.monotonic() - started) / 60
-    print(
-        f"done in {minutes:.1f} minutes; {ckpt} is at step {cfg.max_steps}. Read what it writes: python sample.py --out_dir={cfg.out_dir}"
-    )
+    print(f"done in {(time.monotonic() - started) / 60:.1f} minutes; {ckpt} is at step {cfg.max_steps}. ", end="")
+    print(f"Read what it writes: python sample.py --out_dir={cfg.out_dir}")
 
 
 class StopSignal:
@@ -503,6 +498,17 @@ def resume_command() -> str:
     """The command line of this run, with --resume."""
     args = [arg for arg in sys.argv if arg.split("=")[0] not in ("--resume", "--overwrite")]
     return " ".join(["python", *args, "--resume"])
+
+
+def print_step(record: dict, max_steps: int, seconds_left: float):
+    """One line of a step's record, with the time left at this speed."""
+    mfu = f"  MFU {record['mfu']:.1%}" if record["mfu"] else ""
+    print(
+        f"step {record['step']:>{len(str(max_steps))}}/{max_steps}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
+        f"tau {record['tau']:.2f}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}  "
+        f"{datetime.timedelta(seconds=round(seconds_left))} left",
+        flush=True,
+    )
 
 
 def print_evaluation(step: int, measured: dict):

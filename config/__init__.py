@@ -23,8 +23,8 @@ def fail(message: str) -> typing.NoReturn:
 def load(cls: type, argv: list[str] | None = None):
     """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints what was overridden.
 
-    argv: paths of override files (ending in .py), --name=value flags, --name for a bool, --name.key=value for an entry of a
-    dict, --help. Raises SystemExit with one line that names the file or flag, the nearest valid name and the expected type.
+    argv: paths of override files (ending in .py), --name=value flags, --name for a bool, --name.key=value for an entry
+    of a dict, --help. Raises SystemExit with one line that names the file or flag, the nearest valid name and the type.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:

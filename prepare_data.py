@@ -464,7 +464,7 @@ def prepare_tiny(cfg: PrepareConfig):
     domains = {}
     with tqdm(unit="B", unit_scale=True, mininterval=0.5) as bar:
         for domain, (documents, source) in sources.items():
-            bar.set_description(domain)
+            bar.set_description_str(domain)
             counted = count_bytes(documents, bar)
             domains[domain] = {"source": source, **write_domain(folder / domain, counted, encoding, cfg.val_fraction)}
     write_meta(folder, encoding, domains)

@@ -154,10 +154,11 @@ class Corpus:
         again = f"python prepare_data.py {self.folder.name}"
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.end_of_text = self.meta["end_of_text"]
         except OSError:
             config.fail(f"no data in {self.folder}; make it: {again}")
-        except json.JSONDecodeError as e:
-            config.fail(f"{self.folder / 'meta.json'} is damaged ({e}); make it again: {again}")
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            config.fail(f"{self.folder / 'meta.json'} is damaged ({e!r}); make it again: {again}")
         if self.meta["tokenizer"] != cfg.tokenizer or self.meta["vocab_size"] != cfg.vocab_size:
             name, size = self.meta["tokenizer"], self.meta["vocab_size"]
             config.fail(
@@ -229,7 +230,7 @@ class Corpus:
     def to_inputs(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.from_numpy(rows).to(device, non_blocking=True)
         tokens = rows[:, :-1]
-        ends = tokens == self.meta["end_of_text"]  # <|endoftext|> is the last token of its document
+        ends = tokens == self.end_of_text  # <|endoftext|> is the last token of its document
         return tokens.contiguous(), rows[:, 1:].contiguous(), ends.cumsum(1) - ends.long()
 
 
@@ -321,7 +322,8 @@ def open_run(cfg: TrainConfig) -> dict | None:
             )
         if ours != theirs and name not in ("resume", "overwrite"):
             print(f"resuming with {name}={ours!r}; it was {theirs!r}")
-    keep = [line for line in read_log(folder) if line["step"] <= checkpoint["step"]]
+    at = checkpoint["step"]  # its evaluation, if it has one, is done again
+    keep = [line for line in read_log(folder) if line["step"] < at or (line["step"] == at and "loss" in line)]
     partial = folder / "log.partial"
     partial.write_text("".join(json.dumps(line) + "\n" for line in keep))
     os.replace(partial, folder / "log.jsonl")
@@ -425,7 +427,7 @@ def train(cfg: TrainConfig):
     for step in range(first_step, cfg.max_steps + 1):
         lr, tau = lr_at(step, cfg), tau_at(step, cfg)
         model.tau.fill_(tau)
-        if (step % cfg.eval_interval == 0 and step > first_step) or step in (0, cfg.max_steps):
+        if step % cfg.eval_interval == 0 or step == cfg.max_steps:
             paused = time.monotonic()
             measured = evaluate(model, corpus, device, autocast)
             log({"step": step, "tau": tau, **measured})

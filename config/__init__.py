@@ -52,7 +52,7 @@ def load(cls: type, argv: list[str] | None = None):
             check_name(name, hints, where)
             values[name] = convert(value, hints[name], where, name)
         changed = ", ".join(f"{name}={values[name]!r}" for _, name, _ in overrides)
-        print(f"{arg}: {changed}" if arg.endswith(".py") else f"override: {changed}")
+        print(f"{arg}: {changed}" if arg.endswith(".py") else f"override: {changed}", file=sys.stderr)
     try:
         return cls(**values)
     except ValueError as e:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 # The registry of activations: a new one is one line here, and a name in ModelConfig.activations.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -382,6 +383,7 @@ class PolychromaticLM(nn.Module):
         self.register_buffer("tau", torch.tensor(1.0))
         angles = rope_angles(config.block_size, config.head_dim, config.rope_theta)
         self.register_buffer("angles", angles, persistent=False)
+        self.recompute = False  # whether the backward pass computes a block's activations again instead of keeping them
         self.flex: bool | None = None  # whether documents are kept apart by FlexAttention; None: on CUDA
         self.apply(self._init_weights)
         for block in self.blocks:  # the paths into the residual stream start smaller, 1 / sqrt(2 n_layer)
@@ -408,7 +410,10 @@ class PolychromaticLM(nn.Module):
         ctx = self.context(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            x = block(x, ctx, cache.layers[i] if cache else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, ctx, use_reentrant=False)
+            else:
+                x = block(x, ctx, cache.layers[i] if cache else None)
         if cache is not None:
             cache.length += tokens.size(1)
             x = x[:, -1:]
@@ -573,8 +578,8 @@ class PolychromaticLM(nn.Module):
         if (source / "config.json").is_file():
             shape, state = (source / "config.json").read_text(), _load_safetensors(source / "model.safetensors")
         else:
-            checkpoint = load_checkpoint(source)
-            shape, state = json.dumps(checkpoint["model_config"]), checkpoint["model"]
+            saved = load_checkpoint(source)
+            shape, state = json.dumps(saved["model_config"]), saved["model"]
         try:
             model = cls(ModelConfig(**json.loads(shape)))
             model.load_state_dict(state)
@@ -628,12 +633,12 @@ def load_checkpoint(source: str | Path) -> dict:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"bad checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own kind
         raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= checkpoint.keys():
+    if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
         raise ValueError(f"{path} is not a checkpoint of this project")
-    return checkpoint
+    return saved
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

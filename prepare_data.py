@@ -3,15 +3,24 @@
 python prepare_data.py tiny    the embedded corpus, no network: generated math with worked steps, docstring prose of the
                                installed numpy and torch (stem), the source of Python's standard library (code)
 
+python prepare_data.py pretrain
+                               the paper's three data sets, streamed from the hub, in the tokens of Qwen3
+python prepare_data.py pretrain --source.math='dumps/*.parquet' --max_tokens=1e8
+                               the same from local files, up to a number of tokens a domain
+
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
-every document. A document goes to val by a hash of its text, so that a duplicate never straddles the split.
+every document. A document goes to val by a hash of its text, so that a duplicate never straddles the split. A
+preparation that was killed goes on where it was when it is run again.
 """
 
 import ast
+import contextlib
 import functools
+import glob
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -19,12 +28,15 @@ import random
 import re
 import sys
 import sysconfig
+import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -32,7 +44,18 @@ from tqdm import tqdm
 
 import config
 
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN3_SPECIALS = (
+    *CHAT_SPECIALS, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+    "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>",
+    "<tool_response>", "</tool_response>", "<think>", "</think>",
+)  # fmt: skip
+QWEN3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass
@@ -40,34 +63,87 @@ class PrepareConfig:
     """Settings of every corpus."""
 
     data_dir: str = "data"  # where the corpora live; each in a folder of its name
-    seed: int = 0  # of the generated text
-    val_fraction: float = 0.05  # share of the documents that goes to val, from 0 to 1
+    seed: int = 0  # tiny: of the generated text
     math_mb: float = 6.0  # tiny: megabytes of generated math
+    val_fraction: float | None = None  # share of the documents that goes to val; None: tiny 0.05, pretrain 0.001
+    max_tokens: int | None = None  # pretrain: train tokens of each domain; None: the paper's, 7.0, 2.5 and 0.5 billion
+    source: dict[str, str] = field(default_factory=dict)  # pretrain: local files, --source.math=x/*.parquet
+    text_field: dict[str, str] = field(default_factory=dict)  # pretrain: --text_field.math=name, where it is another
+    commit_seconds: float = 2.0  # between records of how far a preparation has come, from which it can go on
+    vocab: str | None = None  # pretrain: vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; it must lie between 0 and 1")
         if self.math_mb <= 0:
             raise ValueError(f"math_mb is {self.math_mb}; it must be above 0")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        for name in (*self.source, *self.text_field):
+            if name not in PRETRAIN:
+                raise ValueError(f"there is no domain {name!r}; there are {', '.join(PRETRAIN)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
 
 
 @functools.cache
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer of that name. "bytes": the 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
+def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
+    """The tokenizer of that name, as a tiktoken.Encoding; encode documents with encode().
 
-    Raises ValueError for an unknown name.
+    "bytes": the 256 bytes, then the chat specials <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
+    "qwen3": byte-level BPE from `vocab`, a local vocab.json (None: Qwen/Qwen3-0.6B-Base on the hub, kept in the hub's
+    cache), then 26 specials. The ids of vocab.json are the merge ranks.
+    Raises ValueError for an unknown name, a file that is no such vocabulary, or a hub that cannot be reached.
     """
     if name == "bytes":
-        return tiktoken.Encoding(
-            name="bytes",
-            pat_str=r"[^\n]+|\n+",  # only cuts the text into short pieces: no two bytes ever merge
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={special: 256 + i for i, special in enumerate(SPECIALS)},
-        )
-    raise ValueError(f"unknown tokenizer {name!r}; there is: bytes")
+        ranks, specials, pattern = {bytes([i]): i for i in range(256)}, CHAT_SPECIALS, r"[^\n]+|\n+"
+    elif name == "qwen3":
+        ranks, specials, pattern = read_vocab(vocab or download_vocab()), QWEN3_SPECIALS, QWEN3_PATTERN
+    else:
+        raise ValueError(f"unknown tokenizer {name!r}; there are bytes, qwen3")
+    ids = {special: len(ranks) + i for i, special in enumerate(specials)}
+    return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=ids)
+
+
+def download_vocab() -> str:
+    """Path of Qwen3's vocab.json in the hub's cache, downloaded if it is not there yet."""
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()  # not a line for every retry
+    try:
+        return huggingface_hub.hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json")
+    except OSError:
+        raise ValueError(
+            "cannot fetch the Qwen3 tokenizer, the hub cannot be reached; name a copy of its vocab.json with --vocab="
+        ) from None
+
+
+def read_vocab(path: str) -> dict[bytes, int]:
+    """{token's bytes: merge rank} of a byte-level BPE vocab.json, which spells bytes in GPT-2's printable alphabet."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in printable}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    except OSError as e:
+        raise ValueError(f"cannot read the vocabulary {path}: {e.strerror}") from None
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer: ids or bytes are missing")
+    return ranks
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Token ids of a text, uint32; never a special token, whatever the text spells. For qwen3 it is made NFC first."""
+    if encoding.name == "qwen3":
+        text = unicodedata.normalize("NFC", text)
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # lone surrogates become U+FFFD
+        return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 # ------------------------------------------------------------------------------------------------------- tokens on disk
@@ -79,48 +155,123 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def write_domain(folder: Path, documents: Iterable[str], encoding: tiktoken.Encoding, val_fraction: float) -> dict:
-    """Tokenize documents into folder/{train,val}.bin; a file appears under its name only when it is whole and on disk.
-
-    Returns the counts for meta.json: train_tokens, val_tokens, val_bytes (of the text, without <|endoftext|>).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = token_dtype(encoding.n_vocab)
-    counts = {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}
-    partial = {split: folder / f"{split}.bin.partial" for split in ("train", "val")}
-    files = {split: open(path, "wb") for split, path in partial.items()}
-    for text in documents:
-        split = "val" if is_held_out(text, val_fraction) else "train"
-        ids = np.array(encoding.encode_ordinary(text) + [encoding.eot_token], dtype=dtype)
-        files[split].write(ids.tobytes())
-        counts[f"{split}_tokens"] += len(ids)
-        if split == "val":
-            counts["val_bytes"] += len(text.encode("utf-8", "replace"))
-    for split, file in files.items():
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        os.replace(partial[split], folder / f"{split}.bin")
-    return counts
-
-
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def write_meta(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, dict]):
-    """Write meta.json, the last file of a corpus: without it the corpus does not count as prepared."""
+Batches = Iterator[tuple[list[str], object]]  # documents, and the state (plain values) from which to go on after them
+
+
+def in_batches(documents: Iterable[str], state: int | None, size: int = 256) -> Batches:
+    """Batches of documents that can be made again from the start; the state is how many have been taken."""
+    taken = state or 0
+    documents = itertools.islice(documents, taken, None)
+    while batch := list(itertools.islice(documents, size)):
+        taken += len(batch)
+        yield batch, taken
+
+
+def write_domain(
+    folder: Path,
+    open_batches: Callable[[object], Batches],
+    encoding: tiktoken.Encoding,
+    val_fraction: float,
+    made_of: dict,
+    max_tokens: int | None = None,
+    commit_seconds: float = 2.0,
+) -> dict:
+    """Tokenize documents into folder/{train,val}.bin, up to the document that completes max_tokens of train.
+
+    Tokens go to *.bin.partial; every commit_seconds they are flushed to disk and progress.json records their reach.
+    Killed at any moment and called again with the same made_of (what decides the tokens), it goes on from there; the
+    bytes are those of an unbroken run. A .bin appears only whole. Returns the counts for meta.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    progress_path, dtype = folder / "progress.json", token_dtype(encoding.n_vocab)
+    partial = {split: folder / f"{split}.bin.partial" for split in ("train", "val")}
+    counts = {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}
+    progress = {"made_of": made_of, "state": None, "finished": False, **counts}
+    with contextlib.suppress(OSError, ValueError):  # no progress yet, or its files are gone
+        before = json.loads(progress_path.read_text())
+        reached = {
+            split: max(p.stat().st_size for p in (path, path.with_suffix("")) if p.exists())
+            for split, path in partial.items()
+        }
+        whole = all(size >= before[f"{split}_tokens"] * dtype.itemsize for split, size in reached.items())
+        if whole and before["made_of"] == json.loads(json.dumps(made_of)):
+            progress = before
+    if not progress["finished"]:
+        for path in partial.values():
+            path.with_suffix("").unlink(missing_ok=True)  # of an earlier preparation
+            path.touch()
+        files = {split: open(path, "r+b") for split, path in partial.items()}
+        for split, file in files.items():
+            file.truncate(progress[f"{split}_tokens"] * dtype.itemsize)
+            file.seek(0, os.SEEK_END)
+        bar = tqdm(desc=folder.name, total=max_tokens, initial=progress["train_tokens"], unit="tok", unit_scale=True)
+        committed = time.monotonic()
+        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for texts, state in open_batches(progress["state"]):
+                for text, ids in zip(texts, pool.map(functools.partial(encode, encoding), texts)):
+                    if max_tokens and progress["train_tokens"] >= max_tokens:
+                        break
+                    split = "val" if is_held_out(text, val_fraction) else "train"
+                    files[split].write(ids.astype(dtype).tobytes() + dtype.type(encoding.eot_token).tobytes())
+                    progress[f"{split}_tokens"] += len(ids) + 1
+                    progress["val_bytes"] += len(text.encode("utf-8", "replace")) if split == "val" else 0
+                    bar.update(len(ids) + 1 if split == "train" else 0)
+                progress["state"] = state
+                full = max_tokens and progress["train_tokens"] >= max_tokens
+                if full or time.monotonic() - committed >= commit_seconds:
+                    commit(files, progress, progress_path)
+                    committed = time.monotonic()
+                if full:
+                    break
+        progress["finished"] = True
+        commit(files, progress, progress_path)
+        for file in files.values():
+            file.close()
+    for path in partial.values():
+        if path.exists():
+            os.replace(path, path.with_suffix(""))
+    return {name: progress[name] for name in counts}
+
+
+def commit(files: dict[str, BinaryIO], progress: dict, path: Path):
+    """Flush the files to disk, then record that they reach as far as progress says."""
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    write_whole(path, json.dumps(progress))
+
+
+def write_whole(path: Path, text: str):
+    """Write a small file so that it is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]]):
+    """Write every domain, then meta.json: without it a corpus does not count as prepared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    counts = {name: write() for name, write in domains.items()}
     meta = {
         "tokenizer": encoding.name,
         "vocab_size": encoding.n_vocab,
         "end_of_text": encoding.eot_token,
         "dtype": token_dtype(encoding.n_vocab).name,
-        "domains": domains,
+        "domains": counts,
     }
-    partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps(meta, indent=2) + "\n")
-    os.replace(partial, folder / "meta.json")
+    write_whole(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    for name, count in counts.items():
+        print(f"{name}: {count['train_tokens']:,} train and {count['val_tokens']:,} val tokens ({count['source']})")
+    print(f"wrote {folder}; next: python train.py config/{folder.name}.py")
 
 
 # -------------------------------------------------------------------------------------------------- tiny: math problems
@@ -443,39 +594,113 @@ def code_documents() -> Iterator[str]:
                 yield text
 
 
-def count_bytes(documents: Iterable[str], bar: tqdm) -> Iterator[str]:
-    """The same documents, with the bar moving as they pass."""
-    for text in documents:
-        bar.update(len(text))
-        yield text
-
-
 def prepare_tiny(cfg: PrepareConfig):
     """Write data/tiny; deterministic for the seed and the installed versions."""
-    folder = Path(cfg.data_dir) / "tiny"
-    encoding = get_tokenizer("bytes")
+    folder, encoding, fraction = Path(cfg.data_dir) / "tiny", get_tokenizer("bytes"), cfg.val_fraction or 0.05
     sources = {
-        "math": (math_documents(cfg.seed, cfg.math_mb * 1e6), f"generated, seed {cfg.seed}"),
-        "stem": (stem_documents(), f"docstrings of numpy {version('numpy')} and torch {version('torch')}"),
-        "code": (code_documents(), f"standard library of Python {sys.version.split()[0]}"),
+        "math": (lambda: math_documents(cfg.seed, cfg.math_mb * 1e6), f"generated, {cfg.math_mb} MB, seed {cfg.seed}"),
+        "stem": (stem_documents, f"docstrings of numpy {version('numpy')} and torch {version('torch')}"),
+        "code": (code_documents, f"standard library of Python {sys.version.split()[0]}"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # not prepared until it is whole again
-    domains = {}
-    with tqdm(unit="B", unit_scale=True, mininterval=0.5) as bar:
-        for domain, (documents, source) in sources.items():
-            bar.set_description_str(domain)
-            counted = count_bytes(documents, bar)
-            domains[domain] = {"source": source, **write_domain(folder / domain, counted, encoding, cfg.val_fraction)}
-    write_meta(folder, encoding, domains)
-    for domain, counts in domains.items():
-        print(
-            f"{domain}: {counts['train_tokens']:,} train and {counts['val_tokens']:,} val tokens ({counts['source']})"
-        )
-    print(f"wrote {folder}; next: python train.py config/tiny.py")
+
+    def write(domain: str) -> dict:
+        documents, source = sources[domain]
+        code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # a new generator, new problems
+        made_of = {"source": source, "val_fraction": fraction, "code": code}
+        opened = lambda state: in_batches(documents(), state)  # noqa: E731
+        return {"source": source, **write_domain(folder / domain, opened, encoding, fraction, made_of)}
+
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in sources})
 
 
-CORPORA: dict[str, Callable[[PrepareConfig], None]] = {"tiny": prepare_tiny}
+# ------------------------------------------------------------------------------------------------ pretrain: the hub
+
+
+class HubData(NamedTuple):
+    """Where the documents of a domain come from, and how many tokens of them the paper takes."""
+
+    dataset: str
+    subset: str | None
+    split: str
+    text_field: str
+    tokens: int
+
+
+PRETRAIN = {
+    "math": HubData("nvidia/Nemotron-CC-Math-v1", "4plus", "train", "text", 7_000_000_000),
+    "stem": HubData("openbmb/Ultra-FineWeb", None, "en", "content", 2_500_000_000),
+    "code": HubData("lumees/github-code-2025-language-split", "python", "train", "content", 500_000_000),
+}
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+
+
+def open_dataset(source: str | HubData):
+    """A streamed `datasets` data set: from the hub, or from local files by their ending (a .txt file is one document).
+
+    Ends the script with one line for a gated data set, a hub that cannot be reached, or files that are not there.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    if isinstance(source, HubData):
+        try:
+            return datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True)
+        except datasets.exceptions.DatasetNotFoundError as e:
+            if "gated" in str(e):
+                config.fail(f"{source.dataset} is gated: accept its terms on its page, then log in: hf auth login")
+            config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
+        except ConnectionError:
+            config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source.<domain>=")
+        except ValueError as e:  # no such subset or split
+            config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
+    files = sorted(glob.glob(source, recursive=True))
+    if not files:
+        config.fail(f"no file matches {source}")
+    reader = READERS.get(Path(files[0]).suffix)
+    if reader is None or any(READERS.get(Path(file).suffix) != reader for file in files):
+        config.fail(f"{source}: files of one kind are needed, {', '.join(READERS)}")
+    options = {"sample_by": "document"} if reader == "text" else {}
+    return datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+
+
+def streamed(source: str | HubData, text_field: str, state: dict | None, size: int = 256) -> Batches:
+    """Batches of one field of a data set, from the start or from an earlier state; rows without text are left out."""
+    stream = open_dataset(source)
+    if state:
+        stream.load_state_dict(state)
+    for batch in stream.iter(batch_size=size):
+        if text_field not in batch:
+            where = source.dataset if isinstance(source, HubData) else source
+            config.fail(f"{where} has no field {text_field!r} but {', '.join(batch)}; name one: --text_field.<domain>=")
+        yield [text for text in batch[text_field] if isinstance(text, str)], stream.state_dict()
+
+
+def prepare_pretrain(cfg: PrepareConfig):
+    """Write data/pretrain from the paper's data sets, or from local files; can be killed and run again."""
+    try:
+        encoding = get_tokenizer("qwen3", cfg.vocab)
+    except ValueError as e:
+        config.fail(str(e))
+    folder, fraction = Path(cfg.data_dir) / "pretrain", cfg.val_fraction or 0.001
+
+    def write(domain: str) -> dict:
+        hub = PRETRAIN[domain]
+        source = cfg.source.get(domain, hub)
+        text_field = cfg.text_field.get(domain, hub.text_field)
+        if domain in cfg.source and source.endswith(".txt"):
+            text_field = "text"
+        max_tokens = cfg.max_tokens or hub.tokens
+        made_of = {"source": source, "text_field": text_field, "val_fraction": fraction, "max_tokens": max_tokens,
+                   "vocab_size": encoding.n_vocab}  # fmt: skip
+        opened = functools.partial(streamed, source, text_field)
+        counts = write_domain(folder / domain, opened, encoding, fraction, made_of, max_tokens, cfg.commit_seconds)
+        return {"source": source.dataset if isinstance(source, HubData) else source, **counts}
+
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in PRETRAIN})
+
+
+CORPORA: dict[str, Callable[[PrepareConfig], None]] = {"tiny": prepare_tiny, "pretrain": prepare_pretrain}
 
 
 def main():
@@ -487,7 +712,7 @@ def main():
     try:
         CORPORA[sys.argv[1]](cfg)
     except OSError as e:
-        config.fail(f"cannot write the corpus: {e}")
+        config.fail(f"cannot write the corpus: {e}; run the same command again to go on from where it stopped")
 
 
 if __name__ == "__main__":

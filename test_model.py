@@ -5,6 +5,7 @@ python -m pytest -q test_model.py
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
@@ -526,7 +528,7 @@ def test_byte_tokenizer_round_trips_and_never_makes_a_special_from_text():
     ids = encoding.encode_ordinary(text)
     assert bytes(ids) == text.encode() and encoding.decode(ids) == text
     assert encoding.n_vocab == 259
-    assert [encoding.encode_single_token(s) for s in prepare_data.SPECIALS] == [256, 257, 258]
+    assert [encoding.encode_single_token(s) for s in prepare_data.CHAT_SPECIALS] == [256, 257, 258]
 
 
 def arithmetic(text: str) -> Fraction | None:
@@ -534,6 +536,65 @@ def arithmetic(text: str) -> Fraction | None:
     if not re.fullmatch(r"[\d\s+*/-]+", text) or not re.fullmatch(r"\s*-?\d+(\s*[+*/-]\s*-?\d+)*\s*", text):
         return None
     return eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})
+
+
+SAMPLE = (  # code, apostrophes, numbers, composed and decomposed accents, scripts, emoji, odd spaces, controls, specials
+    "def f(x):\n\treturn x**2  # ok\r\n\r\n\n   spaces   and\ttabs\t\t\n It's we'LL THEY'RE 1234567 3.14e-5 a_b-c "
+    "na\u00efve nai\u0308ve \u212b \ufb01 \u0645\u0631\u062d\u0628\u0627 \u4f60\u597d\u4e16\u754c \ud55c\uae00 "
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467 "
+    "\u00a0\u2003\u200b\ufeff \x00\x07 <|endoftext|><|im_start|> <think>"
+)
+
+
+@pytest.fixture(scope="module")
+def small_vocab(tmp_path_factory) -> Path:
+    """A byte-level BPE vocabulary in Qwen3's format, trained here on this repository's own text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "".join(path.read_text() for path in sorted(ROOT.glob("*.py"))) + 50 * SAMPLE
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(prepare_data.QWEN3_PATTERN), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    folder = tmp_path_factory.mktemp("vocab")
+    tokenizer.model.save(str(folder))
+    return folder / "vocab.json"
+
+
+def sample_text(size: int) -> str:
+    """Code, prose, mixed scripts, emoji and odd whitespace, any Unicode."""
+    rng, pieces = random.Random(0), [path.read_text() for path in sorted(ROOT.glob("*.py"))] + [SAMPLE]
+    scripts = [range(32, 127), range(160, 0x250), range(0x370, 0x700), range(0x900, 0xE00), range(0x2000, 0x2100),
+               range(0x3040, 0x3200), range(0x4E00, 0x9FFF), range(0xAC00, 0xD7A3), range(0x1F300, 0x1F700)]  # fmt: skip
+    while sum(map(len, pieces)) < size:
+        script = rng.choice(scripts)
+        word = "".join(chr(rng.choice(script)) for _ in range(rng.randint(1, 12)))
+        pieces.append(word + rng.choice([" ", "  ", "\n", "\r\n", "\t", " \n \n", "\u3000", "'s ", "1", "-"]))
+    return "".join(pieces)
+
+
+def test_qwen3_tokens_equal_those_of_transformers(small_vocab):
+    transformers = pytest.importorskip("transformers")
+    encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
+    lines = (small_vocab.parent / "merges.txt").read_text().splitlines()
+    theirs = transformers.Qwen2Tokenizer(
+        vocab=json.loads(small_vocab.read_text()), merges=[tuple(line.split(" ")) for line in lines if line[0] != "#"]
+    )
+    text = sample_text(300_000)
+    expected = theirs(text.replace("<|", "< |"), add_special_tokens=False)["input_ids"]
+    assert prepare_data.encode(encoding, text.replace("<|", "< |")).tolist() == expected
+
+
+def test_qwen3_specials_follow_the_vocabulary_and_never_come_from_text(small_vocab):
+    encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
+    n = len(json.loads(small_vocab.read_text()))
+    assert encoding.n_vocab == n + 26 and encoding.eot_token == n
+    assert [encoding.encode_single_token(s) for s in prepare_data.QWEN3_SPECIALS] == list(range(n, n + 26))
+    ids = prepare_data.encode(encoding, SAMPLE)
+    assert ids.max() < n and encoding.decode(ids.tolist()) == unicodedata.normalize("NFC", SAMPLE)
+    assert encoding.decode(prepare_data.encode(encoding, "a\ud800b").tolist()) == "a\ufffdb"  # a lone surrogate
 
 
 @pytest.mark.parametrize("family", prepare_data.FAMILIES)
@@ -598,9 +659,14 @@ def test_word_problems_are_right_when_worked_out_from_the_question():
     assert len(kinds) == 4
 
 
+def write_documents(folder: Path, documents: list[str], val_fraction: float) -> dict:
+    encoding, opened = prepare_data.get_tokenizer("bytes"), lambda state: prepare_data.in_batches(documents, state)
+    return prepare_data.write_domain(folder, opened, encoding, val_fraction, {"source": "test"})
+
+
 def test_the_split_is_by_the_text_alone(tmp_path):
     documents = [f"document {i}" for i in range(2000)] * 2
-    counts = prepare_data.write_domain(tmp_path, documents, prepare_data.get_tokenizer("bytes"), 0.1)
+    counts = write_documents(tmp_path, documents, val_fraction=0.1)
     parts = {s: np.fromfile(tmp_path / f"{s}.bin", dtype=np.uint16) for s in ("train", "val")}
     texts = {
         s: [bytes(x[x < 256].astype(np.uint8)).decode() for x in np.split(ids, np.flatnonzero(ids == 256) + 1)]
@@ -624,22 +690,73 @@ def test_docstring_prose_is_prose(tmp_path):
     assert prepare_data.docstring_prose(tmp_path / "b.py") == []
 
 
+def write_sources(folder: Path, seed: int = 0) -> dict[str, str]:
+    """Local files of each domain in each format that is read, and the flags that name them."""
+    datasets, rng = pytest.importorskip("datasets"), random.Random(seed)
+    text = sample_text(60_000)
+
+    def documents(n: int) -> list[str]:
+        return [text[i : i + rng.randint(50, 3000)] for i in (rng.randrange(len(text)) for _ in range(n))]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(3):
+        datasets.Dataset.from_dict({"id": list(range(900)), "text": documents(900)}).to_parquet(folder / f"m{i}.parquet")
+    with open(folder / "s.jsonl", "w") as file:
+        file.writelines(json.dumps({"content": content, "score": 1.0}) + "\n" for content in documents(1500))
+        file.write(json.dumps({"content": None, "score": 0.0}) + "\n")
+    for i in range(40):
+        (folder / f"c{i:02}.txt").write_text("\n".join(documents(4)), newline="")
+    return {"math": f"{folder}/*.parquet", "stem": f"{folder}/s.jsonl", "code": f"{folder}/*.txt"}
+
+
+def run_prepare(data_dir: Path, sources: dict[str, str], vocab: Path, *extra: str, **kw) -> subprocess.CompletedProcess:
+    flags = [f"--data_dir={data_dir}", f"--vocab={vocab}", "--val_fraction=0.1", "--max_tokens=2_000_000"]
+    flags += [f"--source.{domain}={source}" for domain, source in sources.items()]
+    command = [sys.executable, "prepare_data.py", "pretrain", *flags, *extra]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **{"timeout": 120, **kw})
+
+
+def corpus_bytes(folder: Path) -> dict[str, bytes]:
+    files = [*folder.rglob("*.bin"), folder / "meta.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_killed_preparation_goes_on_to_the_same_bytes(small_vocab, tmp_path):
+    sources = write_sources(tmp_path / "sources")
+    done = run_prepare(tmp_path / "whole", sources, small_vocab)
+    assert done.returncode == 0, done.stderr
+    whole = corpus_bytes(tmp_path / "whole" / "pretrain")
+    started = time.monotonic()
+    run_prepare(tmp_path / "whole", sources, small_vocab)  # nothing left to do: the time to start
+    start_time, rng, killed = time.monotonic() - started, random.Random(0), 0
+    for _ in range(5):
+        try:
+            limit = start_time + rng.uniform(0, 1.5)
+            run_prepare(tmp_path / "killed", sources, small_vocab, "--commit_seconds=0", timeout=limit)
+        except subprocess.TimeoutExpired:  # subprocess.run() kills with SIGKILL
+            killed += 1
+            assert not (tmp_path / "killed" / "pretrain" / "meta.json").exists()
+    assert killed
+    assert run_prepare(tmp_path / "killed", sources, small_vocab).returncode == 0
+    assert corpus_bytes(tmp_path / "killed" / "pretrain") == whole
+    meta = json.loads(whole["meta.json"])
+    assert meta["dtype"] == "uint16" and meta["domains"]["math"]["train_tokens"] >= 10_000
+
+
 # --------------------------------------------------------------------------------------------------- batches, schedules
 
 
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory) -> Path:
     """A small corpus of three domains, written by the real writer."""
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    encoding, rng, domains = prepare_data.get_tokenizer("bytes"), random.Random(0), {}
-    for name, alphabet, size in [
-        ("math", "0123456789+= ", 400),
-        ("stem", "the quick brown fox. ", 150),
-        ("code", "if x:\n ()", 60),
-    ]:
-        documents = ("".join(rng.choices(alphabet, k=rng.randint(20, 200))) for _ in range(size))
-        domains[name] = {"source": "test", **prepare_data.write_domain(folder / name, documents, encoding, 0.2)}
-    prepare_data.write_meta(folder, encoding, domains)
+    folder, rng = tmp_path_factory.mktemp("data") / "tiny", random.Random(0)
+    made = {}
+    alphabets = {"math": ("0123456789+= ", 400), "stem": ("the quick brown fox. ", 150), "code": ("if x:\n ()", 60)}
+    for name, (alphabet, size) in alphabets.items():
+        documents = ["".join(rng.choices(alphabet, k=rng.randint(20, 200))) for _ in range(size)]
+        made[name] = functools.partial(write_documents, folder / name, documents, val_fraction=0.2)
+    described = {name: (lambda write=write: {"source": "test", **write()}) for name, write in made.items()}
+    prepare_data.prepare(folder, prepare_data.get_tokenizer("bytes"), described)
     return folder
 
 
@@ -714,7 +831,7 @@ def test_val_loss_counts_every_window_once_whatever_the_batch(corpus_dir):
     for micro in (1, 8):
         cfg = train.TrainConfig(**run_settings(corpus_dir, "x", eval_tokens=10**6, micro_batch_size=micro))
         results.append(
-            train.evaluate(small_model(), train.Corpus(cfg), torch.device("cpu"), torch.autocast("cpu", enabled=False))
+            train.evaluate(small_model(), train.Corpus(cfg), train.Ranks("cpu"), torch.autocast("cpu", enabled=False))
         )
     for domain in results[0]["val"]:
         assert results[0]["val"][domain]["loss"] == pytest.approx(results[1]["val"][domain]["loss"], abs=1e-5)
@@ -733,8 +850,9 @@ def flags(settings: dict) -> list[str]:
     ]
 
 
-def run_train(settings: dict, *extra: str, **kw) -> subprocess.CompletedProcess:
-    command = [sys.executable, "train.py", *flags(settings), *extra]
+def run_train(settings: dict, *extra: str, processes: int = 1, **kw) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, "train.py", *flags(settings), *extra]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kw)
 
 
@@ -813,6 +931,54 @@ def test_a_polite_signal_saves_and_exits_0(unbroken, corpus_dir, tmp_path, numbe
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, timeout=120).returncode == 0
     )
     assert_bit_identical(final_weights(tmp_path / "run"), final_weights(unbroken))
+
+
+def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
+    """With routing noise, an annealed mixture, several micro-batches a process; and one's run goes on in two."""
+    settings = {"max_steps": 20, "micro_batch_size": 2, "anneal_start": 0.5, "eval_interval": 10}
+    one, two, both = (run_settings(corpus_dir, tmp_path / name, **settings) for name in ("one", "two", "both"))
+    for done in (run_train(one), run_train(two, processes=2)):
+        assert done.returncode == 0, done.stderr
+    status, output = kill_at_step(both, 8, signal.SIGTERM)
+    assert status == 0, output
+    done = run_train(both, "--resume", processes=2)
+    assert done.returncode == 0 and done.stdout.count("resumed") == 1, done.stderr
+    logs = [train.read_log(tmp_path / name) for name in ("one", "two", "both")]
+    for log in logs[1:]:
+        assert len(log) == len(logs[0]) == 23
+        for mine, theirs in zip(log, logs[0]):
+            assert mine["step"] == theirs["step"]
+            if "loss" in mine:
+                assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            else:
+                for domain in mine["val"]:
+                    assert mine["val"][domain]["loss"] == pytest.approx(theirs["val"][domain]["loss"], abs=1e-5)
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(corpus_dir, tmp_path):
+    """Without noise, the printed loss and the weights do not depend on how a step is cut."""
+    logs = []
+    for micro in (8, 2):
+        settings = run_settings(corpus_dir, tmp_path / str(micro), micro_batch_size=micro, gumbel=False, max_steps=5)
+        assert run_train(settings).returncode == 0
+        logs.append([line for line in train.read_log(tmp_path / str(micro)) if "loss" in line])
+    for whole, cut in zip(*logs):
+        assert cut["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    """Noise included: it is drawn again from the same seed."""
+    tokens, doc_ids = pack([20, 30, 14])
+    gradients = []
+    for recompute in (False, True):
+        model = small_model().train()
+        model.recompute = recompute
+        torch.manual_seed(1)
+        model(tokens, tokens, doc_ids).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for kept, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, kept)
 
 
 def test_a_failed_save_leaves_the_checkpoint_before_it(tmp_path):
@@ -994,7 +1160,7 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path):
 def run_error(settings: dict, *extra: str) -> str:
     cfg = config.load(train.TrainConfig, [*flags(settings), *extra])
     with pytest.raises(SystemExit) as error:
-        train.open_run(cfg)
+        train.open_run(cfg, train.Ranks("cpu"))
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -3,6 +3,7 @@
 python train.py config/tiny.py                     minutes on two CPU cores, after python prepare_data.py tiny
 python train.py config/tiny.py --max_steps=50      any setting can be overridden
 python train.py config/tiny.py --resume            go on where a stopped or killed run was
+torchrun --nproc_per_node=8 train.py config/pretrain.py     on 8 GPUs: the same steps, the same data, the same loss
 
 Without an override file the settings are the paper's pretraining run. A run folder gets ckpt.pt and log.jsonl.
 """
@@ -16,13 +17,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import config
 from model import ModelConfig, PolychromaticLM, load_checkpoint
@@ -64,6 +66,8 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are float32 always
     compile: bool | None = None  # torch.compile; None: on CUDA only
+    recompute: bool = False  # recompute activations in the backward pass: a third more time, for smaller cards
+    wandb: str | None = None  # project on Weights & Biases to log to as well; None: log.jsonl alone
 
     def __post_init__(self):
         super().__post_init__()
@@ -211,19 +215,26 @@ class Corpus:
         ]
         return np.stack(rows)
 
-    def micro_batches(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """tokens, targets and doc_ids, each [micro_batch_size, block_size] int64, of every micro-batch of a step."""
-        for rows in np.split(self.batch(step), self.cfg.batch_size // self.cfg.micro_batch_size):
-            yield self.to_inputs(rows, device)
+    def micro_batches(self, step: int, ranks: "Ranks") -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
+        """This rank's micro-batches of a step, with their number in the whole step.
 
-    def val_batches(self, domain: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """eval_tokens of a domain's val windows, evenly spread; the last batch is filled up with ignored targets."""
+        Each is tokens, targets and doc_ids, [micro_batch_size, block_size] int64.
+        """
+        parts = np.split(self.batch(step), self.cfg.batch_size // self.cfg.micro_batch_size)
+        for i in ranks.share(len(parts)):
+            yield i, self.to_inputs(parts[i], ranks.device)
+
+    def val_batches(self, domain: str, ranks: "Ranks") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's part of a domain's val windows, eval_tokens in all, evenly spread over val.bin.
+
+        Every batch has the same shape: the last is filled up with ignored targets.
+        """
         B, total = self.cfg.micro_batch_size, self.n_windows(domain, "val")
         count = min(total, max(1, self.cfg.eval_tokens // self.cfg.block_size))
         chosen = np.linspace(0, total - 1, count).astype(np.int64)
-        for i in range(0, count, B):
-            rows = np.stack([self.window(domain, "val", index) for index in chosen[i : i + B]])
-            tokens, targets, doc_ids = self.to_inputs(np.resize(rows, (B, rows.shape[1])), device)
+        for i in ranks.share(-(-count // B)):
+            rows = np.stack([self.window(domain, "val", index) for index in chosen[i * B : i * B + B]])
+            tokens, targets, doc_ids = self.to_inputs(np.resize(rows, (B, rows.shape[1])), ranks.device)
             targets[len(rows) :] = -1
             yield tokens, targets, doc_ids
 
@@ -235,6 +246,40 @@ class Corpus:
 
 
 # ---------------------------------------------------------------------------------------------------------- the machine
+
+
+class Ranks:
+    """The processes of a run and this one's place among them: one, or as many as torchrun started.
+
+    Ends the script with one line if this process's device cannot be used.
+    """
+
+    def __init__(self, device: str):
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(device)
+        if self.device.type == "cuda" and self.count > 1:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        if self.count > 1:
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.rank:  # one voice is enough
+            sys.stdout = open(os.devnull, "w")
+
+    def share(self, n: int) -> range:
+        """Which of n pieces of work are this rank's: a contiguous part, as large as the others' or one smaller."""
+        return range(n * self.rank // self.count, n * (self.rank + 1) // self.count)
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each value, summed over the ranks."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values])
+        if self.count > 1:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def wait(self):
+        """Until every rank has come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
 
 
 def pick_device(name: str) -> torch.device:
@@ -289,13 +334,27 @@ def save_checkpoint(path: Path, checkpoint: dict):
         )
 
 
-def open_run(cfg: TrainConfig) -> dict | None:
+def open_run(cfg: TrainConfig, ranks: Ranks) -> dict | None:
     """Prepare the run folder; the checkpoint to resume from, or None. Never lets one run write over another."""
+    checkpoint = find_checkpoint(cfg)
+    ranks.wait()  # before the first rank changes what the others look at
+    if ranks.rank == 0:
+        at = checkpoint["step"] if checkpoint else -1  # its evaluation, if it has one, is done again
+        folder = Path(cfg.out_dir)
+        keep = [line for line in read_log(folder) if line["step"] < at or (line["step"] == at and "loss" in line)]
+        partial = folder / "log.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in keep))
+        os.replace(partial, folder / "log.jsonl")
+    return checkpoint
+
+
+def find_checkpoint(cfg: TrainConfig) -> dict | None:
+    """The checkpoint that cfg resumes, None for a run from the start; ends the script if cfg allows neither."""
     folder = Path(cfg.out_dir)
     ckpt = folder / "ckpt.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as e:
@@ -303,7 +362,6 @@ def open_run(cfg: TrainConfig) -> dict | None:
     if not cfg.resume:
         if ckpt.exists() and not cfg.overwrite:
             config.fail(f"{ckpt} exists; --resume goes on with that run, --overwrite starts anew in its place")
-        (folder / "log.jsonl").unlink(missing_ok=True)
         return None
     if not ckpt.exists():
         print(f"nothing to resume in {folder} yet: starting at step 0")
@@ -322,12 +380,28 @@ def open_run(cfg: TrainConfig) -> dict | None:
             )
         if ours != theirs and name not in ("resume", "overwrite"):
             print(f"resuming with {name}={ours!r}; it was {theirs!r}")
-    at = checkpoint["step"]  # its evaluation, if it has one, is done again
-    keep = [line for line in read_log(folder) if line["step"] < at or (line["step"] == at and "loss" in line)]
-    partial = folder / "log.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in keep))
-    os.replace(partial, folder / "log.jsonl")
     return checkpoint
+
+
+def open_log(cfg: TrainConfig, ranks: Ranks) -> Callable[[dict], None]:
+    """What writes one object to log.jsonl, and to Weights & Biases if the run asks for it; on the first rank alone."""
+    path, wandb_run = Path(cfg.out_dir) / "log.jsonl", None
+    if cfg.wandb and ranks.rank == 0:
+        try:
+            import wandb
+        except ImportError:
+            config.fail("--wandb needs a package: pip install wandb")
+        name = str(Path(cfg.out_dir)).replace(os.sep, "-")
+        wandb_run = wandb.init(project=cfg.wandb, id=name, resume="allow", config=dataclasses.asdict(cfg))
+
+    def log(line: dict):
+        if ranks.rank == 0:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if wandb_run:
+            wandb_run.log(line, step=line["step"])
+
+    return log
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -349,23 +423,25 @@ def noise_seed(*key: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: PolychromaticLM, corpus: Corpus, device: torch.device, autocast) -> dict:
+def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> dict:
     """Val loss of every domain, in nats per token and bits per byte, and the routing measures on rows of each."""
     model.eval()
     val, sample = {}, []
     for domain in corpus.cfg.mixture:
         total = count = 0.0
-        for i, (tokens, targets, doc_ids) in enumerate(corpus.val_batches(domain, device)):
+        first = None
+        for tokens, targets, doc_ids in corpus.val_batches(domain, ranks):
             with autocast:
                 loss = model(tokens, targets, doc_ids).item()
             n = (targets >= 0).sum().item()
             total, count = total + loss * n, count + n
-            if i == 0:
-                sample.append((tokens, doc_ids))
+            first = first or (tokens[:2], doc_ids[:2])
+        total, count = ranks.sum(total, count)
+        sample += [first] if first else []
         counts = corpus.meta["domains"][domain]
         tokens_per_byte = counts["val_tokens"] / max(1, counts["val_bytes"])
         val[domain] = {"loss": total / count, "bits_per_byte": total / count / math.log(2) * tokens_per_byte}
-    tokens, doc_ids = (torch.cat([rows[:2] for rows in parts]) for parts in zip(*sample))
+    tokens, doc_ids = map(torch.cat, zip(*sample))
     with autocast:
         routing = model.routing_stats(tokens, doc_ids)
     model.train()
@@ -375,15 +451,19 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, device: torch.device, autoc
 def train(cfg: TrainConfig):
     """Run the training that cfg describes, from its first step or from its checkpoint, to its last."""
     torch.set_flush_denormal(True)  # at a low tau, gates of 1e-40 would halve a CPU's speed
-    checkpoint = open_run(cfg)
-    corpus = Corpus(cfg)
-    device = pick_device(cfg.device)
+    ranks = Ranks(cfg.device)
+    device, n_micro = ranks.device, cfg.batch_size // cfg.micro_batch_size
+    if n_micro < ranks.count:
+        config.fail(f"a step has {n_micro} micro-batches for {ranks.count} processes; lower --micro_batch_size")
+    checkpoint, corpus = open_run(cfg, ranks), Corpus(cfg)
+    log = open_log(cfg, ranks)
     dtype = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    ckpt, log_path = Path(cfg.out_dir) / "ckpt.pt", Path(cfg.out_dir) / "log.jsonl"
+    ckpt = Path(cfg.out_dir) / "ckpt.pt"
 
     torch.manual_seed(cfg.seed)
     model = PolychromaticLM(cfg.model_config()).to(device)
+    model.recompute = cfg.recompute
     optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
     first_step, skipped = 0, 0
     if checkpoint:
@@ -396,90 +476,112 @@ def train(cfg: TrainConfig):
     if compiled:
         for block in model.blocks:  # one graph serves all blocks: compiling takes as long for 28 as for one
             block.compile()
-    n_params = sum(p.numel() for p in model.parameters())
+    forward = model
+    if ranks.count > 1:
+        forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     print(
-        f"{n_params:,} parameters, {'/'.join(cfg.activations)}, on {device.type} in {str(dtype)[6:]}"
-        f"{', compiled' if compiled else ''}; {cfg.batch_size * cfg.block_size:,} tokens a step"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {'/'.join(cfg.activations)}, on {ranks.count} x "
+        f"{device.type} in {str(dtype)[6:]}{', compiled' if compiled else ''}; "
+        f"{cfg.batch_size * cfg.block_size:,} tokens a step",
+        flush=True,
     )
 
     def save(step: int):
-        save_checkpoint(ckpt, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
-            "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
-        })  # fmt: skip
+        if ranks.rank == 0:
+            save_checkpoint(ckpt, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
+                "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
+            })  # fmt: skip
 
-    def log(line: dict):
-        with open(log_path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    stop = StopSignal()
-    skipped_in_a_row, clock, seen = 0, time.monotonic(), 0
-    tokens_per_step = cfg.batch_size * cfg.block_size
-    flops_per_token = model.flops_per_token()
-    peak = next(
-        (f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
-    )
-    started = time.monotonic()
-    model.train()
     if first_step == 0:
         save(0)  # from now on there is always a checkpoint to resume
-
+    stop, meter = StopSignal(), SpeedMeter(model, cfg, ranks)
+    skipped_in_a_row = 0
+    model.train()
     for step in range(first_step, cfg.max_steps + 1):
         lr, tau = lr_at(step, cfg), tau_at(step, cfg)
         model.tau.fill_(tau)
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
-            paused = time.monotonic()
-            measured = evaluate(model, corpus, device, autocast)
+            with meter.paused():
+                measured = evaluate(model, corpus, ranks, autocast)
             log({"step": step, "tau": tau, **measured})
             print_evaluation(step, measured)
-            clock += time.monotonic() - paused
         if step == cfg.max_steps:
+            print(f"done; {ckpt} is at step {step}. Read what it writes: python sample.py --out_dir={cfg.out_dir}")
             break
 
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=device)
-        n_micro = cfg.batch_size // cfg.micro_batch_size
-        for i, (tokens, targets, doc_ids) in enumerate(corpus.micro_batches(step, device)):
-            torch.manual_seed(noise_seed(cfg.seed, step, i))
-            with autocast:
-                micro_loss = model(tokens, targets, doc_ids) / n_micro
-            micro_loss.backward()
+        loss, mine = torch.zeros((), device=device), ranks.share(n_micro)
+        for i, (tokens, targets, doc_ids) in corpus.micro_batches(step, ranks):
+            torch.manual_seed(noise_seed(cfg.seed, step, i))  # the noise does not depend on the number of processes
+            last = ranks.count == 1 or i == mine[-1]
+            with contextlib.nullcontext() if last else forward.no_sync():
+                with autocast:
+                    micro_loss = forward(tokens, targets, doc_ids) / n_micro
+                (micro_loss * ranks.count).backward()  # gradients are summed over a step, but averaged over the ranks
             loss += micro_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+        loss, stopping = ranks.sum(loss, float(stop.requested))
         if math.isfinite(norm) and math.isfinite(loss):
             optimizer.step()
             skipped_in_a_row = 0
         else:
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            print(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; update skipped ({skipped} so far)")
+            print(f"step {step}: loss {loss}, gradient norm {norm}; update skipped ({skipped} so far)")
             if skipped_in_a_row == MAX_SKIPPED:
-                config.fail(
-                    f"{MAX_SKIPPED} non-finite updates in a row; {ckpt} is the last good checkpoint; try a lower --lr"
-                )
+                config.fail(f"{MAX_SKIPPED} non-finite updates in a row; {ckpt} is the last good one; lower --lr")
         optimizer.zero_grad(set_to_none=True)
 
-        done, seen = step + 1, seen + 1
+        done = step + 1
+        meter.count_step()
         if done % cfg.log_interval == 0 or done == cfg.max_steps:
-            now = time.monotonic()
-            rate = seen * tokens_per_step / (now - clock)
-            clock, seen = now, 0
             record = {
-                "step": done, "loss": loss.item(), "lr": lr, "tau": tau, "mixture": mixture_at(step, cfg),
-                "grad_norm": norm.item(), "skipped": skipped, "tokens_per_second": rate,
-                "mfu": rate * flops_per_token / peak if peak else None,
-                "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+                "step": done, "loss": loss, "lr": lr, "tau": tau, "mixture": mixture_at(step, cfg), "grad_norm": norm,
+                "skipped": skipped, **meter.read(),
             }  # fmt: skip
             log(record)
-            print_step(record, cfg.max_steps, (cfg.max_steps - done) * tokens_per_step / rate)
-        if stop.requested or done % cfg.save_interval == 0 or done == cfg.max_steps:
+            print_step(record, cfg)
+        if stopping or done % cfg.save_interval == 0 or done == cfg.max_steps:
             model.tau.fill_(tau_at(done, cfg))
             save(done)
-        if stop.requested:
+        if stopping:
             print(f"stopped; {ckpt} is at step {done}. Go on with: {resume_command()}")
-            return
-    print(f"done in {(time.monotonic() - started) / 60:.1f} minutes; {ckpt} is at step {cfg.max_steps}. ", end="")
-    print(f"Read what it writes: python sample.py --out_dir={cfg.out_dir}")
+            break
+    if ranks.count > 1:
+        ranks.wait()
+        torch.distributed.destroy_process_group()
+
+
+class SpeedMeter:
+    """Tokens/s since it was last read, the model FLOPs utilisation that makes, and the peak of GPU memory."""
+
+    def __init__(self, model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks):
+        self.tokens_per_step, self.flops_per_token = cfg.batch_size * cfg.block_size, model.flops_per_token()
+        self.on_cuda = ranks.device.type == "cuda"
+        name = torch.cuda.get_device_name() if self.on_cuda else ""
+        self.peak = next((flops * ranks.count for card, flops in PEAK_FLOPS.items() if card in name), None)
+        self.steps, self.since = 0, time.monotonic()
+
+    def count_step(self):
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that is not training's."""
+        before = time.monotonic()
+        yield
+        self.since += time.monotonic() - before
+
+    def read(self) -> dict[str, float | None]:
+        now = time.monotonic()
+        rate = self.steps * self.tokens_per_step / (now - self.since)
+        self.steps, self.since = 0, now
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak if self.peak else None,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if self.on_cuda else None,
+        }
 
 
 class StopSignal:
@@ -502,13 +604,16 @@ def resume_command() -> str:
     return " ".join(["python", *args, "--resume"])
 
 
-def print_step(record: dict, max_steps: int, seconds_left: float):
+def print_step(record: dict, cfg: TrainConfig):
     """One line of a step's record, with the time left at this speed."""
-    mfu = f"  MFU {record['mfu']:.1%}" if record["mfu"] else ""
+    tokens_left = (cfg.max_steps - record["step"]) * cfg.batch_size * cfg.block_size
+    left = datetime.timedelta(seconds=round(tokens_left / record["tokens_per_second"]))
+    on_gpu = f"  MFU {record['mfu']:.1%}" if record["mfu"] else ""
+    on_gpu += f"  {record['memory_gib']:.1f} GiB" if record["memory_gib"] else ""
     print(
-        f"step {record['step']:>{len(str(max_steps))}}/{max_steps}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
-        f"tau {record['tau']:.2f}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}  "
-        f"{datetime.timedelta(seconds=round(seconds_left))} left",
+        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {record['loss']:.3f}  "
+        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s{on_gpu}  {left} left",
         flush=True,
     )
 

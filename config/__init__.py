@@ -40,9 +40,8 @@ def load(cls: type, argv: list[str] | None = None):
             if not equals and hints[name] not in (bool, bool | None):
                 fail(f"--{name} needs a value: --{name}=<{type_name(hints[name])}>")
             where, value = f"--{name}", parse(text, hints[name]) if equals else True
-            if key:
-                value = {**values[name], key: parse(text, dict)} if isinstance(values[name], dict) else value
-                where = f"--{name}.{key}"
+            if key and isinstance(values[name], dict):
+                where, value = f"--{name}.{key}", {**values[name], key: parse(text, typing.get_args(hints[name])[1])}
             overrides = [(where, name, value)]
         elif arg.endswith(".py"):
             overrides = [(f"{arg}:{line}", name, value) for line, name, value in read_overrides(Path(arg))]

@@ -20,14 +20,13 @@ mixture = {"math": 0.4, "stem": 0.3, "code": 0.3}
 mixture_end = None
 
 # run: 1.6M tokens
-max_steps = 400
-batch_size = 16
-micro_batch_size = 16
+max_steps = 800
+batch_size = 8
+micro_batch_size = 8
 lr = 3e-3
-warmup_steps = 40
-weight_decay = 0.1
+warmup_steps = 60
 
 eval_interval = 200
 eval_tokens = 32_768
-save_interval = 100
+save_interval = 200
 compile = True  # half the time of running eagerly, once compiled

@@ -205,22 +205,27 @@ def write_domain(
         for path in partial.values():
             path.with_suffix("").unlink(missing_ok=True)  # of an earlier preparation
             path.touch()
-        files = {split: open(path, "r+b") for split, path in partial.items()}
-        for split, file in files.items():
-            file.truncate(progress[f"{split}_tokens"] * dtype.itemsize)
-            file.seek(0, os.SEEK_END)
         bar = tqdm(desc=folder.name, total=max_tokens, initial=progress["train_tokens"], unit="tok", unit_scale=True)
-        committed = time.monotonic()
-        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+            files = {split: stack.enter_context(open(path, "r+b")) for split, path in partial.items()}
+            for split, file in files.items():
+                file.truncate(progress[f"{split}_tokens"] * dtype.itemsize)
+                file.seek(0, os.SEEK_END)
+            stack.enter_context(bar)
+            committed = time.monotonic()
             for texts, state in open_batches(progress["state"]):
+                written = {"train": [], "val": []}
                 for text, ids in zip(texts, pool.map(functools.partial(encode, encoding), texts)):
                     if max_tokens and progress["train_tokens"] >= max_tokens:
                         break
                     split = "val" if is_held_out(text, val_fraction) else "train"
-                    files[split].write(ids.astype(dtype).tobytes() + dtype.type(encoding.eot_token).tobytes())
+                    written[split] += [ids, [encoding.eot_token]]
                     progress[f"{split}_tokens"] += len(ids) + 1
                     progress["val_bytes"] += len(text.encode("utf-8", "replace")) if split == "val" else 0
                     bar.update(len(ids) + 1 if split == "train" else 0)
+                for split, parts in written.items():
+                    files[split].write(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype).tobytes())
                 progress["state"] = state
                 full = max_tokens and progress["train_tokens"] >= max_tokens
                 if full or time.monotonic() - committed >= commit_seconds:
@@ -228,10 +233,8 @@ def write_domain(
                     committed = time.monotonic()
                 if full:
                     break
-        progress["finished"] = True
-        commit(files, progress, progress_path)
-        for file in files.values():
-            file.close()
+            progress["finished"] = True
+            commit(files, progress, progress_path)
     for path in partial.values():
         if path.exists():
             os.replace(path, path.with_suffix(""))
@@ -664,14 +667,32 @@ def open_dataset(source: str | HubData):
     return datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
 
 
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what goes wrong while a data set is read into one line."""
+    try:
+        yield
+    except Exception as e:  # a lost connection or a damaged file: each library has its own kinds
+        config.fail(f"cannot read {where}: {' '.join(str(e).split())[:200]}; run the command again to go on")
+
+
 def streamed(source: str | HubData, text_field: str, state: dict | None, size: int = 256) -> Batches:
-    """Batches of one field of a data set, from the start or from an earlier state; rows without text are left out."""
-    stream = open_dataset(source)
-    if state:
-        stream.load_state_dict(state)
-    for batch in stream.iter(batch_size=size):
+    """Batches of one field of a data set, from the start or from an earlier state; rows without text are left out.
+
+    Ends the script with one line if there is no such field, or if the data cannot be read on.
+    """
+    where = source.dataset if isinstance(source, HubData) else source
+    with reading(where):
+        stream = open_dataset(source)
+        if state:
+            stream.load_state_dict(state)
+        batches = stream.iter(batch_size=size)
+    while True:
+        with reading(where):
+            batch = next(batches, None)
+        if batch is None:
+            return
         if text_field not in batch:
-            where = source.dataset if isinstance(source, HubData) else source
             config.fail(f"{where} has no field {text_field!r} but {', '.join(batch)}; name one: --text_field.<domain>=")
         yield [text for text in batch[text_field] if isinstance(text, str)], stream.state_dict()
 
@@ -712,7 +733,7 @@ def main():
     try:
         CORPORA[sys.argv[1]](cfg)
     except OSError as e:
-        config.fail(f"cannot write the corpus: {e}; run the same command again to go on from where it stopped")
+        config.fail(f"cannot write the corpus: {e}; mend that and run the command again to go on")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from model import (
 )
 
 ROOT = Path(__file__).parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported: no test waits for a network
 SMALL = dict(
     block_size=64, vocab_size=259, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, d_ff=48,
     router_hidden=8, tokenizer="bytes",
@@ -167,6 +168,17 @@ def test_packed_documents_give_the_logits_that_each_gives_alone(context):
     for doc in range(4):
         inside = doc_ids[0] == doc
         torch.testing.assert_close(packed[:, inside], model(tokens[:, inside]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("flex", [False, True])
+@torch.no_grad()
+def test_the_loss_of_packed_documents_is_the_mean_of_each_alone(flex):
+    model = small_model(block_size=256)
+    tokens, doc_ids = pack([100, 3, 120])
+    targets = random_tokens(1, 223, seed=2)
+    alone = sum(model(tokens[:, doc_ids[0] == d], targets[:, doc_ids[0] == d]) * (doc_ids == d).sum() for d in range(3))
+    model.flex = flex
+    torch.testing.assert_close(model(tokens, targets, doc_ids), alone / 223, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -538,7 +550,7 @@ def arithmetic(text: str) -> Fraction | None:
     return eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})
 
 
-SAMPLE = (  # code, apostrophes, numbers, composed and decomposed accents, scripts, emoji, odd spaces, controls, specials
+SAMPLE = (  # code, apostrophes, numbers, accents in one and two pieces, scripts, emoji, odd spaces, controls, specials
     "def f(x):\n\treturn x**2  # ok\r\n\r\n\n   spaces   and\ttabs\t\t\n It's we'LL THEY'RE 1234567 3.14e-5 a_b-c "
     "na\u00efve nai\u0308ve \u212b \ufb01 \u0645\u0631\u062d\u0628\u0627 \u4f60\u597d\u4e16\u754c \ud55c\uae00 "
     "\u0928\u092e\u0938\u094d\u0924\u0947 \U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467 "
@@ -567,7 +579,7 @@ def sample_text(size: int) -> str:
     """Code, prose, mixed scripts, emoji and odd whitespace, any Unicode."""
     rng, pieces = random.Random(0), [path.read_text() for path in sorted(ROOT.glob("*.py"))] + [SAMPLE]
     scripts = [range(32, 127), range(160, 0x250), range(0x370, 0x700), range(0x900, 0xE00), range(0x2000, 0x2100),
-               range(0x3040, 0x3200), range(0x4E00, 0x9FFF), range(0xAC00, 0xD7A3), range(0x1F300, 0x1F700)]  # fmt: skip
+               range(0x3040, 0x3200), range(0x4E00, 0x9FFF), range(0xAC00, 0xD7A3), range(0x1F300, 0x1F700)]
     while sum(map(len, pieces)) < size:
         script = rng.choice(scripts)
         word = "".join(chr(rng.choice(script)) for _ in range(rng.randint(1, 12)))
@@ -700,7 +712,8 @@ def write_sources(folder: Path, seed: int = 0) -> dict[str, str]:
 
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(3):
-        datasets.Dataset.from_dict({"id": list(range(900)), "text": documents(900)}).to_parquet(folder / f"m{i}.parquet")
+        rows = datasets.Dataset.from_dict({"id": list(range(900)), "text": documents(900)})
+        rows.to_parquet(folder / f"m{i}.parquet")
     with open(folder / "s.jsonl", "w") as file:
         file.writelines(json.dumps({"content": content, "score": 1.0}) + "\n" for content in documents(1500))
         file.write(json.dumps({"content": None, "score": 0.0}) + "\n")
@@ -1232,9 +1245,51 @@ def test_sampling_errors_are_one_line(unbroken, tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--source.math=absent/*.parquet"], "no file matches absent/*.parquet"),
+        (["--source.math={folder}/*"], "files of one kind are needed, .parquet, .jsonl, .json, .txt"),
+        (["--source.math={folder}/s.jsonl"], "s.jsonl has no field 'text' but content, score; name one: --text_field."),
+        (["--source.math={folder}/bad.parquet"], "cannot read {folder}/bad.parquet: "),
+        (["--source.art=x.txt"], "there is no domain 'art'; there are math, stem, code"),
+        (["--vocab=absent.json"], "cannot read the vocabulary absent.json"),
+        (["--vocab={folder}/s.jsonl"], "is not a vocab.json of a byte-level BPE tokenizer"),
+        ([], "the hub cannot be reached for nvidia/Nemotron-CC-Math-v1"),
+        (["--val_fraction=2"], "val_fraction is 2.0; it must lie between 0 and 1"),
+    ],
+)
+def test_a_bad_source_is_one_line_and_leaves_nothing_that_looks_whole(
+    arguments, message, small_vocab, tmp_path, monkeypatch
+):
+    write_sources(tmp_path)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    flags = [f"--data_dir={tmp_path}/data", f"--vocab={small_vocab}", *(a.format(folder=tmp_path) for a in arguments)]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "pretrain", *flags])
+    with pytest.raises(SystemExit) as error:
+        prepare_data.main()
+    assert message.format(folder=tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert not list((tmp_path / "data").rglob("*.bin")) and not list((tmp_path / "data").rglob("meta.json"))
+
+
+def test_a_full_disk_is_one_line_and_preparation_goes_on_when_there_is_room(small_vocab, tmp_path):
+    resource = pytest.importorskip("resource")
+    sources = write_sources(tmp_path / "sources")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # no file may grow larger
+
+    done = run_prepare(tmp_path / "data", sources, small_vocab, "--commit_seconds=0", preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot write the corpus" in done.stderr.splitlines()[-1] and not list((tmp_path / "data").rglob("*.bin"))
+    for folder in ("data", "whole"):
+        assert run_prepare(tmp_path / folder, sources, small_vocab).returncode == 0
+    assert corpus_bytes(tmp_path / "data" / "pretrain") == corpus_bytes(tmp_path / "whole" / "pretrain")
+
+
 def test_preparing_an_unknown_corpus_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "tinny"])
-    with pytest.raises(SystemExit, match="which corpus\\? python prepare_data.py tiny"):
+    with pytest.raises(SystemExit, match="which corpus\\? python prepare_data.py tiny | pretrain".replace("|", "\\|")):
         prepare_data.main()
 
 

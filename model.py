@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -70,6 +71,8 @@ class ModelConfig:
             raise ValueError(f"activations is {self.activations}; name at least one, each once")
         if self.router_context not in ROUTER_CONTEXTS:
             raise ValueError(f"unknown router_context {self.router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(f"rope_theta is {self.rope_theta}, norm_eps {self.norm_eps}; they must be above 0")
         if self.router_hidden < 0:
             raise ValueError(f"router_hidden is {self.router_hidden}; it must be 0 (static preferences alone) or more")
         if self.n_head % self.n_kv_head:
@@ -124,9 +127,7 @@ class LayerCache(NamedTuple):
 
     k: Tensor  # [B, n_kv_head, max_length, head_dim]
     v: Tensor  # the same
-    router: (
-        Tensor  # [B, 1, router_hidden + 1]: the router's projections summed over the document so far, and their count
-    )
+    router: Tensor  # [B, 1, router_hidden + 1]: sum of the router's projections over the document, and their count
 
 
 class KVCache:
@@ -173,7 +174,7 @@ def document_mask(q_docs: Tensor, kv_docs: Tensor, past: int = 0) -> Tensor:
 
 
 def document_block_mask(doc_ids: Tensor) -> BlockMask:
-    """The same for FlexAttention, of a whole row: doc_ids [B, T] -> a block mask, [T, T] only in its blocks."""
+    """The same for FlexAttention, of a whole row: doc_ids [B, T] -> a block mask."""
     B, T = doc_ids.shape
 
     def visible(b, h, q, kv):
@@ -347,7 +348,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = F.pad(weight, (0, 0, 0, -V % 128)).to(dtype)  # tensor cores are slow on a ragged 151,669
         mask = (targets >= 0).to(at_least_fp32(hidden).dtype)
         share = mask / mask.sum().clamp_min(1)  # of each row in the mean
-        loss, d_hidden, d_weight = mask.new_zeros(()), [], torch.zeros_like(w, dtype=mask.dtype)
+        loss, d_hidden = mask.new_zeros(()), []
+        d_weight = torch.zeros_like(w, dtype=mask.dtype) if needs_grad else None
         for h, target, s in zip(hidden.to(dtype).split(rows), targets.clamp_min(0).split(rows), share.split(rows)):
             target = target[:, None]
             logits = at_least_fp32(h @ w.t())
@@ -365,6 +367,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         return (d_hidden * d_loss).to(ctx.dtypes[0]), (d_weight * d_loss).to(ctx.dtypes[1]), None, None, None
@@ -405,7 +408,8 @@ class PolychromaticLM(nn.Module):
         tokens [B, T] int64. With targets [B, T] (-1: ignored): the mean cross-entropy in nats per token, [] float32.
         Else logits [B, T, vocab_size]; with a cache, those of the last position only, [B, 1, vocab_size].
         doc_ids [B, T] int64, in contiguous runs: attention and the prefix mean stay inside each document. With a cache,
-        the tokens continue what it holds. Raises ValueError for a row longer than block_size or the cache's room.
+        the tokens continue what it holds, in the same documents if doc_ids are not given. Raises ValueError for a row
+        longer than block_size or the cache's room.
         """
         ctx = self.context(tokens, doc_ids, cache)
         x = self.embedding(tokens)
@@ -430,6 +434,8 @@ class PolychromaticLM(nn.Module):
         if end > min(room, self.config.block_size):
             raise ValueError(f"{end} tokens in a row, but there is room for {room}")
         mask, start = None, torch.zeros(B, T, dtype=torch.int64, device=tokens.device)
+        if doc_ids is None and past:
+            doc_ids = cache.doc_ids[:, past - 1 : past].expand(B, T)
         if doc_ids is not None:
             previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
             is_new = doc_ids != torch.cat((previous, doc_ids[:, :-1]), dim=1)
@@ -465,38 +471,42 @@ class PolychromaticLM(nn.Module):
         sampling alone. `torch.stack(list(model.generate(...)), 1)` collects [B, steps].
         Raises ValueError for an empty prompt, and for a "sequence" router with prompts of different lengths.
         """
-        prompts = [list(map(int, row)) for row in tokens]
-        if not prompts or not all(prompts):
+        rows, block_size, device = [list(map(int, row)) for row in tokens], self.config.block_size, self.tau.device
+        if not rows or not all(rows):
             raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        if not all(0 <= token < self.config.vocab_size for row in rows for token in row):
+            raise ValueError(f"a token that is not in 0..{self.config.vocab_size - 1}")
+        if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
-        longest, device, block_size = max(map(len, prompts)), self.tau.device, self.config.block_size
-        ragged = any(len(prompt) < longest for prompt in prompts)
+        ragged = any(len(row) != len(rows[0]) for row in rows)
         if ragged and self.config.sees_future:
             raise ValueError('router_context="sequence" would read the padding too; give prompts of one length')
-        # Shorter prompts are padded on the left, and the padding (id -1) is a document of its own.
-        window = torch.tensor([[-1] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
+        stops = torch.tensor(sorted(stop), device=device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         cache, training = None, self.training
         self.eval()
         try:
             for step in range(max_new_tokens):
-                unread = window[:, -1:] if cache else window
-                if window.size(1) > block_size:
-                    unread = window = window[:, -max(1, block_size // 2) :]
-                    cache = None
-                if cache is None and not self.config.sees_future:
-                    room = min(block_size, window.size(1) + max_new_tokens - step)
-                    cache = KVCache(self.config, len(prompts), room, device, compute_dtype(self.embedding.weight))
-                doc_ids = (unread >= 0).long() if ragged else None
-                logits = self(unread.clamp_min(0), doc_ids=doc_ids, cache=cache)
+                if cache is None or cache.length == block_size:
+                    rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
+                    longest = max(map(len, rows))
+                    # Shorter rows are padded on the left, and the padding is a document of its own.
+                    padding = [longest - len(row) for row in rows]
+                    unread = torch.tensor([[0] * n + row for n, row in zip(padding, rows)], device=device)
+                    doc_ids = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
+                    doc_ids = doc_ids if any(padding) else None
+                    if not self.config.sees_future:
+                        room = min(block_size, longest + max_new_tokens - step)
+                        cache = KVCache(self.config, len(rows), room, device, compute_dtype(self.embedding.weight))
+                logits = self(unread, doc_ids=doc_ids, cache=cache)
                 token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
                 yield torch.where(ended, -1, token)
+                for row, new, over in zip(rows, token.tolist(), ended.tolist()):
+                    row.extend([] if over else [new])
                 ended |= torch.isin(token, stops)
                 if ended.all():
                     return
-                window = torch.cat((window, token[:, None]), dim=1)
+                unread, doc_ids = token[:, None], None
         finally:
             self.train(training)
 
@@ -515,35 +525,28 @@ class PolychromaticLM(nn.Module):
         if K == 1:
             return {}
         stats = {name: [] for name in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement")}
-
-        def measure(ffn: PolyGLU, inputs: tuple, _):
-            x, tau, start, _ = inputs
-            h_sum, votes_sum, mean_g = 0.0, 0.0, 0.0
-            for i in range(x.size(0)):  # a row at a time: g has K * T * d_ff numbers in each
-                g = torch.stack(ffn.routing(x[i : i + 1], tau, start[i : i + 1]))  # [K, 1, T, d_ff]
-                votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
-                h_sum += entropy(g).mean()
-                votes_sum += (votes / votes.sum(0)).mean(-1).amax(0).mean()
-                mean_g += g.mean((1, 2))
-            h, mean_g = h_sum / x.size(0), mean_g / x.size(0)  # mean_g [K, d_ff]
-            stats["static_entropy"].append(entropy(ffn.alpha.t().softmax(0)).mean().item())
-            stats["dynamic_entropy"].append(h.item())
-            stats["usage"].append(mean_g.mean(-1).tolist())
-            stats["input_dependence"].append((entropy(mean_g).mean() - h).clamp_min(0).item())
-            stats["agreement"].append((votes_sum / x.size(0)).item())
-
         training = self.training
         self.eval()
-        hooks = [block.ffn.register_forward_hook(measure) for block in self.blocks]
-        try:
-            with torch.compiler.set_stance("force_eager"):  # compiled blocks would run past the hooks
-                self(tokens, torch.full_like(tokens, -1), doc_ids)  # targets, so that no logits are kept
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.train(training)
+        ctx, x = self.context(tokens, doc_ids), self.embedding(tokens)
+        for block in self.blocks:  # Block.forward, with a look at what goes into its PolyGLU
+            x = x + block.attn(block.norm_1(x), ctx)
+            h = block.norm_2(x)
+            x = x + block.ffn(h, ctx.tau, ctx.start)
+            entropy_of_g, agreement, mean_g = 0.0, 0.0, 0.0
+            for row, start in zip(h.split(1), ctx.start.split(1)):  # one at a time: g has K * T * d_ff numbers a row
+                g = torch.stack(block.ffn.routing(row, ctx.tau, start))  # [K, 1, T, d_ff]
+                votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
+                entropy_of_g += entropy(g).mean() / len(h)
+                agreement += (votes / votes.sum(0)).mean(-1).amax(0).mean() / len(h)
+                mean_g += g.mean((1, 2)) / len(h)  # [K, d_ff]
+            stats["static_entropy"].append(entropy(block.ffn.alpha.t().softmax(0)).mean().item())
+            stats["dynamic_entropy"].append(entropy_of_g.item())
+            stats["usage"].append(mean_g.mean(-1).tolist())
+            stats["input_dependence"].append((entropy(mean_g).mean() - entropy_of_g).clamp_min(0).item())
+            stats["agreement"].append(agreement.item())
+        self.train(training)
         for name in ("static_entropy", "dynamic_entropy"):
-            stats[f"{name}_share"] = [h / math.log(K) for h in stats[name]]
+            stats[f"{name}_share"] = [nats / math.log(K) for nats in stats[name]]
         return stats
 
     def configure_optimizer(
@@ -590,13 +593,19 @@ class PolychromaticLM(nn.Module):
         return model
 
     def save_pretrained(self, directory: str | Path):
-        """Write config.json and model.safetensors, for from_pretrained(). Needs the safetensors package."""
-        from safetensors.torch import save_file
+        """Write config.json and model.safetensors, for from_pretrained().
 
+        Raises ValueError if the safetensors package is not installed.
+        """
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise ValueError("writing .safetensors needs a package: pip install safetensors") from None
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.partial")
         (directory / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        (directory / "model.partial").replace(directory / "model.safetensors")
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -610,7 +619,7 @@ def sample_token(
     """One token of every row of logits [B, V] -> [B] int64; arguments as generate()'s."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # however small: the likeliest stays at 0
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None:

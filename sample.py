@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiktoken
 import torch
 
 import config
 from model import PolychromaticLM
-from prepare_data import get_tokenizer
+from prepare_data import encode, get_tokenizer
 from train import pick_device, pick_dtype
 
 
@@ -31,14 +32,16 @@ class SampleConfig:
     top_p: float | None = None  # keep the likeliest tokens that together have this probability
     seed: int = 1337  # of the draws
     stop: str | None = None  # end a continuation before this text; <|endoftext|> ends it always
+    vocab: str | None = None  # vocab.json of a qwen3 model's tokenizer; None: from the hub, kept in its cache
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
 
     def __post_init__(self):
-        if self.num_samples < 1 or self.max_new_tokens < 1:
-            raise ValueError("num_samples and max_new_tokens must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or above")
+        config.check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
+        config.check_range(self, 0, 1e6, "temperature")
+        config.check_range(self, 0, 2**63 - 1, "seed")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -90,9 +93,10 @@ def until(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
     yield held
 
 
-def stream(model: PolychromaticLM, ids: list[int], cfg: SampleConfig, generator: torch.Generator) -> Iterator[str]:
+def stream(
+    model: PolychromaticLM, encoding: tiktoken.Encoding, ids: list[int], cfg: SampleConfig, generator: torch.Generator
+) -> Iterator[str]:
     """Continue token ids; yields text as soon as its bytes are whole."""
-    encoding = get_tokenizer(model.config.tokenizer)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     steps = model.generate(
         [ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, {encoding.eot_token}, generator
@@ -105,14 +109,15 @@ def stream(model: PolychromaticLM, ids: list[int], cfg: SampleConfig, generator:
 
 def main():
     cfg = config.load(SampleConfig)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     device = pick_device(cfg.device)
     model = load_model(cfg.out_dir, device)
     try:
-        encoding = get_tokenizer(model.config.tokenizer)
+        encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     except ValueError as e:
         config.fail(str(e))
     prompt = read_prompt(cfg.prompt)
-    ids = encoding.encode_ordinary(prompt)
+    ids = encode(encoding, prompt).tolist()
     if not ids:
         print("empty prompt: starting a new document", file=sys.stderr)
         ids = [encoding.eot_token]
@@ -129,7 +134,7 @@ def main():
                 print(f"--- sample {i + 1} of {cfg.num_samples} ---")
             print(prompt, end="", flush=True)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                for piece in until(stream(model, ids, cfg, generator), cfg.stop):
+                for piece in until(stream(model, encoding, ids, cfg, generator), cfg.stop):
                     print(piece, end="", flush=True)
             print()
     except KeyboardInterrupt:

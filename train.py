@@ -14,8 +14,10 @@ import datetime
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,7 +49,7 @@ class TrainConfig(ModelConfig):
     seed: int = 1337  # of the initial weights, the order of the data and the routing noise
     max_steps: int = 19_531  # optimizer steps; the schedules span them
     batch_size: int = 128  # sequences of block_size tokens in a step
-    micro_batch_size: int = 8  # sequences in one forward pass; divides batch_size, changes nothing but memory and noise
+    micro_batch_size: int = 8  # sequences in one forward pass; divides batch_size; the data stay the same
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 2000  # linear warm-up, then a cosine to 0
     beta1: float = 0.9  # AdamW
@@ -71,26 +73,21 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (
-            "max_steps",
-            "batch_size",
-            "micro_batch_size",
-            "eval_interval",
-            "eval_tokens",
-            "save_interval",
-            "log_interval",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "grad_clip", "tau_start", "tau_end"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        config.check_range(self, 1, 10**8, "max_steps", "eval_interval", "save_interval", "log_interval")
+        config.check_range(self, 1, 2**20, "batch_size", "micro_batch_size")
+        config.check_range(self, 1, 2**40, "eval_tokens")
+        config.check_range(self, 0, 2**63 - 1, "seed", "warmup_steps")
+        config.check_range(self, 0, 1, "anneal_start", "beta1", "beta2", "weight_decay")
+        config.check_range(self, 1e-12, 1e12, "lr", "grad_clip")
+        config.check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be a multiple of micro_batch_size, {self.micro_batch_size}"
             )
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
+        if max(self.beta1, self.beta2) == 1:
+            raise ValueError("beta1 and beta2 must be below 1")
         for mixture in (self.mixture, self.mixture_end or self.mixture):
             if set(mixture) != set(self.mixture) or min(mixture.values()) < 0 or abs(sum(mixture.values()) - 1) > 1e-6:
                 raise ValueError(f"the mixture {mixture} must be shares of {', '.join(self.mixture)} that sum to 1")
@@ -156,43 +153,48 @@ class Corpus:
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
         again = f"python prepare_data.py {self.folder.name}"
+        again += "" if str(self.folder.parent) == "data" else f" --data_dir={shlex.quote(str(self.folder.parent))}"
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            self.end_of_text = self.meta["end_of_text"]
+            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            name, size, self.dtype = str(meta["tokenizer"]), int(meta["vocab_size"]), np.dtype(meta["dtype"])
+            self.end_of_text = int(meta["end_of_text"])
+            counted = ("train_tokens", "val_tokens", "val_bytes")
+            self.domains = {d: {key: int(counts[key]) for key in counted} for d, counts in meta["domains"].items()}
         except OSError:
             config.fail(f"no data in {self.folder}; make it: {again}")
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             config.fail(f"{self.folder / 'meta.json'} is damaged ({e!r}); make it again: {again}")
-        if self.meta["tokenizer"] != cfg.tokenizer or self.meta["vocab_size"] != cfg.vocab_size:
-            name, size = self.meta["tokenizer"], self.meta["vocab_size"]
+        if name != cfg.tokenizer or size != cfg.vocab_size:
             config.fail(
                 f"{self.folder} has tokenizer {name!r} with {size:,} tokens, the model {cfg.tokenizer!r} with "
                 f"{cfg.vocab_size:,}; train with --tokenizer={name} --vocab_size={size} or on other data"
             )
         for domain in cfg.mixture:
-            if domain not in self.meta["domains"]:
-                config.fail(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.meta['domains'])}")
+            if domain not in self.domains:
+                config.fail(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.domains)}")
         self.tokens = {d: {s: self._open(d, s, again) for s in ("train", "val")} for d in cfg.mixture}
         self.quotas = quotas(cfg)
         self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
     def _open(self, domain: str, split: str, again: str) -> np.ndarray:
-        path, expected = self.folder / domain / f"{split}.bin", self.meta["domains"][domain][f"{split}_tokens"]
-        dtype = np.dtype(self.meta["dtype"])
-        size, whole = path.stat().st_size if path.is_file() else 0, expected * dtype.itemsize
+        path, expected = self.folder / domain / f"{split}.bin", self.domains[domain][f"{split}_tokens"]
+        size, whole = path.stat().st_size if path.is_file() else 0, expected * self.dtype.itemsize
         if size != whole:
             config.fail(
                 f"{path} holds {size:,} bytes, not the {whole:,} of meta.json; make it again: {again}"
             )
         if expected <= self.cfg.block_size:
             config.fail(f"{path} has {expected:,} tokens, fewer than a window of block_size {self.cfg.block_size} + 1")
-        return np.memmap(path, dtype=dtype, mode="r")
+        return np.memmap(path, dtype=self.dtype, mode="r")
 
     def window(self, domain: str, split: str, index: int) -> np.ndarray:
         """Tokens of a window and the one after it, [block_size + 1] int64."""
         T = self.cfg.block_size
-        return self.tokens[domain][split][index * T : index * T + T + 1].astype(np.int64)
+        tokens = self.tokens[domain][split][index * T : index * T + T + 1].astype(np.int64)
+        if tokens.max() >= self.cfg.vocab_size:
+            config.fail(f"{self.folder / domain / split}.bin is damaged: it has a token {tokens.max()}; make it again")
+        return tokens
 
     def n_windows(self, domain: str, split: str) -> int:
         return (len(self.tokens[domain][split]) - 1) // self.cfg.block_size
@@ -288,6 +290,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it must be auto, cpu, cuda or mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         config.fail(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}")
@@ -334,29 +338,17 @@ def save_checkpoint(path: Path, checkpoint: dict):
         )
 
 
-def open_run(cfg: TrainConfig, ranks: Ranks) -> dict | None:
-    """Prepare the run folder; the checkpoint to resume from, or None. Never lets one run write over another."""
-    checkpoint = find_checkpoint(cfg)
-    ranks.wait()  # before the first rank changes what the others look at
-    if ranks.rank == 0:
-        at = checkpoint["step"] if checkpoint else -1  # its evaluation, if it has one, is done again
-        folder = Path(cfg.out_dir)
-        keep = [line for line in read_log(folder) if line["step"] < at or (line["step"] == at and "loss" in line)]
-        partial = folder / "log.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in keep))
-        os.replace(partial, folder / "log.jsonl")
-    return checkpoint
-
-
 def find_checkpoint(cfg: TrainConfig) -> dict | None:
-    """The checkpoint that cfg resumes, None for a run from the start; ends the script if cfg allows neither."""
+    """The checkpoint that cfg resumes, None for a run from the start; ends the script if cfg allows neither.
+
+    Changes nothing in the run folder but makes it, if it is not there.
+    """
     folder = Path(cfg.out_dir)
     ckpt = folder / "ckpt.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as e:
         config.fail(f"the run folder {folder} cannot be written: {e.strerror}; choose another with --out_dir=")
     if not cfg.resume:
@@ -368,19 +360,32 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
         return None
     try:
         checkpoint = load_checkpoint(ckpt)
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         config.fail(f"{e}; start anew with --overwrite or another --out_dir=")
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "settings", "step", "skipped"} <= checkpoint.keys():
         config.fail(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
     for name, ours in dataclasses.asdict(cfg).items():
         theirs = checkpoint["settings"].get(name, ours)
         if ours != theirs and name in checkpoint["model_config"]:
-            config.fail(
-                f"{ckpt} was trained with {name}={theirs!r}, not {ours!r}; resume it with its own model settings"
-            )
+            config.fail(f"{ckpt} was trained with {name}={theirs!r}, not {ours!r}; resume it with its own model")
         if ours != theirs and name not in ("resume", "overwrite"):
             print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+    if checkpoint["step"] > cfg.max_steps:
+        config.fail(f"{ckpt} is at step {checkpoint['step']} already, beyond max_steps, {cfg.max_steps}")
     return checkpoint
+
+
+def begin_run(cfg: TrainConfig, step: int | None):
+    """Make the run folder fit the run: the log as it was at the resumed step, nothing old in a new run (step None)."""
+    folder = Path(cfg.out_dir)
+    if step is None:
+        (folder / "ckpt.pt").unlink(missing_ok=True)  # before its log: what is left never belongs to another run
+    # The evaluation at the resumed step, if there was one, is done again.
+    lines = read_log(folder) if step is not None else []
+    keep = [line for line in lines if line["step"] < step or (line["step"] == step and "loss" in line)]
+    partial = folder / "log.partial"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in keep))
+    os.replace(partial, folder / "log.jsonl")
 
 
 def open_log(cfg: TrainConfig, ranks: Ranks) -> Callable[[dict], None]:
@@ -396,8 +401,11 @@ def open_log(cfg: TrainConfig, ranks: Ranks) -> Callable[[dict], None]:
 
     def log(line: dict):
         if ranks.rank == 0:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as e:
+                config.fail(f"cannot write {path}: {e.strerror}")
         if wandb_run:
             wandb_run.log(line, step=line["step"])
 
@@ -405,12 +413,14 @@ def open_log(cfg: TrainConfig, ranks: Ranks) -> Callable[[dict], None]:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The objects of a run's log.jsonl; a line that a kill cut short is left out."""
+    """The objects of a run's log.jsonl; lines that a kill cut short or that are none of ours are left out."""
     lines = []
     path = folder / "log.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
     return lines
 
 
@@ -438,7 +448,7 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
             first = first or (tokens[:2], doc_ids[:2])
         total, count = ranks.sum(total, count)
         sample += [first] if first else []
-        counts = corpus.meta["domains"][domain]
+        counts = corpus.domains[domain]
         tokens_per_byte = counts["val_tokens"] / max(1, counts["val_bytes"])
         val[domain] = {"loss": total / count, "bits_per_byte": total / count / math.log(2) * tokens_per_byte}
     tokens, doc_ids = map(torch.cat, zip(*sample))
@@ -451,12 +461,11 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
 def train(cfg: TrainConfig):
     """Run the training that cfg describes, from its first step or from its checkpoint, to its last."""
     torch.set_flush_denormal(True)  # at a low tau, gates of 1e-40 would halve a CPU's speed
-    ranks = Ranks(cfg.device)
+    stop, ranks = StopSignal(), Ranks(cfg.device)
     device, n_micro = ranks.device, cfg.batch_size // cfg.micro_batch_size
     if n_micro < ranks.count:
         config.fail(f"a step has {n_micro} micro-batches for {ranks.count} processes; lower --micro_batch_size")
-    checkpoint, corpus = open_run(cfg, ranks), Corpus(cfg)
-    log = open_log(cfg, ranks)
+    checkpoint, corpus, log = find_checkpoint(cfg), Corpus(cfg), open_log(cfg, ranks)
     dtype = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     ckpt = Path(cfg.out_dir) / "ckpt.pt"
@@ -465,10 +474,13 @@ def train(cfg: TrainConfig):
     model = PolychromaticLM(cfg.model_config()).to(device)
     model.recompute = cfg.recompute
     optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
-    first_step, skipped = 0, 0
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    first_step, skipped, resumed = 0, 0, checkpoint is not None
+    if resumed:
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as e:
+            config.fail(f"{ckpt} does not fit its own settings: {' '.join(str(e).split())[:200]}")
         first_step, skipped = checkpoint["step"], checkpoint["skipped"]
         print(f"resumed {ckpt} at step {first_step}")
     del checkpoint
@@ -487,16 +499,20 @@ def train(cfg: TrainConfig):
     )
 
     def save(step: int):
+        nonlocal saved
+        saved = step
         if ranks.rank == 0:
             save_checkpoint(ckpt, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
                 "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
             })  # fmt: skip
 
-    if first_step == 0:
+    ranks.wait()  # all have read what is in the run folder; from here on it changes
+    saved, skipped_in_a_row, meter = first_step, 0, SpeedMeter(model, cfg, ranks)
+    if ranks.rank == 0:
+        begin_run(cfg, first_step if resumed else None)
+    if not resumed:
         save(0)  # from now on there is always a checkpoint to resume
-    stop, meter = StopSignal(), SpeedMeter(model, cfg, ranks)
-    skipped_in_a_row = 0
     model.train()
     for step in range(first_step, cfg.max_steps + 1):
         lr, tau = lr_at(step, cfg), tau_at(step, cfg)
@@ -507,7 +523,10 @@ def train(cfg: TrainConfig):
             log({"step": step, "tau": tau, **measured})
             print_evaluation(step, measured)
         if step == cfg.max_steps:
-            print(f"done; {ckpt} is at step {step}. Read what it writes: python sample.py --out_dir={cfg.out_dir}")
+            if saved < step:
+                config.fail(f"the run ended in non-finite updates; {ckpt} is at step {saved}; resume with a lower --lr")
+            command = shlex.join(["python", "sample.py", f"--out_dir={cfg.out_dir}"])
+            print(f"done; {ckpt} is at step {step}. Read what it writes: {command}")
             break
 
         for group in optimizer.param_groups:
@@ -530,23 +549,25 @@ def train(cfg: TrainConfig):
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             print(f"step {step}: loss {loss}, gradient norm {norm}; update skipped ({skipped} so far)")
             if skipped_in_a_row == MAX_SKIPPED:
-                config.fail(f"{MAX_SKIPPED} non-finite updates in a row; {ckpt} is the last good one; lower --lr")
+                config.fail(f"{MAX_SKIPPED} non-finite updates in a row; {ckpt} is at step {saved}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         meter.count_step()
         if done % cfg.log_interval == 0 or done == cfg.max_steps:
             record = {
-                "step": done, "loss": loss, "lr": lr, "tau": tau, "mixture": mixture_at(step, cfg), "grad_norm": norm,
+                "step": done, "loss": loss if math.isfinite(loss) else None, "lr": lr, "tau": tau,
+                "mixture": mixture_at(step, cfg), "grad_norm": norm if math.isfinite(norm) else None,
                 "skipped": skipped, **meter.read(),
             }  # fmt: skip
             log(record)
             print_step(record, cfg)
-        if stopping or done % cfg.save_interval == 0 or done == cfg.max_steps:
+        due = stopping or done % cfg.save_interval == 0 or done == cfg.max_steps
+        if due and not skipped_in_a_row:  # weights that make no finite step are not worth keeping
             model.tau.fill_(tau_at(done, cfg))
             save(done)
         if stopping:
-            print(f"stopped; {ckpt} is at step {done}. Go on with: {resume_command()}")
+            print(f"stopped; {ckpt} is at step {saved}. Go on with: {resume_command()}")
             break
     if ranks.count > 1:
         ranks.wait()
@@ -594,14 +615,14 @@ class StopSignal:
 
     def handle(self, number, frame):
         self.requested = True
-        print("finishing the step, then saving", flush=True)
+        os.write(2, b"finishing the step, then saving; once more stops at once\n")  # print() may be under way
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def resume_command() -> str:
     """The command line of this run, with --resume."""
     args = [arg for arg in sys.argv if arg.split("=")[0] not in ("--resume", "--overwrite")]
-    return " ".join(["python", *args, "--resume"])
+    return shlex.join(["python", *args, "--resume"])
 
 
 def print_step(record: dict, cfg: TrainConfig):
@@ -611,8 +632,8 @@ def print_step(record: dict, cfg: TrainConfig):
     on_gpu = f"  MFU {record['mfu']:.1%}" if record["mfu"] else ""
     on_gpu += f"  {record['memory_gib']:.1f} GiB" if record["memory_gib"] else ""
     print(
-        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {record['loss']:.3f}  "
-        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {record['grad_norm']:.2f}  "
+        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {record['loss'] or math.nan:.3f}  "
+        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {record['grad_norm'] or math.nan:.2f}  "
         f"{record['tokens_per_second']:,.0f} tokens/s{on_gpu}  {left} left",
         flush=True,
     )

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 import types
@@ -37,10 +38,12 @@ def load(cls: type, argv: list[str] | None = None):
             name, equals, text = arg.lstrip("-").partition("=")
             name, _, key = name.partition(".")
             check_name(name, hints, where=f"--{name}")
+            if key and not isinstance(values[name], dict):
+                fail(f"--{name}.{key}: {name} is one value, without entries")
             if not equals and hints[name] not in (bool, bool | None):
                 fail(f"--{name} needs a value: --{name}=<{type_name(hints[name])}>")
             where, value = f"--{name}", parse(text, hints[name]) if equals else True
-            if key and isinstance(values[name], dict):
+            if key:
                 where, value = f"--{name}.{key}", {**values[name], key: parse(text, typing.get_args(hints[name])[1])}
             overrides = [(where, name, value)]
         elif arg.endswith(".py"):
@@ -66,11 +69,13 @@ def default(field: dataclasses.Field):
 def read_overrides(path: Path) -> list[tuple[int, str, object]]:
     """The (line, name, value) assignments of an override file; values are Python literals."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except IsADirectoryError:
+        fail(f"{path} is a folder, not a file of settings")
     except OSError:
         near = difflib.get_close_matches(str(path), [str(p) for p in Path("config").rglob("*.py")], n=1)
         fail(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
-    except (SyntaxError, UnicodeDecodeError) as e:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         fail(f"{path}: not lines of `name = value` ({e})")
     found = []
     for node in tree.body:
@@ -79,11 +84,17 @@ def read_overrides(path: Path) -> list[tuple[int, str, object]]:
         try:
             (target,) = node.targets
             found.append((node.lineno, target.id, ast.literal_eval(node.value)))
-        except (AttributeError, ValueError):
-            fail(
-                f"{path}:{node.lineno}: expected `name = value` with a literal value, found `{ast.unparse(node)[:60]}`"
-            )
+        except (AttributeError, ValueError, TypeError, MemoryError, RecursionError):
+            line = ast.unparse(node).splitlines()[0][:60]
+            fail(f"{path}:{node.lineno}: expected `name = value` with a literal value, found `{line}`")
     return found
+
+
+def check_range(settings, low: float, high: float, *names: str):
+    """Raise ValueError, naming the first, if one of these settings does not lie in low..high, both included."""
+    for name in names:
+        if not low <= getattr(settings, name) <= high:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must lie in {low:g}..{high:g}")
 
 
 def check_name(name: str, known: dict, where: str):
@@ -95,13 +106,13 @@ def check_name(name: str, known: dict, where: str):
 
 def parse(text: str, hint) -> object:
     """The value that a flag's text stands for: the text itself for str, else a Python literal where it is one."""
-    if hint in (str, str | None) and text != "None":
+    if hint is str or (hint == str | None and text != "None"):
         return text
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return tuple(text.split(",")) if typing.get_origin(hint) is tuple else text
 
 
@@ -116,15 +127,16 @@ def convert(value, hint, where: str, name: str):
         value = tuple(value.split(","))
     if origin is tuple and isinstance(value, (tuple, list)) and all(isinstance(v, args[0]) for v in value):
         return tuple(value)
-    if origin is dict and isinstance(value, dict):
+    if origin is dict and isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
         return {k: convert(v, args[1], where, f"{name}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e6
         return int(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
+    out_of_range = (type(value) is int and abs(value) >= 2**63) or (type(value) is float and not math.isfinite(value))
+    if isinstance(hint, type) and type(value) is hint and not out_of_range:
         return value
-    fail(f"{where}: {name} takes {type_name(hint)}, not {value!r}")
+    fail(f"{where}: {name} takes {type_name(hint)}, not {repr(value)[:60]}")
 
 
 def type_name(hint) -> str:

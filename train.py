@@ -268,8 +268,8 @@ class Ranks:
             sys.stdout = open(os.devnull, "w")
 
     def share(self, n: int) -> range:
-        """Which of n pieces of work are this rank's: a contiguous part, as large as the others' or one smaller."""
-        return range(n * self.rank // self.count, n * (self.rank + 1) // self.count)
+        """Which of n pieces of work are this rank's: the ranks take turns, so the first rank has the first."""
+        return range(self.rank, n, self.count)
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value, summed over the ranks."""
@@ -439,21 +439,21 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
     val, sample = {}, []
     for domain in corpus.cfg.mixture:
         total = count = 0.0
-        first = None
         for tokens, targets, doc_ids in corpus.val_batches(domain, ranks):
             with autocast:
                 loss = model(tokens, targets, doc_ids).item()
             n = (targets >= 0).sum().item()
             total, count = total + loss * n, count + n
-            first = first or (tokens[:2], doc_ids[:2])
+            if len(sample) == len(val):  # two rows of a domain show what the routing does
+                sample.append((tokens[:2], doc_ids[:2]))
         total, count = ranks.sum(total, count)
-        sample += [first] if first else []
         counts = corpus.domains[domain]
         tokens_per_byte = counts["val_tokens"] / max(1, counts["val_bytes"])
         val[domain] = {"loss": total / count, "bits_per_byte": total / count / math.log(2) * tokens_per_byte}
-    tokens, doc_ids = map(torch.cat, zip(*sample))
-    with autocast:
-        routing = model.routing_stats(tokens, doc_ids)
+    routing = {}
+    if ranks.rank == 0:
+        with autocast:
+            routing = model.routing_stats(*map(torch.cat, zip(*sample)))
     model.train()
     return {"val": val, "routing": routing}
 

@@ -68,7 +68,7 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are float32 always
     compile: bool | None = None  # torch.compile; None: on CUDA only
-    recompute: bool = False  # recompute activations in the backward pass: a third more time, for smaller cards
+    recompute: bool = False  # recompute activations in the backward pass: less memory, more time
     wandb: str | None = None  # project on Weights & Biases to log to as well; None: log.jsonl alone
 
     def __post_init__(self):

@@ -144,6 +144,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:  # lone surrogates become U+FFFD
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except ValueError:  # the pattern cannot take a run of a million spaces: cut the text in two
+        return np.concatenate([encode(encoding, text[: len(text) // 2]), encode(encoding, text[len(text) // 2 :])])
 
 
 # ------------------------------------------------------------------------------------------------------- tokens on disk
@@ -198,12 +200,18 @@ def write_domain(
             split: max(p.stat().st_size for p in (path, path.with_suffix("")) if p.exists())
             for split, path in partial.items()
         }
-        whole = all(size >= before[f"{split}_tokens"] * dtype.itemsize for split, size in reached.items())
+        wanted = {split: before[f"{split}_tokens"] * dtype.itemsize for split in partial}
+        whole = reached == wanted if before["finished"] else all(reached[s] >= wanted[s] for s in partial)
         if whole and before["made_of"] == json.loads(json.dumps(made_of)):
             progress = before
     if not progress["finished"]:
+        batches = open_batches(progress["state"])
+        first = list(itertools.islice(batches, 1))  # until there is something new, nothing earlier is removed
+        if progress["state"] is None:
+            progress_path.unlink(missing_ok=True)  # before its tokens: it must never speak of others
+        (folder.parent / "meta.json").unlink(missing_ok=True)
         for path in partial.values():
-            path.with_suffix("").unlink(missing_ok=True)  # of an earlier preparation
+            path.with_suffix("").unlink(missing_ok=True)
             path.touch()
         bar = tqdm(desc=folder.name, total=max_tokens, initial=progress["train_tokens"], unit="tok", unit_scale=True)
         with contextlib.ExitStack() as stack:
@@ -214,7 +222,7 @@ def write_domain(
                 file.seek(0, os.SEEK_END)
             stack.enter_context(bar)
             committed = time.monotonic()
-            for texts, state in open_batches(progress["state"]):
+            for texts, state in itertools.chain(first, batches):
                 written = {"train": [], "val": []}
                 for text, ids in zip(texts, pool.map(functools.partial(encode, encoding), texts)):
                     if max_tokens and progress["train_tokens"] >= max_tokens:
@@ -262,7 +270,6 @@ def write_whole(path: Path, text: str):
 def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]]):
     """Write every domain, then meta.json: without it a corpus does not count as prepared."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
     counts = {name: write() for name, write in domains.items()}
     meta = {
         "tokenizer": encoding.name,
@@ -704,6 +711,7 @@ def prepare_pretrain(cfg: PrepareConfig):
     except ValueError as e:
         config.fail(str(e))
     folder, fraction = Path(cfg.data_dir) / "pretrain", cfg.val_fraction or 0.001
+    vocab_hash = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
 
     def write(domain: str) -> dict:
         hub = PRETRAIN[domain]
@@ -712,8 +720,11 @@ def prepare_pretrain(cfg: PrepareConfig):
         if domain in cfg.source and source.endswith(".txt"):
             text_field = "text"
         max_tokens = cfg.max_tokens or hub.tokens
-        made_of = {"source": source, "text_field": text_field, "val_fraction": fraction, "max_tokens": max_tokens,
-                   "vocab_size": encoding.n_vocab}  # fmt: skip
+        local = [] if isinstance(source, HubData) else sorted(glob.glob(source, recursive=True))
+        made_of = {
+            "source": source, "files": [(path, os.path.getsize(path)) for path in local], "text_field": text_field,
+            "val_fraction": fraction, "max_tokens": max_tokens, "vocab": vocab_hash,
+        }  # fmt: skip
         opened = functools.partial(streamed, source, text_field)
         counts = write_domain(folder / domain, opened, encoding, fraction, made_of, max_tokens, cfg.commit_seconds)
         return {"source": source.dataset if isinstance(source, HubData) else source, **counts}
@@ -732,6 +743,8 @@ def main():
     cfg = config.load(PrepareConfig, sys.argv[1:] if sys.argv[1] not in CORPORA else sys.argv[2:])
     try:
         CORPORA[sys.argv[1]](cfg)
+    except KeyboardInterrupt:
+        config.fail("stopped; run the command again to go on")
     except OSError as e:
         config.fail(f"cannot write the corpus: {e}; mend that and run the command again to go on")
 

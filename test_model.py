@@ -616,6 +616,8 @@ def test_qwen3_specials_follow_the_vocabulary_and_never_come_from_text(small_voc
     ids = prepare_data.encode(encoding, SAMPLE)
     assert ids.max() < n and encoding.decode(ids.tolist()) == unicodedata.normalize("NFC", SAMPLE)
     assert encoding.decode(prepare_data.encode(encoding, "a\ud800b").tolist()) == "a\ufffdb"  # a lone surrogate
+    wide = "x" + " " * 1_200_000 + "y"  # more than the pattern can take at once
+    assert encoding.decode(prepare_data.encode(encoding, wide).tolist()) == wide
 
 
 @pytest.mark.parametrize("family", prepare_data.FAMILIES)
@@ -1347,6 +1349,25 @@ def test_a_bad_source_is_one_line_and_leaves_nothing_that_looks_whole(
         prepare_data.main()
     assert message.format(folder=tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert not list((tmp_path / "data").rglob("*.bin")) and not list((tmp_path / "data").rglob("meta.json"))
+
+
+def test_a_mistyped_source_leaves_a_finished_corpus_and_other_settings_start_anew(small_vocab, tmp_path):
+    sources = write_sources(tmp_path / "sources")
+    assert run_prepare(tmp_path / "data", sources, small_vocab).returncode == 0
+    before = corpus_bytes(tmp_path / "data" / "pretrain")
+    typo = run_prepare(tmp_path / "data", {**sources, "math": "typo/*.parquet"}, small_vocab)
+    assert typo.returncode == 1 and corpus_bytes(tmp_path / "data" / "pretrain") == before
+    resource = pytest.importorskip("resource")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # stops it on the way, before it records anything
+
+    changed = ("--text_field.math=content", "--commit_seconds=1000")
+    others = {**sources, "math": sources["stem"]}
+    other = run_prepare(tmp_path / "data", others, small_vocab, *changed, preexec_fn=limit)
+    assert other.returncode == 1 and not (tmp_path / "data" / "pretrain" / "meta.json").exists()
+    assert run_prepare(tmp_path / "data", sources, small_vocab).returncode == 0
+    assert corpus_bytes(tmp_path / "data" / "pretrain") == before
 
 
 def test_a_full_disk_is_one_line_and_preparation_goes_on_when_there_is_room(small_vocab, tmp_path):

@@ -258,9 +258,10 @@ class Ranks:
 
     def __init__(self, device: str):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each, and nothing on another's
         self.device = pick_device(device)
-        if self.device.type == "cuda" and self.count > 1:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.count > 1:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -622,7 +623,9 @@ class StopSignal:
 def resume_command() -> str:
     """The command line of this run, with --resume."""
     args = [arg for arg in sys.argv if arg.split("=")[0] not in ("--resume", "--overwrite")]
-    return shlex.join(["python", *args, "--resume"])
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
+    return shlex.join([*start, *args, "--resume"])
 
 
 def print_step(record: dict, cfg: TrainConfig):

@@ -254,31 +254,26 @@ def commit(files: dict[str, BinaryIO], progress: dict, path: Path):
     for file in files.values():
         file.flush()
         os.fsync(file.fileno())
-    write_whole(path, json.dumps(progress))
+    write_json(path, progress)
 
 
-def write_whole(path: Path, text: str):
-    """Write a small file so that it is there whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def write_json(path: Path, value: dict):
+    config.write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]]):
     """Write every domain, then meta.json: without it a corpus does not count as prepared."""
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {name: write() for name, write in domains.items()}
-    meta = {
-        "tokenizer": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "end_of_text": encoding.eot_token,
-        "dtype": token_dtype(encoding.n_vocab).name,
-        "domains": counts,
-    }
-    write_whole(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    with config.claimed(folder):
+        counts = {name: write() for name, write in domains.items()}
+        meta = {
+            "tokenizer": encoding.name,
+            "vocab_size": encoding.n_vocab,
+            "end_of_text": encoding.eot_token,
+            "dtype": token_dtype(encoding.n_vocab).name,
+            "domains": counts,
+        }
+        write_json(folder / "meta.json", meta)
     for name, count in counts.items():
         print(f"{name}: {count['train_tokens']:,} train and {count['val_tokens']:,} val tokens ({count['source']})")
     print(f"wrote {folder}; next: python train.py config/{folder.name}.py")
@@ -634,6 +629,7 @@ class HubData(NamedTuple):
     split: str
     text_field: str
     tokens: int
+    revision: str | None = None  # commit on the hub; None: the newest
 
 
 PRETRAIN = {
@@ -655,7 +651,9 @@ def open_dataset(source: str | HubData):
     datasets.utils.logging.set_verbosity_error()
     if isinstance(source, HubData):
         try:
-            return datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True)
+            return datasets.load_dataset(
+                source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True
+            )
         except datasets.exceptions.DatasetNotFoundError as e:
             if "gated" in str(e):
                 config.fail(f"{source.dataset} is gated: accept its terms on its page, then log in: hf auth login")
@@ -672,6 +670,22 @@ def open_dataset(source: str | HubData):
         config.fail(f"{source}: files of one kind are needed, {', '.join(READERS)}")
     options = {"sample_by": "document"} if reader == "text" else {}
     return datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+
+
+def pinned(source: HubData, progress: Path) -> HubData:
+    """The data set at one commit: that of the preparation under way, else the newest, so that all of it is of one."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        before = HubData(*json.loads(progress.read_text())["made_of"]["source"])
+        if before.revision and before._replace(revision=None) == source:
+            return before
+    import huggingface_hub
+
+    try:
+        return source._replace(revision=huggingface_hub.HfApi().dataset_info(source.dataset).sha)
+    except huggingface_hub.errors.RepositoryNotFoundError as e:  # gated ones, without a login, among them
+        config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
+    except Exception:  # of the hub's own HTTP library, whichever that is
+        config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source.<domain>=")
 
 
 @contextlib.contextmanager
@@ -715,7 +729,7 @@ def prepare_pretrain(cfg: PrepareConfig):
 
     def write(domain: str) -> dict:
         hub = PRETRAIN[domain]
-        source = cfg.source.get(domain, hub)
+        source = cfg.source.get(domain) or pinned(hub, folder / domain / "progress.json")
         text_field = cfg.text_field.get(domain, hub.text_field)
         if domain in cfg.source and source.endswith(".txt"):
             text_field = "text"
@@ -727,7 +741,7 @@ def prepare_pretrain(cfg: PrepareConfig):
         }  # fmt: skip
         opened = functools.partial(streamed, source, text_field)
         counts = write_domain(folder / domain, opened, encoding, fraction, made_of, max_tokens, cfg.commit_seconds)
-        return {"source": source.dataset if isinstance(source, HubData) else source, **counts}
+        return {"source": f"{hub.dataset} at {source.revision}" if isinstance(source, HubData) else source, **counts}
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in PRETRAIN})
 
@@ -750,4 +764,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

@@ -24,7 +24,7 @@ class SampleConfig:
     """Settings of sampling."""
 
     out_dir: str | None = None  # run folder or checkpoint; None: the newest checkpoint under out/
-    prompt: str = ""  # text to continue, or @file; empty: start a new document
+    prompt: str = ""  # text to continue, or @file (@@ for an @ itself); empty: start a new document
     num_samples: int = 1  # how many continuations to write
     max_new_tokens: int = 500  # length of each, at most, in tokens
     temperature: float = 0.8  # 0 takes the likeliest token; higher is wilder
@@ -70,9 +70,9 @@ def load_model(source: str | None, device: torch.device) -> PolychromaticLM:
 
 
 def read_prompt(text: str) -> str:
-    """The prompt itself, or for @file what the file holds."""
-    if not text.startswith("@"):
-        return text
+    """The prompt itself, or for @file what the file holds; @@ stands for an @ at the start."""
+    if text.startswith("@@") or not text.startswith("@"):
+        return text.removeprefix("@")
     try:
         return Path(text[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -142,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

@@ -19,6 +19,7 @@ import time
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -880,10 +881,11 @@ def run_train(settings: dict, *extra: str, processes: int = 1, **kw) -> subproce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kw)
 
 
-def kill_at_step(settings: dict, step: int, number: int, *extra: str) -> tuple[int, str]:
-    """Start a run, send it a signal once its log shows that step; exit status and output."""
+def kill_at_step(settings: dict, step: int, number: int, *extra: str, processes: int = 1) -> tuple[int, str]:
+    """Start a run, send it (or its torchrun) a signal once its log shows that step; exit status and output."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     process = subprocess.Popen(
-        [sys.executable, "train.py", *flags(settings), *extra],
+        [sys.executable, *torchrun, "train.py", *flags(settings), *extra],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -968,6 +970,13 @@ def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
     done = run_train(both, "--resume", processes=2)
     assert done.returncode == 0 and done.stdout.count("resumed") == 1, done.stderr
     logs = [train.read_log(tmp_path / name) for name in ("one", "two", "both")]
+    # A signal to torchrun reaches both: they stop after the same step, and say how to go on.
+    stopped = run_settings(corpus_dir, tmp_path / "stopped", **{**settings, "save_interval": 1000})
+    status, output = kill_at_step(stopped, 8, signal.SIGTERM, processes=2)
+    assert re.search(r"stopped; .* Go on with: torchrun --nproc_per_node=2 train.py .*--resume", output), output
+    assert 8 < train.load_checkpoint(tmp_path / "stopped")["step"] < 20
+    assert run_train(stopped, "--resume").returncode == 0
+    logs.append(train.read_log(tmp_path / "stopped"))
     for log in logs[1:]:
         assert len(log) == len(logs[0]) == 23
         for mine, theirs in zip(log, logs[0]):
@@ -1067,7 +1076,7 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_until_it_starts_and_nothing_of
     old = run_settings(corpus_dir, tmp_path / "run", max_steps=2)
     assert run_train(old).returncode == 0
     files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    assert set(files) == {"ckpt.pt", "log.jsonl"}
+    assert set(files) == {"ckpt.pt", "log.jsonl", ".lock"}
     for wrong, message in [({"data_dir": "absent"}, "no data in absent"), ({"device": "meta"}, "cannot be used")]:
         assert_one_line(run_train({**old, **wrong}, "--overwrite"), message)
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
@@ -1075,6 +1084,59 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_until_it_starts_and_nothing_of
     done = run_train({**old, "seed": 2}, "--resume")  # the new run starts from its own beginning
     assert done.returncode == 0 and "nothing to resume" in done.stdout
     assert [line["step"] for line in train.read_log(tmp_path / "run")] == [0, 1, 2, 2]
+
+
+def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
+    settings = run_settings(corpus_dir, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "tiny").mkdir()
+    with config.claimed(tmp_path / "run"), config.claimed(tmp_path / "tiny"):
+        assert_one_line(run_train(settings), "another process is writing to", "run; wait")
+        command = [sys.executable, "prepare_data.py", "tiny", f"--data_dir={tmp_path}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert_one_line(done, "another process is writing to", "tiny; wait")
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "tiny", ".lock"}
+
+
+def test_a_run_goes_on_in_its_own_wandb_run(corpus_dir, tmp_path, monkeypatch):
+    """A new run in the same folder gets another; what goes wrong at the start is one line."""
+    started, logged = [], []
+
+    class Run:
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ("*", "step")
+
+        def log(self, line):
+            logged.append(line["step"])
+
+    def init(**settings):
+        started.append(settings["id"])
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    settings = run_settings(corpus_dir, tmp_path / "run", max_steps=2, wandb="project")
+    train.train(train.TrainConfig(**settings))
+    assert logged == [0, 1, 2, 2]
+    train.train(train.TrainConfig(**settings, resume=True))
+    train.train(train.TrainConfig(**settings, overwrite=True))
+    assert started[0] == started[1] != started[2]
+
+    def fail(**settings):
+        raise RuntimeError("no API key\nlog in")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
+    with pytest.raises(SystemExit, match="cannot log to Weights & Biases: no API key log in; without --wandb"):
+        train.train(train.TrainConfig(**settings, overwrite=True))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="--wandb needs a package: pip install wandb"):
+        train.train(train.TrainConfig(**settings, overwrite=True))
+
+
+def test_a_reader_that_goes_away_ends_a_script_without_a_word(unbroken):
+    command = f"{shlex.quote(sys.executable)} sample.py --out_dir={shlex.quote(str(unbroken))} --num_samples=99"
+    done = subprocess.run(f"{command} | head -c 20", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert len(done.stdout) == 20 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
 def test_sampling_from_a_run(unbroken, tmp_path):
@@ -1264,7 +1326,10 @@ def test_a_bad_run_folder_is_one_line_and_nothing_is_lost(unbroken, corpus_dir, 
     assert "is at step 12 already, beyond max_steps, 5" in run_error(shorter, "--resume")
     assert_bit_identical(before, final_weights(unbroken))
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in run_error(run_settings(corpus_dir, tmp_path / "file" / "run"))
+    assert_one_line(run_train(run_settings(corpus_dir, tmp_path / "file" / "run")), "cannot be written")
+    (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
+    with pytest.raises(SystemExit, match="cannot write to .*: Is a directory"):
+        train.begin_run(train.TrainConfig(**run_settings(corpus_dir, tmp_path)), None)
 
 
 def flip(content: bytes) -> bytes:
@@ -1302,6 +1367,7 @@ def test_sampling_errors_are_one_line(unbroken, tmp_path, capsys, monkeypatch):
         sample.load_model("absent", torch.device("cpu"))
     with pytest.raises(SystemExit, match="cannot read the prompt from 'absent.txt'"):
         sample.read_prompt("@absent.txt")
+    assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
     with pytest.raises(SystemExit, match="device 'abacus' cannot be used here"):
         train.pick_device("abacus")
     model = small_model()
@@ -1349,6 +1415,19 @@ def test_a_bad_source_is_one_line_and_leaves_nothing_that_looks_whole(
         prepare_data.main()
     assert message.format(folder=tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert not list((tmp_path / "data").rglob("*.bin")) and not list((tmp_path / "data").rglob("meta.json"))
+
+
+def test_a_preparation_from_the_hub_stays_with_one_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    newest = iter(["commit 1", "commit 2"])
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: SimpleNamespace(sha=next(newest)))
+    hub, progress = prepare_data.PRETRAIN["math"], tmp_path / "progress.json"
+    first = prepare_data.pinned(hub, progress)
+    assert first == hub._replace(revision="commit 1")
+    prepare_data.write_json(progress, {"made_of": {"source": first}})
+    assert prepare_data.pinned(hub, progress) == first
+    assert prepare_data.pinned(prepare_data.PRETRAIN["stem"], progress).revision == "commit 2"
 
 
 def test_a_mistyped_source_leaves_a_finished_corpus_and_other_settings_start_anew(small_vocab, tmp_path):

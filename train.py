@@ -11,14 +11,15 @@ Without an override file the settings are the paper's pretraining run. A run fol
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,34 +325,19 @@ def compiler_works(device: torch.device) -> bool:
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
-    """Write a checkpoint under a temporary name, flush it to disk, then rename it: `path` is always whole."""
-    partial = path.with_suffix(".partial")
+    """Write a checkpoint; until it is whole, `path` is the one before it."""
     try:
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        config.write_whole(path, functools.partial(torch.save, checkpoint))
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
-        partial.unlink(missing_ok=True)
         config.fail(
             f"cannot write {path}: {str(e).splitlines()[0]}; an earlier checkpoint, if there was one, is intact"
         )
 
 
 def find_checkpoint(cfg: TrainConfig) -> dict | None:
-    """The checkpoint that cfg resumes, None for a run from the start; ends the script if cfg allows neither.
-
-    Changes nothing in the run folder but makes it, if it is not there.
-    """
+    """The checkpoint that cfg resumes, None for a run from the start; ends the script if cfg allows neither."""
     folder = Path(cfg.out_dir)
     ckpt = folder / "ckpt.pt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        config.fail(f"the run folder {folder} cannot be written: {e.strerror}; choose another with --out_dir=")
     if not cfg.resume:
         if ckpt.exists() and not cfg.overwrite:
             config.fail(f"{ckpt} exists; --resume goes on with that run, --overwrite starts anew in its place")
@@ -363,7 +349,7 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
         checkpoint = load_checkpoint(ckpt)
     except (OSError, ValueError) as e:
         config.fail(f"{e}; start anew with --overwrite or another --out_dir=")
-    if not {"optimizer", "settings", "step", "skipped"} <= checkpoint.keys():
+    if not {"optimizer", "settings", "step", "skipped", "run_id"} <= checkpoint.keys():
         config.fail(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
     for name, ours in dataclasses.asdict(cfg).items():
         theirs = checkpoint["settings"].get(name, ours)
@@ -379,26 +365,35 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
 def begin_run(cfg: TrainConfig, step: int | None):
     """Make the run folder fit the run: the log as it was at the resumed step, nothing old in a new run (step None)."""
     folder = Path(cfg.out_dir)
-    if step is None:
-        (folder / "ckpt.pt").unlink(missing_ok=True)  # before its log: what is left never belongs to another run
-    # The evaluation at the resumed step, if there was one, is done again.
-    lines = read_log(folder) if step is not None else []
-    keep = [line for line in lines if line["step"] < step or (line["step"] == step and "loss" in line)]
-    partial = folder / "log.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in keep))
-    os.replace(partial, folder / "log.jsonl")
+    try:
+        if step is None:
+            (folder / "ckpt.pt").unlink(missing_ok=True)  # before its log: what is left never belongs to another run
+        # The evaluation at the resumed step, if there was one, is done again.
+        lines = read_log(folder) if step is not None else []
+        keep = [line for line in lines if line["step"] < step or (line["step"] == step and "loss" in line)]
+        text = "".join(json.dumps(line) + "\n" for line in keep)
+        config.write_whole(folder / "log.jsonl", lambda file: file.write(text.encode()))
+    except OSError as e:
+        config.fail(f"cannot write to {folder}: {e.strerror}")
 
 
-def open_log(cfg: TrainConfig, ranks: Ranks) -> Callable[[dict], None]:
-    """What writes one object to log.jsonl, and to Weights & Biases if the run asks for it; on the first rank alone."""
+def open_log(cfg: TrainConfig, ranks: Ranks, run_id: str) -> Callable[[dict], None]:
+    """What writes one object to log.jsonl, and to Weights & Biases if the run asks for it; on the first rank alone.
+
+    A resumed run has the run_id of its checkpoint, and goes on in the same run there.
+    """
     path, wandb_run = Path(cfg.out_dir) / "log.jsonl", None
     if cfg.wandb and ranks.rank == 0:
         try:
             import wandb
         except ImportError:
             config.fail("--wandb needs a package: pip install wandb")
-        name = str(Path(cfg.out_dir)).replace(os.sep, "-")
-        wandb_run = wandb.init(project=cfg.wandb, id=name, resume="allow", config=dataclasses.asdict(cfg))
+        try:
+            settings = dataclasses.asdict(cfg)
+            wandb_run = wandb.init(project=cfg.wandb, id=run_id, name=cfg.out_dir, resume="allow", config=settings)
+            wandb_run.define_metric("*", step_metric="step")  # its own count would drop steps done again after a kill
+        except Exception as e:  # no login, no network, no such project: each of its own kind
+            config.fail(f"cannot log to Weights & Biases: {' '.join(str(e).split())[:200]}; without --wandb it works")
 
     def log(line: dict):
         if ranks.rank == 0:
@@ -408,7 +403,7 @@ def open_log(cfg: TrainConfig, ranks: Ranks) -> Callable[[dict], None]:
             except OSError as e:
                 config.fail(f"cannot write {path}: {e.strerror}")
         if wandb_run:
-            wandb_run.log(line, step=line["step"])
+            wandb_run.log(line)
 
     return log
 
@@ -462,11 +457,27 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
 def train(cfg: TrainConfig):
     """Run the training that cfg describes, from its first step or from its checkpoint, to its last."""
     torch.set_flush_denormal(True)  # at a low tau, gates of 1e-40 would halve a CPU's speed
-    stop, ranks = StopSignal(), Ranks(cfg.device)
+    stop, ranks, folder = StopSignal(), Ranks(cfg.device), Path(cfg.out_dir)
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(config.claimed(folder))
+            except OSError as e:
+                config.fail(f"the run folder {folder} cannot be written: {e.strerror}; choose another with --out_dir=")
+        run(cfg, ranks, stop)
+    if ranks.count > 1:
+        torch.distributed.destroy_process_group()
+
+
+def run(cfg: TrainConfig, ranks: Ranks, stop: "StopSignal"):
+    """train() on one of the ranks."""
     device, n_micro = ranks.device, cfg.batch_size // cfg.micro_batch_size
     if n_micro < ranks.count:
         config.fail(f"a step has {n_micro} micro-batches for {ranks.count} processes; lower --micro_batch_size")
-    checkpoint, corpus, log = find_checkpoint(cfg), Corpus(cfg), open_log(cfg, ranks)
+    checkpoint, corpus = find_checkpoint(cfg), Corpus(cfg)
+    run_id = checkpoint["run_id"] if checkpoint else uuid.uuid4().hex[:8]
+    log = open_log(cfg, ranks, run_id)
     dtype = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     ckpt = Path(cfg.out_dir) / "ckpt.pt"
@@ -505,7 +516,7 @@ def train(cfg: TrainConfig):
         if ranks.rank == 0:
             save_checkpoint(ckpt, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
-                "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
+                "run_id": run_id, "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
             })  # fmt: skip
 
     ranks.wait()  # all have read what is in the run folder; from here on it changes
@@ -570,9 +581,7 @@ def train(cfg: TrainConfig):
         if stopping:
             print(f"stopped; {ckpt} is at step {saved}. Go on with: {resume_command()}")
             break
-    if ranks.count > 1:
-        ranks.wait()
-        torch.distributed.destroy_process_group()
+    ranks.wait()
 
 
 class SpeedMeter:
@@ -656,4 +665,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

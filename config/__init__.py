@@ -1,24 +1,68 @@
-"""Settings of the scripts: a dataclass of defaults, then override files, then --name=value flags; later ones win.
+"""What every script needs: its settings, errors of one line, and files that are whole or not there.
 
-An override file is lines of `name = value`, nothing else: values are literals, and nothing in it is run. All of it goes
-through load(), which answers a mistake with one line and exit status 1.
+Settings are a dataclass of defaults, then override files, then --name=value flags; later ones win. An override file is
+lines of `name = value`, nothing else: values are literals, and nothing in it is run. All of it goes through load(),
+which answers a mistake with one line and exit status 1.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 def fail(message: str) -> typing.NoReturn:
     """End the script with one line for the person at the keyboard, exit status 1."""
     raise SystemExit(f"error: {message}")
+
+
+def run(main: Callable[[], None]):
+    """Run a script's main(); where its reader goes away (`| head`), it ends without a word."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to this folder meanwhile; ends the script if one does so already."""
+    with open(folder / ".lock", "w") as file:
+        with contextlib.suppress(ImportError):  # Windows has no such locks
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                fail(f"another process is writing to {folder}; wait for it, or choose another folder")
+            except OSError:  # a file system without locks
+                pass
+        yield
+
+
+def write_whole(path: Path, write: Callable[[typing.BinaryIO], object]):
+    """Let write(file) fill a file that is at `path` whole or not at all: flushed to disk first, then renamed."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError):
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load(cls: type, argv: list[str] | None = None):

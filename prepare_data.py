@@ -3,14 +3,20 @@
 python prepare_data.py tiny    the embedded corpus, no network: generated math with worked steps, docstring prose of the
                                installed numpy and torch (stem), the source of Python's standard library (code)
 
+python prepare_data.py tiny_sft
+                               questions and answers of the same families, as conversations
+
 python prepare_data.py pretrain
                                the paper's three data sets, streamed from the hub, in the tokens of Qwen3
 python prepare_data.py pretrain --source.math='dumps/*.parquet' --max_tokens=1e8
                                the same from local files, up to a number of tokens a domain
 
+python prepare_data.py sft     the paper's conversations, or with --source='dumps/*.jsonl' local ones
+
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
-every document. A document goes to val by a hash of its text, so that a duplicate never straddles the split. A
-preparation that was killed goes on where it was when it is run again.
+every document; beside those of conversations, {train,val}.mask: a byte a token, 1 where loss is taken. A document goes
+to val by a hash of its text, so that a duplicate never straddles the split. A preparation that was killed goes on where
+it was when it is run again.
 """
 
 import ast
@@ -31,7 +37,7 @@ import sysconfig
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -63,25 +69,63 @@ class PrepareConfig:
     """Settings of every corpus."""
 
     data_dir: str = "data"  # where the corpora live; each in a folder of its name
-    seed: int = 0  # tiny: of the generated text
-    math_mb: float = 6.0  # tiny: megabytes of generated math
-    val_fraction: float | None = None  # share of the documents that goes to val; None: tiny 0.05, pretrain 0.001
-    max_tokens: int | None = None  # pretrain: train tokens of each domain; None: the paper's, 7.0, 2.5 and 0.5 billion
-    source: dict[str, str] = field(default_factory=dict)  # pretrain: local files, --source.math=x/*.parquet
-    text_field: dict[str, str] = field(default_factory=dict)  # pretrain: --text_field.math=name, where it is another
+    val_fraction: float = 0.001  # share of the documents that goes to val
     commit_seconds: float = 2.0  # between records of how far a preparation has come, from which it can go on
-    vocab: str | None = None  # pretrain: vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
 
     def __post_init__(self):
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+        if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; it must lie between 0 and 1")
-        if self.math_mb <= 0:
-            raise ValueError(f"math_mb is {self.math_mb}; it must be above 0")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+
+
+@dataclass
+class TinyConfig(PrepareConfig):
+    """Settings of the embedded corpora, tiny and tiny_sft."""
+
+    val_fraction: float = 0.05  # share of the documents that goes to val
+    seed: int = 0  # of the generated text
+    math_mb: float = 6.0  # megabytes of generated math
+    max_length: int = 256  # tiny_sft: tokens of a conversation, at most; longer ones are cut
+
+    def __post_init__(self):
+        super().__post_init__()
+        config.check_range(self, 1e-6, 1e6, "math_mb")
+        config.check_range(self, 16, 2**30, "max_length")
+
+
+@dataclass
+class PretrainConfig(PrepareConfig):
+    """Settings of the paper's pretraining data."""
+
+    max_tokens: int | None = None  # train tokens of each domain; None: the paper's, 7.0, 2.5 and 0.5 billion
+    source: dict[str, str] = field(default_factory=dict)  # local files, --source.math=x/*.parquet
+    text_field: dict[str, str] = field(default_factory=dict)  # --text_field.math=name, where it is another
+    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_tokens is not None:
+            config.check_range(self, 1, 2**50, "max_tokens")
         for name in (*self.source, *self.text_field):
             if name not in PRETRAIN:
                 raise ValueError(f"there is no domain {name!r}; there are {', '.join(PRETRAIN)}")
+
+
+@dataclass
+class SFTDataConfig(PrepareConfig):
+    """Settings of the paper's conversations."""
+
+    max_tokens: int | None = None  # train tokens; None: all of the data set
+    source: str | None = None  # local files with a field of messages, x/*.jsonl or x/*.parquet; None: the paper's
+    messages_field: str = "messages"  # where the messages are, each {"role": ..., "content": ...}
+    max_length: int = 4096  # tokens of a conversation, at most; longer ones are cut
+    tokenizer: str = "qwen3"  # or bytes, for a model of the embedded corpus
+    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
+
+    def __post_init__(self):
+        super().__post_init__()
+        config.check_range(self, 16, 2**30, "max_length")
+        if self.max_tokens is not None:
+            config.check_range(self, 1, 2**50, "max_tokens")
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -148,6 +192,36 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         return np.concatenate([encode(encoding, text[: len(text) // 2]), encode(encoding, text[len(text) // 2 :])])
 
 
+ROLES = ("system", "user", "assistant")
+
+
+def encode_chat(
+    encoding: tiktoken.Encoding, messages: Sequence[dict[str, str]], reply: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation in ChatML: token ids [n] uint32 and loss mask [n] uint8.
+
+    messages are {"role": "system", "user" or "assistant", "content": text}. What a message spells stays text: no
+    special token comes of it. The mask is 1 on each assistant message's content, its <|im_end|> and newline. The end is
+    <|endoftext|>, or with reply=True the opening of an assistant's message. Raises ValueError, naming the fault, for
+    anything else than such messages.
+    """
+    eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
+    parts, learnt = [], []
+    for message in messages:
+        role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES:
+            raise ValueError(f"the role {role!r}, not one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError("content that is not text")
+        parts += [start, encode(encoding, f"{role}\n"), encode(encoding, content), end, encode(encoding, "\n")]
+        learnt += [False, False, *[role == "assistant"] * 3]
+    if not parts:
+        raise ValueError("no messages")
+    parts += [start, encode(encoding, "assistant\n")] if reply else [eot]
+    learnt += [False] * (len(parts) - len(learnt))
+    return np.concatenate(parts), np.repeat(np.array(learnt, dtype=np.uint8), [len(part) for part in parts])
+
+
 # ------------------------------------------------------------------------------------------------------- tokens on disk
 
 
@@ -162,10 +236,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-Batches = Iterator[tuple[list[str], object]]  # documents, and the state (plain values) from which to go on after them
+Batches = Iterator[tuple[list, object]]  # documents, and the state (plain values) from which to go on after them
 
 
-def in_batches(documents: Iterable[str], state: int | None, size: int = 256) -> Batches:
+def in_batches(documents: Iterable, state: int | None, size: int = 256) -> Batches:
     """Batches of documents that can be made again from the start; the state is how many have been taken."""
     taken = state or 0
     documents = itertools.islice(documents, taken, None)
@@ -174,34 +248,74 @@ def in_batches(documents: Iterable[str], state: int | None, size: int = 256) -> 
         yield batch, taken
 
 
+class Encoded(NamedTuple):
+    """A document as it goes to disk. Without tokens, it is left out."""
+
+    ids: np.ndarray  # [n], <|endoftext|> last
+    text: str  # what decides, by its hash, whether it goes to val
+    mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
+    note: str | None = None  # what a person should hear of it, counted
+
+
+def encode_document(encoding: tiktoken.Encoding, text: str) -> Encoded:
+    return Encoded(np.append(encode(encoding, text), np.uint32(encoding.eot_token)), text)
+
+
+def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: list[dict]) -> Encoded:
+    """A conversation cut after max_length tokens, or left out if it has nothing to learn from; the note says why."""
+    note = None
+    try:
+        ids, mask = encode_chat(encoding, messages)
+    except ValueError as e:
+        note = f"left out: {str(e)[:60]}"
+    else:
+        if not mask.any():
+            note = "left out: no assistant message"
+        elif len(ids) > max_length:
+            ids, mask = ids[:max_length].copy(), mask[:max_length]
+            ids[-1], mask[-1] = encoding.eot_token, 0
+            note = f"cut to {max_length} tokens" if mask.any() else f"left out: no answer within {max_length} tokens"
+    if note and note.startswith("left out"):
+        return Encoded(np.empty(0, np.uint32), "", np.empty(0, np.uint8), note)
+    return Encoded(ids, json.dumps([[m["role"], m["content"]] for m in messages]), mask, note)
+
+
 def write_domain(
     folder: Path,
     open_batches: Callable[[object], Batches],
+    encode_one: Callable[[object], Encoded],
     encoding: tiktoken.Encoding,
     val_fraction: float,
     made_of: dict,
     max_tokens: int | None = None,
     commit_seconds: float = 2.0,
+    masked: bool = False,
 ) -> dict:
     """Tokenize documents into folder/{train,val}.bin, up to the document that completes max_tokens of train.
 
-    Tokens go to *.bin.partial; every commit_seconds they are flushed to disk and progress.json records their reach.
-    Killed at any moment and called again with the same made_of (what decides the tokens), it goes on from there; the
-    bytes are those of an unbroken run. A .bin appears only whole. Returns the counts for meta.json.
+    Masked ones get {train,val}.mask as well. Tokens go to *.partial; every commit_seconds they are flushed to disk and
+    progress.json records their reach. Killed at any moment and called again with the same made_of (what decides the
+    tokens), it goes on from there; the bytes are those of an unbroken run. A .bin appears only whole. Returns the
+    counts for meta.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     progress_path, dtype = folder / "progress.json", token_dtype(encoding.n_vocab)
-    partial = {split: folder / f"{split}.bin.partial" for split in ("train", "val")}
-    counts = {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}
+    kinds = {"bin": dtype, "mask": np.dtype(np.uint8)} if masked else {"bin": dtype}
+    files = {(split, kind): folder / f"{split}.{kind}" for split in ("train", "val") for kind in kinds}
+    partial = {key: path.with_name(path.name + ".partial") for key, path in files.items()}
+    counts = {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0} | ({"val_targets": 0, "notes": {}} if masked else {})
     progress = {"made_of": made_of, "state": None, "finished": False, **counts}
-    with contextlib.suppress(OSError, ValueError):  # no progress yet, or its files are gone
+
+    def sizes(of: dict) -> dict[tuple[str, str], int]:
+        return {(split, kind): of[f"{split}_tokens"] * kinds[kind].itemsize for split, kind in files}
+
+    with contextlib.suppress(OSError, ValueError, LookupError):  # no progress yet, or its files are gone
         before = json.loads(progress_path.read_text())
         reached = {
-            split: max(p.stat().st_size for p in (path, path.with_suffix("")) if p.exists())
-            for split, path in partial.items()
+            key: max(p.stat().st_size for p in (partial[key], path) if p.exists()) for key, path in files.items()
         }
-        wanted = {split: before[f"{split}_tokens"] * dtype.itemsize for split in partial}
-        whole = reached == wanted if before["finished"] else all(reached[s] >= wanted[s] for s in partial)
+        wanted = sizes(before)
+        whole = reached == wanted if before["finished"] else all(reached[key] >= wanted[key] for key in files)
         if whole and before["made_of"] == json.loads(json.dumps(made_of)):
             progress = before
     if not progress["finished"]:
@@ -210,48 +324,56 @@ def write_domain(
         if progress["state"] is None:
             progress_path.unlink(missing_ok=True)  # before its tokens: it must never speak of others
         (folder.parent / "meta.json").unlink(missing_ok=True)
-        for path in partial.values():
-            path.with_suffix("").unlink(missing_ok=True)
-            path.touch()
+        for key, path in files.items():
+            path.unlink(missing_ok=True)
+            partial[key].touch()
         bar = tqdm(desc=folder.name, total=max_tokens, initial=progress["train_tokens"], unit="tok", unit_scale=True)
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-            files = {split: stack.enter_context(open(path, "r+b")) for split, path in partial.items()}
-            for split, file in files.items():
-                file.truncate(progress[f"{split}_tokens"] * dtype.itemsize)
-                file.seek(0, os.SEEK_END)
+            opened = {key: stack.enter_context(open(path, "r+b")) for key, path in partial.items()}
+            for key, size in sizes(progress).items():
+                opened[key].truncate(size)
+                opened[key].seek(0, os.SEEK_END)
             stack.enter_context(bar)
             committed = time.monotonic()
-            for texts, state in itertools.chain(first, batches):
-                written = {"train": [], "val": []}
-                for text, ids in zip(texts, pool.map(functools.partial(encode, encoding), texts)):
+            for documents, state in itertools.chain(first, batches):
+                written = {key: [np.empty(0, kinds[key[1]])] for key in opened}
+                for document in pool.map(encode_one, documents):
                     if max_tokens and progress["train_tokens"] >= max_tokens:
                         break
-                    split = "val" if is_held_out(text, val_fraction) else "train"
-                    written[split] += [ids, [encoding.eot_token]]
-                    progress[f"{split}_tokens"] += len(ids) + 1
-                    progress["val_bytes"] += len(text.encode("utf-8", "replace")) if split == "val" else 0
-                    bar.update(len(ids) + 1 if split == "train" else 0)
-                for split, parts in written.items():
-                    files[split].write(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype).tobytes())
+                    if document.note:
+                        progress["notes"][document.note] = progress["notes"].get(document.note, 0) + 1
+                    split = "val" if is_held_out(document.text, val_fraction) else "train"
+                    written[split, "bin"].append(document.ids)
+                    progress[f"{split}_tokens"] += len(document.ids)
+                    bar.update(len(document.ids) if split == "train" else 0)
+                    if masked:
+                        written[split, "mask"].append(document.mask)
+                    if split == "val":
+                        learnt = document.ids[document.mask == 1] if masked else document.ids[:-1]
+                        progress["val_bytes"] += len(encoding.decode_bytes(learnt.tolist()))
+                        if masked:
+                            progress["val_targets"] += len(learnt)
+                for key, parts in written.items():
+                    opened[key].write(np.concatenate(parts).astype(kinds[key[1]]).tobytes())
                 progress["state"] = state
                 full = max_tokens and progress["train_tokens"] >= max_tokens
                 if full or time.monotonic() - committed >= commit_seconds:
-                    commit(files, progress, progress_path)
+                    commit(opened.values(), progress, progress_path)
                     committed = time.monotonic()
                 if full:
                     break
             progress["finished"] = True
-            commit(files, progress, progress_path)
-    for path in partial.values():
-        if path.exists():
-            os.replace(path, path.with_suffix(""))
+            commit(opened.values(), progress, progress_path)
+    for key, path in files.items():
+        if partial[key].exists():
+            os.replace(partial[key], path)
     return {name: progress[name] for name in counts}
 
 
-def commit(files: dict[str, BinaryIO], progress: dict, path: Path):
+def commit(files: Iterable[BinaryIO], progress: dict, path: Path):
     """Flush the files to disk, then record that they reach as far as progress says."""
-    for file in files.values():
+    for file in files:
         file.flush()
         os.fsync(file.fileno())
     write_json(path, progress)
@@ -266,6 +388,11 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
     folder.mkdir(parents=True, exist_ok=True)
     with config.claimed(folder):
         counts = {name: write() for name, write in domains.items()}
+        for count in counts.values():
+            if not count["train_tokens"] or not count["val_tokens"]:
+                notes = "".join(f"; {n:,} {note}" for note, n in count.get("notes", {}).items())
+                split = "val: raise --val_fraction=, or add text" if count["train_tokens"] else "training"
+                config.fail(f"nothing of {count['source']} is left for {split}{notes}")
         meta = {
             "tokenizer": encoding.name,
             "vocab_size": encoding.n_vocab,
@@ -276,7 +403,10 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
         write_json(folder / "meta.json", meta)
     for name, count in counts.items():
         print(f"{name}: {count['train_tokens']:,} train and {count['val_tokens']:,} val tokens ({count['source']})")
-    print(f"wrote {folder}; next: python train.py config/{folder.name}.py")
+        for note, n in count.get("notes", {}).items():
+            print(f"{name}: {n:,} {note}")
+    script = "sft.py" if folder.name.endswith("sft") else "train.py"
+    print(f"wrote {folder}; next: python {script} config/{folder.name}.py")
 
 
 # -------------------------------------------------------------------------------------------------- tiny: math problems
@@ -284,41 +414,9 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
 # checked against the definition of the operation before it is handed out.
 
 Problem = tuple[str, list[str], str]
-NAMES = (
-    "Ada",
-    "Ben",
-    "Chloe",
-    "David",
-    "Emma",
-    "Farid",
-    "Grace",
-    "Hugo",
-    "Iris",
-    "Jonas",
-    "Kira",
-    "Liam",
-    "Mia",
-    "Noah",
-)
-THINGS = (
-    "apples",
-    "books",
-    "coins",
-    "pencils",
-    "stamps",
-    "shells",
-    "marbles",
-    "cards",
-    "stickers",
-    "oranges",
-    "tickets",
-)
-
-
-def number(rng: random.Random, digits: int) -> int:
-    """A number of up to that many digits, every length equally likely."""
-    n = rng.randint(1, digits)
-    return rng.randint(10 ** (n - 1), 10**n - 1)
+NAMES = "Ada Ben Chloe David Emma Farid Grace Hugo Iris Jonas Kira Liam Mia Noah".split()
+SYSTEMS = ("You are a careful calculator.", "Answer step by step.", "Work it out, then give the answer.")
+THINGS = "apples books coins pencils stamps shells marbles cards stickers oranges tickets".split()
 
 
 def check(holds: bool, problem: str):
@@ -327,80 +425,64 @@ def check(holds: bool, problem: str):
         raise AssertionError(f"the generator got this wrong: {problem}")
 
 
-PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands")
+def number_facts(rng: random.Random) -> Problem:
+    """What the other families are made of: single-digit sums and differences, the tables up to 10."""
+    asked, results = [], []
+    for sign in rng.choices("+-*/", k=6):
+        a, b = rng.randint(1, 10), rng.randint(1, 10)
+        a = {"+": a, "-": a + b, "*": a, "/": a * b}[sign]
+        asked.append(f"{a} {sign} {b}")
+        results.append({"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign])
+        check(sign != "/" or results[-1] * b == a, asked[-1])
+    steps = [f"{expression} = {result}" for expression, result in zip(asked, results)]
+    return f"Work out {', '.join(asked)}.", steps, ", ".join(map(str, results))
 
 
 def addition(rng: random.Random) -> Problem:
-    a, b = number(rng, 4), number(rng, 4)
-    steps, carry, result = [], 0, 0
-    for place in range(max(len(str(a)), len(str(b)))):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        total = x + y + carry
-        carried = f" + {carry}" if carry else ""
-        digit, carry = total % 10, total // 10
-        result += digit * 10**place
-        rest = f"write {digit}, carry {carry}" if carry else f"write {digit}"
-        steps.append(f"{PLACES[place]}: {x} + {y}{carried} = {total}, {rest}")
-    result += carry * 10 ** (place + 1)
-    if carry:
-        steps.append(f"write the carried {carry} in front")
+    a, b = rng.randint(1, 99), rng.randint(1, 99)
+    ones, tens = a % 10 + b % 10, a // 10 + b // 10
+    steps = [f"{a % 10} + {b % 10} = {ones}" + (f", write {ones % 10}, carry 1" if ones > 9 else "")]
+    carried = " + 1" if ones > 9 else ""
+    result = 10 * (tens + ones // 10) + ones % 10
+    if tens:
+        steps.append(f"{a // 10} + {b // 10}{carried} = {tens + ones // 10}")
     check(result == a + b, f"{a} + {b}")
     return f"What is {a} + {b}?", [*steps, f"{a} + {b} = {result}"], str(result)
 
 
 def subtraction(rng: random.Random) -> Problem:
-    b, a = sorted((number(rng, 4), number(rng, 4)))
-    steps, borrow, result = [], 0, 0
-    for place in range(len(str(a))):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        borrowed = f" - {borrow}" if borrow else ""
-        difference = x - y - borrow
-        borrow = int(difference < 0)
-        digit = difference + 10 * borrow
-        result += digit * 10**place
-        ten = "10 + " if borrow else ""
-        rest = f"write {digit}, borrow 1" if borrow else f"write {digit}"
-        steps.append(f"{PLACES[place]}: {ten}{x} - {y}{borrowed} = {digit}, {rest}")
-    check(result == a - b, f"{a} - {b}")
-    return f"What is {a} - {b}?", [*steps, f"{a} - {b} = {result}"], str(result)
+    b, a = sorted((rng.randint(1, 99), rng.randint(1, 99)))
+    borrow = int(a % 10 < b % 10)
+    ones, tens = 10 * borrow + a % 10 - b % 10, a // 10 - b // 10 - borrow
+    steps = [f"{10 * borrow + a % 10} - {b % 10} = {ones}" + (", borrow 1" if borrow else "")]
+    if a > 9:
+        steps.append(f"{a // 10} - {b // 10}{' - 1' if borrow else ''} = {tens}")
+    check(10 * tens + ones == a - b, f"{a} - {b}")
+    return f"What is {a} - {b}?", [*steps, f"{a} - {b} = {10 * tens + ones}"], str(10 * tens + ones)
 
 
 def multiplication(rng: random.Random) -> Problem:
-    a, b = number(rng, 3), number(rng, 2)
-    parts = [(int(d) * 10 ** (len(str(b)) - 1 - i)) for i, d in enumerate(str(b)) if d != "0"]
-    steps = [f"{b} = {' + '.join(map(str, parts))}"] if len(parts) > 1 else []
-    products, result = [], 0
-    for part in parts:
-        products.append(a * part)
-        steps.append(f"{a} * {part} = {a * part}")
-    for product in products:
-        if result:
-            steps.append(f"{result} + {product} = {result + product}")
-        result += product
+    a, b = rng.randint(2, 99), rng.randint(2, 9)
+    parts = [part for part in (a // 10 * 10, a % 10) if part]
+    steps = [f"{part} * {b} = {part * b}" for part in parts]
+    if len(parts) > 1:
+        steps.append(f"{parts[0] * b} + {parts[1] * b} = {sum(part * b for part in parts)}")
+    result = sum(part * b for part in parts)
     check(result == a * b, f"{a} * {b}")
-    return f"What is {a} * {b}?", [*steps, f"{a} * {b} = {result}"], str(result)
+    return f"What is {a} * {b}?", steps, str(result)
 
 
 def division(rng: random.Random) -> Problem:
-    a, b = number(rng, 4), rng.randint(2, 12)
-    steps, quotient, rest = [], 0, 0
-    for digit in str(a):
-        part = 10 * rest + int(digit)
-        times, rest = divmod(part, b)
-        if times or quotient:
-            steps.append(
-                f"{part} / {b}: {times} times, since {times} * {b} = {times * b}; {part} - {times * b} = {rest} is left"
-            )
-        quotient = 10 * quotient + times
-    if not steps:
-        steps.append(f"{a} is less than {b}, so {b} goes 0 times")
+    b = rng.randint(2, 10)
+    a = rng.randint(2, 11 * b - 1)
+    quotient, rest = divmod(a, b)
+    steps = [f"{quotient} * {b} = {quotient * b}", f"{a} - {quotient * b} = {rest}"]
     check(quotient * b + rest == a and 0 <= rest < b, f"{a} / {b}")
-    check_line = f"check: {quotient} * {b} + {rest} = {a}"
-    return f"Divide {a} by {b}, with remainder.", [*steps, check_line], f"{quotient} remainder {rest}"
+    return f"Divide {a} by {b}, with remainder.", steps, f"{quotient} remainder {rest}"
 
 
 def fraction(rng: random.Random) -> Problem:
-    b, d = rng.randint(2, 12), rng.randint(2, 12)
+    b, d = rng.randint(2, 8), rng.randint(2, 8)
     a, c = rng.randint(1, b), rng.randint(1, d)
     sign = rng.choice("+-")
     if sign == "-" and a * d < c * b:
@@ -410,11 +492,8 @@ def fraction(rng: random.Random) -> Problem:
     top = x + y if sign == "+" else x - y
     divisor = math.gcd(top, common)
     n, m = top // divisor, common // divisor
-    steps = [
-        f"common denominator of {b} and {d}: {common}",
-        f"{a}/{b} = {x}/{common} and {c}/{d} = {y}/{common}",
-        f"{x} {sign} {y} = {top}, so {top}/{common}",
-    ]
+    steps = [f"{p}/{q} = {z}/{common}" for p, q, z in ((a, b, x), (c, d, y)) if q != common]
+    steps.append(f"{x} {sign} {y} = {top}, so {top}/{common}")
     answer = str(n) if m == 1 else f"{n}/{m}"
     if divisor > 1:
         steps.append(f"divide both by {divisor}: {answer}")
@@ -423,68 +502,54 @@ def fraction(rng: random.Random) -> Problem:
 
 
 def linear_equation(rng: random.Random) -> Problem:
-    a, b, x = rng.randint(2, 12), rng.randint(1, 60), rng.randint(-20, 20)
-    sign, inverse, verb = rng.choice((("+", "-", "subtract"), ("-", "+", "add")))
+    a, b, x = rng.randint(2, 10), rng.randint(1, 20), rng.randint(1, 10)
+    sign, inverse = rng.choice((("+", "-"), ("-", "+")))
     c = a * x + b if sign == "+" else a * x - b
     right = c - b if sign == "+" else c + b
     check(right == a * x and right % a == 0, f"{a}x {sign} {b} = {c}")
-    steps = [
-        f"{verb} {b} on both sides: {a}x = {c} {inverse} {b} = {right}",
-        f"divide both sides by {a}: x = {right} / {a} = {right // a}",
-    ]
+    steps = [f"{a}x = {c} {inverse} {b} = {right}", f"x = {right} / {a} = {right // a}"]
     return f"Solve {a}x {sign} {b} = {c} for x.", steps, f"x = {right // a}"
 
 
 def sequence(rng: random.Random) -> Problem:
-    start, step, length = rng.randint(1, 50), rng.randint(2, 15), 4
-    if rng.random() < 0.6:
-        down = rng.random() < 0.3
-        start = start + step * length if down else start
-        terms = [start + (-step if down else step) * i for i in range(length + 1)]
-        differences = ", ".join(f"{b} - {a} = {b - a}" for a, b in zip(terms[:-1], terms[1:-1]))
-        how = f"subtract {step}" if down else f"add {step}"
-        last = f"{terms[-2]} - {step} = {terms[-1]}" if down else f"{terms[-2]} + {step} = {terms[-1]}"
-        steps = [f"differences: {differences}", f"the rule is: {how}", last]
-        check(len({b - a for a, b in zip(terms, terms[1:])}) == 1, str(terms))
+    step, start, kind = rng.randint(2, 9), rng.randint(1, 40), rng.choice(("add", "add", "subtract", "multiply by"))
+    if kind == "multiply by":
+        step, start = rng.randint(2, 3), rng.randint(1, 12)
+        terms, sign = [start * step**i for i in range(5)], "*"
+        found = f"{terms[1]} / {terms[0]} = {step}"
+    elif kind == "add":
+        terms, sign = [start + step * i for i in range(5)], "+"
+        found = f"{terms[1]} - {terms[0]} = {step}"
     else:
-        start, ratio = rng.randint(1, 12), rng.randint(2, 4)
-        terms = [start * ratio**i for i in range(length + 1)]
-        ratios = ", ".join(f"{b} / {a} = {b // a}" for a, b in zip(terms[:-1], terms[1:-1]))
-        steps = [f"ratios: {ratios}", f"the rule is: multiply by {ratio}", f"{terms[-2]} * {ratio} = {terms[-1]}"]
-        check(all(b == a * ratio for a, b in zip(terms, terms[1:])), str(terms))
+        terms, sign = [start + step * (4 - i) for i in range(5)], "-"
+        found = f"{terms[0]} - {terms[1]} = {step}"
+    rules = {"*": lambda x: x * step, "+": lambda x: x + step, "-": lambda x: x - step}
+    check(all(rules[sign](x) == y for x, y in zip(terms, terms[1:])), str(terms))
+    steps = [f"{found}, so {kind} {step}", f"{terms[3]} {sign} {step} = {terms[4]}"]
     return f"What comes next: {', '.join(map(str, terms[:-1]))}, ...?", steps, str(terms[-1])
 
 
 def greatest_common_divisor(rng: random.Random) -> Problem:
-    factor = rng.randint(1, 12)
-    a, b = sorted((factor * rng.randint(2, 40), factor * rng.randint(2, 40)), reverse=True)
+    factor = rng.randint(1, 10)
+    a, b = sorted((factor * rng.randint(2, 10), factor * rng.randint(2, 10)), reverse=True)
     x, y, steps = a, b, []
     while y:
         steps.append(f"{x} = {x // y} * {y} + {x % y}")
         x, y = y, x % y
-    steps.append(f"nothing is left, so the answer is {x}")
     check(x == math.gcd(a, b), f"gcd({a}, {b})")
     return f"What is the greatest common divisor of {a} and {b}?", steps, str(x)
 
 
 def percentage(rng: random.Random) -> Problem:
-    percent = rng.choice((5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90))
-    base = 20 * rng.randint(1, 50)
-    tens, fives = divmod(percent, 10)
-    tenth, steps, result = base // 10, [], 0
-    if tens:
-        steps.append(f"10% of {base} is {base} / 10 = {tenth}")
-        result = tens * tenth
-        if tens > 1:
-            steps.append(f"{10 * tens}% is {tens} * {tenth} = {result}")
-    if fives:
-        half = base // 20
-        steps.append(f"5% of {base} is {base} / 20 = {half}")
-        if tens:
-            steps.append(f"{percent}% is {result} + {half} = {result + half}")
-        result += half
-    check(result * 100 == percent * base, f"{percent}% of {base}")
-    return f"What is {percent}% of {base}?", steps, str(result)
+    base = 10 * rng.randint(1, 30)
+    unit = 25 if base % 4 == 0 and rng.random() < 0.3 else 10
+    percent = unit * rng.randint(1, 100 // unit - 1)
+    part, times = base * unit // 100, percent // unit
+    steps = [f"{unit}% of {base} is {base} / {100 // unit} = {part}"]
+    if times > 1:
+        steps.append(f"{percent}% is {times} * {part} = {times * part}")
+    check(times * part * 100 == percent * base, f"{percent}% of {base}")
+    return f"What is {percent}% of {base}?", steps, str(times * part)
 
 
 def word_problem(rng: random.Random) -> Problem:
@@ -492,40 +557,36 @@ def word_problem(rng: random.Random) -> Problem:
     thing = rng.choice(THINGS)
     kind = rng.randrange(4)
     if kind == 0:
-        a, b = rng.randint(2, 99), rng.randint(2, 99)
+        a, b = rng.randint(2, 50), rng.randint(2, 30)
         c = rng.randint(1, a + b - 1)
-        question = (
-            f"{name} has {a} {thing}. {other} gives {name} {b} more. {name} then loses {c}. How many {thing} are left?"
-        )
-        answer = a + b - c
-        steps = [f"after the gift: {a} + {b} = {a + b}", f"after the loss: {a + b} - {c} = {answer}"]
+        question = f"{name} has {a} {thing}. {other} gives {name} {b} more. {name} then loses {c}. How many are left?"
+        steps, answer = [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {a + b - c}"], a + b - c
         holds = answer + c - b == a
     elif kind == 1:
-        boxes, each, extra = rng.randint(2, 12), rng.randint(2, 20), rng.randint(1, 30)
-        question = f"{name} fills {boxes} boxes with {each} {thing} each and has {extra} left. How many {thing} in all?"
+        boxes, each, extra = rng.randint(2, 10), rng.randint(2, 12), rng.randint(1, 30)
+        question = f"{name} fills {boxes} boxes with {each} {thing} each and has {extra} left. How many in all?"
         packed, answer = boxes * each, boxes * each + extra
-        steps = [f"in the boxes: {boxes} * {each} = {packed}", f"with the rest: {packed} + {extra} = {answer}"]
+        steps = [f"{boxes} * {each} = {packed}", f"{packed} + {extra} = {answer}"]
         holds = divmod(answer - extra, each) == (boxes, 0)
     elif kind == 2:
-        friends, answer = rng.randint(2, 12), rng.randint(2, 20)
+        friends, answer = rng.randint(2, 10), rng.randint(2, 12)
         total = friends * answer
-        question = (
-            f"{name} shares {total} {thing} equally among {friends} friends. How many {thing} does each friend get?"
-        )
+        question = f"{name} shares {total} {thing} equally among {friends} friends. How many does each get?"
         steps = [f"{total} / {friends} = {answer}"]
         holds = divmod(total, friends) == (answer, 0)
     else:
-        price, count = rng.randint(2, 15), rng.randint(2, 12)
+        price, count = rng.randint(2, 10), rng.randint(2, 12)
         paid = price * count + rng.randint(1, 50)
         question = f"{name} buys {count} {thing} at {price} euros each and pays {paid} euros. How much change is due?"
         cost, answer = count * price, paid - count * price
-        steps = [f"the price: {count} * {price} = {cost}", f"the change: {paid} - {cost} = {answer}"]
+        steps = [f"{count} * {price} = {cost}", f"{paid} - {cost} = {answer}"]
         holds = divmod(paid - answer, price) == (count, 0)
     check(holds, question)
     return question, steps, str(answer)
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
+    "number facts": number_facts,
     "addition": addition,
     "subtraction": subtraction,
     "multiplication": multiplication,
@@ -539,18 +600,61 @@ FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
 }
 
 
-def math_documents(seed: int, size: float) -> Iterator[str]:
-    """Distinct solved problems of all families in turn, until they hold `size` bytes."""
-    rng, seen, written = random.Random(seed), set(), 0
-    while written < size:
-        for family in FAMILIES.values():
-            question, steps, answer = family(rng)
-            if question in seen:
+def is_reserved(question: str) -> bool:
+    """Whether a question is kept out of all training data, for eval.py. 12 + 34 goes with 34 + 12, and with 12 - 34."""
+    return is_held_out(" ".join(sorted(re.findall(r"\w+", question))), 0.1)
+
+
+def problems(seed: int, reserved: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Distinct problems of all families in turn: family, question, worked steps with the answer, answer.
+
+    All are reserved ones, or none is. A family that has no more is left out from there on.
+    """
+    rng, seen, families = random.Random(seed), set(), dict(FAMILIES)
+    while families:
+        for family, make in list(families.items()):
+            made = (make(rng) for _ in range(2000))
+            found = next((p for p in made if p[0] not in seen and is_reserved(p[0]) == reserved), None)
+            if found is None:
+                del families[family]
                 continue
+            question, steps, answer = found
             seen.add(question)
-            text = f"Problem: {question}\n" + "".join(f"- {step}\n" for step in steps) + f"Answer: {answer}\n"
-            written += len(text)
-            yield text
+            yield family, question, "".join(f"{step}\n" for step in steps) + f"Answer: {answer}", answer
+
+
+def up_to(size: float, texts: Iterable, length: Callable[[object], int]) -> Iterator:
+    """The first of the texts that together hold `size` bytes."""
+    total = 0
+    for text in texts:
+        if total >= size:
+            return
+        total += length(text)
+        yield text
+
+
+def math_documents(seed: int, size: float) -> Iterator[str]:
+    """Solved problems, `size` bytes of them."""
+    return up_to(size, (f"Problem: {question}\n{worked}\n" for _, question, worked, _ in problems(seed, False)), len)
+
+
+def math_conversations(seed: int, size: float) -> Iterator[list[dict[str, str]]]:
+    """Questions and worked answers, `size` bytes of them; one in eight begins with a system message, some ask twice."""
+    rng, source = random.Random(seed), problems(seed, False)
+
+    def length(messages: list[dict[str, str]]) -> int:
+        return sum(len(message["content"]) for message in messages)
+
+    def conversation() -> list[dict[str, str]]:
+        messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 1 / 8 else []
+        for _ in range(2 if rng.random() < 1 / 4 else 1):
+            _, question, worked, _ = next(source)
+            turn = [{"role": "user", "content": question}, {"role": "assistant", "content": worked}]
+            if len(messages) < 2 or length(messages + turn) <= 180:  # bytes that fit into the context
+                messages += turn
+        return messages
+
+    return up_to(size, iter(conversation, None), length)
 
 
 # -------------------------------------------------------------------------------------------------- tiny: stem and code
@@ -599,36 +703,51 @@ def code_documents() -> Iterator[str]:
                 yield text
 
 
-def prepare_tiny(cfg: PrepareConfig):
-    """Write data/tiny; deterministic for the seed and the installed versions."""
-    folder, encoding, fraction = Path(cfg.data_dir) / "tiny", get_tokenizer("bytes"), cfg.val_fraction or 0.05
+def prepare_embedded(cfg: TinyConfig, name: str, sources: dict[str, tuple[Callable[[], Iterable], str]], chat: bool):
+    """Write data/<name> from generators of documents; deterministic for the seed and the installed versions."""
+    folder, encoding = Path(cfg.data_dir) / name, get_tokenizer("bytes")
+    encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
+    encode_one = encode_one if chat else functools.partial(encode_document, encoding)
+
+    def write(domain: str) -> dict:
+        documents, source = sources[domain]
+        code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # a new generator, new problems
+        made_of = {"source": source, "val_fraction": cfg.val_fraction, "max_length": cfg.max_length, "code": code}
+        opened = lambda state: in_batches(documents(), state)  # noqa: E731
+        counts = write_domain(
+            folder / domain, opened, encode_one, encoding, cfg.val_fraction, made_of,
+            commit_seconds=cfg.commit_seconds, masked=chat,
+        )  # fmt: skip
+        return {"source": source, **counts}
+
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in sources})
+
+
+def prepare_tiny(cfg: TinyConfig):
     sources = {
         "math": (lambda: math_documents(cfg.seed, cfg.math_mb * 1e6), f"generated, {cfg.math_mb} MB, seed {cfg.seed}"),
         "stem": (stem_documents, f"docstrings of numpy {version('numpy')} and torch {version('torch')}"),
         "code": (code_documents, f"standard library of Python {sys.version.split()[0]}"),
     }
+    prepare_embedded(cfg, "tiny", sources, chat=False)
 
-    def write(domain: str) -> dict:
-        documents, source = sources[domain]
-        code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # a new generator, new problems
-        made_of = {"source": source, "val_fraction": fraction, "code": code}
-        opened = lambda state: in_batches(documents(), state)  # noqa: E731
-        return {"source": source, **write_domain(folder / domain, opened, encoding, fraction, made_of)}
 
-    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in sources})
+def prepare_tiny_sft(cfg: TinyConfig):
+    made = lambda: math_conversations(cfg.seed + 1, cfg.math_mb * 1e6)  # noqa: E731
+    prepare_embedded(cfg, "tiny_sft", {"chat": (made, f"generated, {cfg.math_mb} MB, seed {cfg.seed + 1}")}, chat=True)
 
 
 # ------------------------------------------------------------------------------------------------ pretrain: the hub
 
 
 class HubData(NamedTuple):
-    """Where the documents of a domain come from, and how many tokens of them the paper takes."""
+    """Where the documents of a domain come from, and how many tokens of them the paper takes (None: all)."""
 
     dataset: str
     subset: str | None
     split: str
     text_field: str
-    tokens: int
+    tokens: int | None
     revision: str | None = None  # commit on the hub; None: the newest
 
 
@@ -637,6 +756,7 @@ PRETRAIN = {
     "stem": HubData("openbmb/Ultra-FineWeb", None, "en", "content", 2_500_000_000),
     "code": HubData("lumees/github-code-2025-language-split", "python", "train", "content", 500_000_000),
 }
+CHAT = HubData("nvidia/Nemotron-Math-v2", None, "high_part00", "messages", None)
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
@@ -697,8 +817,8 @@ def reading(where: str) -> Iterator[None]:
         config.fail(f"cannot read {where}: {' '.join(str(e).split())[:200]}; run the command again to go on")
 
 
-def streamed(source: str | HubData, text_field: str, state: dict | None, size: int = 256) -> Batches:
-    """Batches of one field of a data set, from the start or from an earlier state; rows without text are left out.
+def streamed(source: str | HubData, column: str, kind: type, state: dict | None, size: int = 256) -> Batches:
+    """Batches of one field of a data set, from the start or an earlier state; other values than `kind` are left out.
 
     Ends the script with one line if there is no such field, or if the data cannot be read on.
     """
@@ -713,50 +833,87 @@ def streamed(source: str | HubData, text_field: str, state: dict | None, size: i
             batch = next(batches, None)
         if batch is None:
             return
-        if text_field not in batch:
-            config.fail(f"{where} has no field {text_field!r} but {', '.join(batch)}; name one: --text_field.<domain>=")
-        yield [text for text in batch[text_field] if isinstance(text, str)], stream.state_dict()
+        if column not in batch:
+            setting = "--text_field.<domain>=" if kind is str else "--messages_field="
+            config.fail(f"{where} has no field {column!r} but {', '.join(batch)}; name one: {setting}")
+        yield [value for value in batch[column] if isinstance(value, kind)], stream.state_dict()
 
 
-def prepare_pretrain(cfg: PrepareConfig):
-    """Write data/pretrain from the paper's data sets, or from local files; can be killed and run again."""
+def write_streamed(
+    cfg: PretrainConfig | SFTDataConfig, folder: Path, encoding: tiktoken.Encoding, encode_one: Callable,
+    hub: HubData, local: str | None, column: str, kind: type, **more,
+) -> dict:  # fmt: skip
+    """write_domain() of a data set on the hub, or of local files in its place."""
+    source = local or pinned(hub, folder / "progress.json")
+    files = sorted(glob.glob(local, recursive=True)) if local else []
+    vocab = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
+    max_tokens = cfg.max_tokens or hub.tokens
+    made_of = {
+        "source": source, "files": [(path, os.path.getsize(path)) for path in files], "field": column,
+        "val_fraction": cfg.val_fraction, "max_tokens": max_tokens, "vocab": vocab, **more,
+    }  # fmt: skip
+    opened = functools.partial(streamed, source, column, kind)
+    counts = write_domain(
+        folder, opened, encode_one, encoding, cfg.val_fraction, made_of, max_tokens, cfg.commit_seconds, kind is list
+    )
+    return {"source": local or f"{hub.dataset} at {source.revision}", **counts}
+
+
+def open_tokenizer(name: str, vocab: str | None) -> tiktoken.Encoding:
+    """get_tokenizer() for a script: it ends with one line where that raises."""
     try:
-        encoding = get_tokenizer("qwen3", cfg.vocab)
+        return get_tokenizer(name, vocab)
     except ValueError as e:
         config.fail(str(e))
-    folder, fraction = Path(cfg.data_dir) / "pretrain", cfg.val_fraction or 0.001
-    vocab_hash = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
+
+
+def prepare_pretrain(cfg: PretrainConfig):
+    """Write data/pretrain from the paper's data sets, or from local files; can be killed and run again."""
+    folder, encoding = Path(cfg.data_dir) / "pretrain", open_tokenizer("qwen3", cfg.vocab)
 
     def write(domain: str) -> dict:
-        hub = PRETRAIN[domain]
-        source = cfg.source.get(domain) or pinned(hub, folder / domain / "progress.json")
-        text_field = cfg.text_field.get(domain, hub.text_field)
-        if domain in cfg.source and source.endswith(".txt"):
-            text_field = "text"
-        max_tokens = cfg.max_tokens or hub.tokens
-        local = [] if isinstance(source, HubData) else sorted(glob.glob(source, recursive=True))
-        made_of = {
-            "source": source, "files": [(path, os.path.getsize(path)) for path in local], "text_field": text_field,
-            "val_fraction": fraction, "max_tokens": max_tokens, "vocab": vocab_hash,
-        }  # fmt: skip
-        opened = functools.partial(streamed, source, text_field)
-        counts = write_domain(folder / domain, opened, encoding, fraction, made_of, max_tokens, cfg.commit_seconds)
-        return {"source": f"{hub.dataset} at {source.revision}" if isinstance(source, HubData) else source, **counts}
+        hub, local = PRETRAIN[domain], cfg.source.get(domain)
+        column = cfg.text_field.get(domain, "text" if local and local.endswith(".txt") else hub.text_field)
+        encode_one = functools.partial(encode_document, encoding)
+        return write_streamed(cfg, folder / domain, encoding, encode_one, hub, local, column, str)
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in PRETRAIN})
 
 
-CORPORA: dict[str, Callable[[PrepareConfig], None]] = {"tiny": prepare_tiny, "pretrain": prepare_pretrain}
+def prepare_sft(cfg: SFTDataConfig):
+    """Write data/sft from the paper's conversations, or from local files; can be killed and run again."""
+    folder, encoding = Path(cfg.data_dir) / "sft", open_tokenizer(cfg.tokenizer, cfg.vocab)
+    encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
+
+    def write() -> dict:
+        return write_streamed(
+            cfg, folder / "chat", encoding, encode_one, CHAT, cfg.source, cfg.messages_field, list,
+            max_length=cfg.max_length,
+        )  # fmt: skip
+
+    prepare(folder, encoding, {"chat": write})
+
+
+CORPORA: dict[str, tuple[type[PrepareConfig], Callable[[PrepareConfig], None]]] = {
+    "tiny": (TinyConfig, prepare_tiny),
+    "tiny_sft": (TinyConfig, prepare_tiny_sft),
+    "pretrain": (PretrainConfig, prepare_pretrain),
+    "sft": (SFTDataConfig, prepare_sft),
+}
 
 
 def main():
-    names = " | ".join(CORPORA)
-    if len(sys.argv) < 2 or sys.argv[1] not in (*CORPORA, "--help", "-h"):
-        given = f"not {sys.argv[1]!r}" if len(sys.argv) > 1 else "none was named"
-        config.fail(f"which corpus? python prepare_data.py {names} ({given})")
-    cfg = config.load(PrepareConfig, sys.argv[1:] if sys.argv[1] not in CORPORA else sys.argv[2:])
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in ("--help", "-h"):
+        print(f"{inspect.cleandoc(__doc__)}\n\nThe settings of one: python prepare_data.py tiny --help")
+        return
+    if name not in CORPORA:
+        given = f"not {name!r}" if name else "none was named"
+        config.fail(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} ({given})")
+    settings, write = CORPORA[name]
+    cfg = config.load(settings, sys.argv[2:])
     try:
-        CORPORA[sys.argv[1]](cfg)
+        write(cfg)
     except KeyboardInterrupt:
         config.fail("stopped; run the command again to go on")
     except OSError as e:

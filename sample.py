@@ -2,9 +2,12 @@
 
 python sample.py                                            from the newest checkpoint under out/
 python sample.py --prompt="Problem: What is 12 + 34?"       continue a text; --prompt=@file reads it from a file
+python sample.py --chat                                     talk to a model of sft.py
+python sample.py --chat --prompt="What is 12 + 34?"         ask it one thing
 """
 
 import codecs
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import torch
 
 import config
 from model import PolychromaticLM
-from prepare_data import encode, get_tokenizer
+from prepare_data import encode, encode_chat, open_tokenizer
 from train import pick_device, pick_dtype
 
 
@@ -25,6 +28,8 @@ class SampleConfig:
 
     out_dir: str | None = None  # run folder or checkpoint; None: the newest checkpoint under out/
     prompt: str = ""  # text to continue, or @file (@@ for an @ itself); empty: start a new document
+    chat: bool = False  # a conversation: prompt is the one question, or without it you are asked
+    system: str = ""  # chat: what the model is told first
     num_samples: int = 1  # how many continuations to write
     max_new_tokens: int = 500  # length of each, at most, in tokens
     temperature: float = 0.8  # 0 takes the likeliest token; higher is wilder
@@ -94,28 +99,22 @@ def until(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
 
 
 def stream(
-    model: PolychromaticLM, encoding: tiktoken.Encoding, ids: list[int], cfg: SampleConfig, generator: torch.Generator
-) -> Iterator[str]:
-    """Continue token ids; yields text as soon as its bytes are whole."""
+    model: PolychromaticLM, encoding: tiktoken.Encoding, ids: list[int], cfg: SampleConfig, generator: torch.Generator,
+    max_new_tokens: int,
+) -> Iterator[str]:  # fmt: skip
+    """Continue token ids up to <|endoftext|>, in a chat <|im_end|>; yields text as soon as its bytes are whole."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    steps = model.generate(
-        [ids], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, {encoding.eot_token}, generator
-    )
-    for step in steps:
-        if step.item() != encoding.eot_token:
-            yield decoder.decode(encoding.decode_single_token_bytes(step.item()))
+    ends = {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")[: 2 if cfg.chat else 1]}
+    dtype = pick_dtype("float32" if cfg.dtype == "auto" and not model.tau.is_cuda else cfg.dtype, model.tau.device)
+    with torch.autocast(model.tau.device.type, dtype, enabled=dtype != torch.float32):
+        for step in model.generate([ids], max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, ends, generator):
+            if step.item() not in ends:
+                yield decoder.decode(encoding.decode_single_token_bytes(step.item()))
     yield decoder.decode(b"", final=True)
 
 
-def main():
-    cfg = config.load(SampleConfig)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
-    device = pick_device(cfg.device)
-    model = load_model(cfg.out_dir, device)
-    try:
-        encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
-    except ValueError as e:
-        config.fail(str(e))
+def continue_text(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: SampleConfig, generator: torch.Generator):
+    """Print num_samples continuations of the prompt."""
     prompt = read_prompt(cfg.prompt)
     ids = encode(encoding, prompt).tolist()
     if not ids:
@@ -126,19 +125,102 @@ def main():
             f"the prompt has {len(ids):,} tokens, the context {block_size:,}: reading the last {block_size // 2:,}",
             file=sys.stderr,
         )
-    dtype = pick_dtype("float32" if cfg.dtype == "auto" and device.type != "cuda" else cfg.dtype, device)
+    for i in range(cfg.num_samples):
+        if cfg.num_samples > 1:
+            print(f"--- sample {i + 1} of {cfg.num_samples} ---")
+        print(prompt, end="", flush=True)
+        for piece in until(stream(model, encoding, ids, cfg, generator, cfg.max_new_tokens), cfg.stop):
+            print(piece, end="", flush=True)
+        print()
+
+
+class Chat:
+    """A conversation with the model: its history, and answers to it, printed as they are made."""
+
+    def __init__(
+        self, model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: SampleConfig, generator: torch.Generator
+    ):
+        self.model, self.encoding, self.cfg, self.generator = model, encoding, cfg, generator
+        self.reset()
+
+    def reset(self):
+        self.messages = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
+
+    def fit(self) -> list[int]:
+        """Tokens of the conversation, its oldest turns dropped until a quarter of the context is left for the answer.
+
+        Raises ValueError, and forgets it, if the newest message alone is too long.
+        """
+        room, first = self.model.config.block_size * 3 // 4, 1 if self.cfg.system else 0
+        while len(ids := encode_chat(self.encoding, self.messages, reply=True)[0].tolist()) > room:
+            if len(self.messages) == first + 1:
+                self.messages.pop()
+                raise ValueError(f"this takes {len(ids):,} tokens of {room:,} that there is room for; say it shorter")
+            del self.messages[first : first + 2]
+            print("(the context is full: the oldest turn is forgotten)", file=sys.stderr)
+        return ids
+
+    def answer(self, question: str):
+        """Print the answer to what the user says next, and remember both. Ctrl-C ends the answer where it is."""
+        self.messages.append({"role": "user", "content": question})
+        ids, said = self.fit(), ""
+        length = min(self.cfg.max_new_tokens, self.model.config.block_size - len(ids))
+        try:
+            for piece in until(stream(self.model, self.encoding, ids, self.cfg, self.generator, length), self.cfg.stop):
+                print(piece, end="", flush=True)
+                said += piece
+        except KeyboardInterrupt:
+            print(" (stopped)", end="", file=sys.stderr)
+        print(flush=True)
+        self.messages.append({"role": "assistant", "content": said})
+
+
+def converse(chat: Chat):
+    """Answer lines of the terminal until Ctrl-D or /exit; /reset forgets the conversation."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history in input()
+    print("/reset starts anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
+            continue
+        if line == "/exit":
+            return
+        if line == "/reset":
+            chat.reset()
+            print("(forgotten)", file=sys.stderr)
+        elif line.startswith("/"):
+            print(f"(there is no {line.split()[0]}, but /reset and /exit)", file=sys.stderr)
+        elif line:
+            try:
+                chat.answer(line)
+            except ValueError as e:
+                print(f"({e})", file=sys.stderr)
+
+
+def main():
+    cfg = config.load(SampleConfig)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
+    device = pick_device(cfg.device)
+    model = load_model(cfg.out_dir, device)
+    encoding = open_tokenizer(model.config.tokenizer, cfg.vocab)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     try:
-        for i in range(cfg.num_samples):
-            if cfg.num_samples > 1:
-                print(f"--- sample {i + 1} of {cfg.num_samples} ---")
-            print(prompt, end="", flush=True)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                for piece in until(stream(model, encoding, ids, cfg, generator), cfg.stop):
-                    print(piece, end="", flush=True)
-            print()
+        if not cfg.chat:
+            continue_text(model, encoding, cfg, generator)
+        elif cfg.prompt:
+            Chat(model, encoding, cfg, generator).answer(read_prompt(cfg.prompt))
+        else:
+            converse(Chat(model, encoding, cfg, generator))
     except KeyboardInterrupt:
         print()
+    except ValueError as e:
+        config.fail(str(e))
 
 
 if __name__ == "__main__":

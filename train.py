@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,8 +44,11 @@ MIXTURE_END = {"math": 0.85, "stem": 0.1, "code": 0.05}
 class TrainConfig(ModelConfig):
     """Settings of a run, with those of its model. The defaults are the paper's pretraining."""
 
+    overridden: ClassVar[frozenset[str]] = frozenset()  # the settings that files and flags gave, from config.load()
+
     data_dir: str = "data/pretrain"  # a corpus of prepare_data.py
     out_dir: str = "out/pretrain"  # the run folder
+    init_from: str | None = None  # run folder or checkpoint whose model to start from; None: random weights
     resume: bool = False  # go on from the run folder's checkpoint
     overwrite: bool = False  # start anew in a run folder that already holds a checkpoint
     seed: int = 1337  # of the initial weights, the order of the data and the routing noise
@@ -161,91 +165,102 @@ class Corpus:
             self.end_of_text = int(meta["end_of_text"])
             counted = ("train_tokens", "val_tokens", "val_bytes")
             self.domains = {d: {key: int(counts[key]) for key in counted} for d, counts in meta["domains"].items()}
+            for d, counts in meta["domains"].items():  # of chat, only some of the tokens are predicted
+                self.domains[d]["val_targets"] = int(counts.get("val_targets", counts["val_tokens"]))
         except OSError:
             config.fail(f"no data in {self.folder}; make it: {again}")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             config.fail(f"{self.folder / 'meta.json'} is damaged ({e!r}); make it again: {again}")
         if name != cfg.tokenizer or size != cfg.vocab_size:
+            way_out = "prepare" if cfg.init_from else f"train with --tokenizer={name} --vocab_size={size} or on"
             config.fail(
                 f"{self.folder} has tokenizer {name!r} with {size:,} tokens, the model {cfg.tokenizer!r} with "
-                f"{cfg.vocab_size:,}; train with --tokenizer={name} --vocab_size={size} or on other data"
+                f"{cfg.vocab_size:,}; {way_out} other data"
             )
         for domain in cfg.mixture:
             if domain not in self.domains:
                 config.fail(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.domains)}")
-        self.tokens = {d: {s: self._open(d, s, again) for s in ("train", "val")} for d in cfg.mixture}
+        self.tokens = {d: {s: self.open_tokens(d, s, again) for s in ("train", "val")} for d in cfg.mixture}
         self.quotas = quotas(cfg)
         self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
-    def _open(self, domain: str, split: str, again: str) -> np.ndarray:
-        path, expected = self.folder / domain / f"{split}.bin", self.domains[domain][f"{split}_tokens"]
-        size, whole = path.stat().st_size if path.is_file() else 0, expected * self.dtype.itemsize
-        if size != whole:
+    def open_tokens(self, domain: str, split: str, again: str) -> np.ndarray:
+        tokens = self.open_file(domain, f"{split}.bin", self.domains[domain][f"{split}_tokens"], self.dtype, again)
+        if len(tokens) <= self.cfg.block_size:
             config.fail(
-                f"{path} holds {size:,} bytes, not the {whole:,} of meta.json; make it again: {again}"
+                f"{self.folder / domain / split}.bin has {len(tokens):,} tokens, fewer than a window of block_size "
+                f"{self.cfg.block_size} + 1"
             )
-        if expected <= self.cfg.block_size:
-            config.fail(f"{path} has {expected:,} tokens, fewer than a window of block_size {self.cfg.block_size} + 1")
-        return np.memmap(path, dtype=self.dtype, mode="r")
-
-    def window(self, domain: str, split: str, index: int) -> np.ndarray:
-        """Tokens of a window and the one after it, [block_size + 1] int64."""
-        T = self.cfg.block_size
-        tokens = self.tokens[domain][split][index * T : index * T + T + 1].astype(np.int64)
-        if tokens.max() >= self.cfg.vocab_size:
-            config.fail(f"{self.folder / domain / split}.bin is damaged: it has a token {tokens.max()}; make it again")
         return tokens
 
-    def n_windows(self, domain: str, split: str) -> int:
+    def open_file(self, domain: str, name: str, length: int, dtype: np.dtype, again: str) -> np.ndarray:
+        path = self.folder / domain / name
+        size, whole = path.stat().st_size if path.is_file() else 0, length * dtype.itemsize
+        if size != whole:
+            config.fail(f"{path} holds {size:,} bytes, not the {whole:,} of meta.json; make it again: {again}")
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def n_rows(self, domain: str, split: str) -> int:
         return (len(self.tokens[domain][split]) - 1) // self.cfg.block_size
 
-    def nth_window(self, domain: str, n: int) -> int:
-        """Index of the n-th training window visited: each of them once, in an order permuted anew in every epoch."""
-        epoch, place = divmod(n, self.n_windows(domain, "train"))
+    def row(self, domain: str, split: str, index: int) -> np.ndarray:
+        """Tokens of a window, its targets (the tokens one further) and document ids: [3, block_size] int64."""
+        T = self.cfg.block_size
+        window = self.tokens[domain][split][index * T : index * T + T + 1].astype(np.int64)
+        if window.max() >= self.cfg.vocab_size:
+            config.fail(f"{self.folder / domain / split}.bin is damaged: it has a token {window.max()}; make it again")
+        ends = window[:-1] == self.end_of_text  # <|endoftext|> is the last token of its document
+        return np.stack((window[:-1], window[1:], ends.cumsum() - ends))
+
+    def nth_row(self, domain: str, n: int) -> int:
+        """Index of the n-th training row visited: each of them once, in an order permuted anew in every epoch."""
+        epoch, place = divmod(n, self.n_rows(domain, "train"))
         if (domain, epoch) not in self.orders:
             self.orders = {k: v for k, v in self.orders.items() if k[0] != domain}
             rng = np.random.default_rng([self.cfg.seed, epoch, *domain.encode()])
-            self.orders[domain, epoch] = rng.permutation(self.n_windows(domain, "train"))
+            self.orders[domain, epoch] = rng.permutation(self.n_rows(domain, "train"))
         return self.orders[domain, epoch][place]
 
     def batch(self, step: int) -> np.ndarray:
-        """The windows of a step, [batch_size, block_size + 1] int64."""
+        """The rows of a step, [batch_size, 3, block_size] int64."""
         rows = [
-            self.window(domain, "train", self.nth_window(domain, self.visited[step, d] + i))
+            self.row(domain, "train", self.nth_row(domain, self.visited[step, d] + i))
             for d, domain in enumerate(self.cfg.mixture)
             for i in range(self.quotas[step, d])
         ]
         return np.stack(rows)
 
-    def micro_batches(self, step: int, ranks: "Ranks") -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
-        """This rank's micro-batches of a step, with their number in the whole step.
+    def micro_batches(self, step: int, ranks: "Ranks") -> Iterator[tuple[int, float, tuple[Tensor, Tensor, Tensor]]]:
+        """This rank's micro-batches of a step, with their number in the whole step and their share of its targets.
 
         Each is tokens, targets and doc_ids, [micro_batch_size, block_size] int64.
         """
-        parts = np.split(self.batch(step), self.cfg.batch_size // self.cfg.micro_batch_size)
+        batch = self.batch(step)
+        parts = np.split(batch, self.cfg.batch_size // self.cfg.micro_batch_size)
         for i in ranks.share(len(parts)):
-            yield i, self.to_inputs(parts[i], ranks.device)
+            counted = [np.count_nonzero(rows[:, 1] >= 0) for rows in (parts[i], batch)]
+            yield i, counted[0] / counted[1], to_inputs(parts[i], ranks.device)
 
     def val_batches(self, domain: str, ranks: "Ranks") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's part of a domain's val windows, eval_tokens in all, evenly spread over val.bin.
+        """This rank's part of a domain's val rows, eval_tokens in all, evenly spread over val.bin.
 
         Every batch has the same shape: the last is filled up with ignored targets.
         """
-        B, total = self.cfg.micro_batch_size, self.n_windows(domain, "val")
+        B, total = self.cfg.micro_batch_size, self.n_rows(domain, "val")
         count = min(total, max(1, self.cfg.eval_tokens // self.cfg.block_size))
         chosen = np.linspace(0, total - 1, count).astype(np.int64)
         for i in ranks.share(-(-count // B)):
-            rows = np.stack([self.window(domain, "val", index) for index in chosen[i * B : i * B + B]])
-            tokens, targets, doc_ids = self.to_inputs(np.resize(rows, (B, rows.shape[1])), ranks.device)
-            targets[len(rows) :] = -1
-            yield tokens, targets, doc_ids
+            rows = np.stack([self.row(domain, "val", index) for index in chosen[i * B : i * B + B]])
+            batch = np.resize(rows, (B, *rows.shape[1:]))
+            batch[len(rows) :, 1] = -1
+            yield to_inputs(batch, ranks.device)
 
-    def to_inputs(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.from_numpy(rows).to(device, non_blocking=True)
-        tokens = rows[:, :-1]
-        ends = tokens == self.end_of_text  # <|endoftext|> is the last token of its document
-        return tokens.contiguous(), rows[:, 1:].contiguous(), ends.cumsum(1) - ends.long()
+
+def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, targets and doc_ids, each [B, block_size] int64, of rows [B, 3, block_size]."""
+    tokens, targets, doc_ids = (torch.from_numpy(rows[:, i].copy()).to(device, non_blocking=True) for i in range(3))
+    return tokens, targets, doc_ids
 
 
 # ---------------------------------------------------------------------------------------------------------- the machine
@@ -349,6 +364,8 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
         checkpoint = load_checkpoint(ckpt)
     except (OSError, ValueError) as e:
         config.fail(f"{e}; start anew with --overwrite or another --out_dir=")
+    if cfg.init_from:
+        adopt(cfg, checkpoint["model_config"], ckpt)
     if not {"optimizer", "settings", "step", "skipped", "run_id"} <= checkpoint.keys():
         config.fail(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
     for name, ours in dataclasses.asdict(cfg).items():
@@ -360,6 +377,19 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     if checkpoint["step"] > cfg.max_steps:
         config.fail(f"{ckpt} is at step {checkpoint['step']} already, beyond max_steps, {cfg.max_steps}")
     return checkpoint
+
+
+def adopt(cfg: TrainConfig, shape: dict, source: str | Path):
+    """Make the model of a run that of the weights it starts from; ends the script for a setting that contradicts them.
+
+    What has no weights can be set otherwise: block_size, gumbel, router_context.
+    """
+    for name, theirs in shape.items():
+        ours = getattr(cfg, name)
+        if name not in cfg.overridden:
+            setattr(cfg, name, theirs)
+        elif ours != theirs and name not in ("block_size", "gumbel", "router_context"):
+            config.fail(f"{source} has {name}={theirs!r}, not {ours!r}")
 
 
 def begin_run(cfg: TrainConfig, step: int | None):
@@ -432,7 +462,7 @@ def noise_seed(*key: int) -> int:
 def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> dict:
     """Val loss of every domain, in nats per token and bits per byte, and the routing measures on rows of each."""
     model.eval()
-    val, sample = {}, []
+    val, sample, n_shown = {}, [], -(-6 // len(corpus.cfg.mixture))
     for domain in corpus.cfg.mixture:
         total = count = 0.0
         for tokens, targets, doc_ids in corpus.val_batches(domain, ranks):
@@ -440,11 +470,11 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
                 loss = model(tokens, targets, doc_ids).item()
             n = (targets >= 0).sum().item()
             total, count = total + loss * n, count + n
-            if len(sample) == len(val):  # two rows of a domain show what the routing does
-                sample.append((tokens[:2], doc_ids[:2]))
+            if len(sample) == len(val):  # six rows show what the routing does
+                sample.append((tokens[:n_shown], doc_ids[:n_shown]))
         total, count = ranks.sum(total, count)
         counts = corpus.domains[domain]
-        tokens_per_byte = counts["val_tokens"] / max(1, counts["val_bytes"])
+        tokens_per_byte = counts["val_targets"] / max(1, counts["val_bytes"])
         val[domain] = {"loss": total / count, "bits_per_byte": total / count / math.log(2) * tokens_per_byte}
     routing = {}
     if ranks.rank == 0:
@@ -454,7 +484,7 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
     return {"val": val, "routing": routing}
 
 
-def train(cfg: TrainConfig):
+def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     """Run the training that cfg describes, from its first step or from its checkpoint, to its last."""
     torch.set_flush_denormal(True)  # at a low tau, gates of 1e-40 would halve a CPU's speed
     stop, ranks, folder = StopSignal(), Ranks(cfg.device), Path(cfg.out_dir)
@@ -465,17 +495,27 @@ def train(cfg: TrainConfig):
                 stack.enter_context(config.claimed(folder))
             except OSError as e:
                 config.fail(f"the run folder {folder} cannot be written: {e.strerror}; choose another with --out_dir=")
-        run(cfg, ranks, stop)
+        run(cfg, corpus_type, ranks, stop)
     if ranks.count > 1:
         torch.distributed.destroy_process_group()
 
 
-def run(cfg: TrainConfig, ranks: Ranks, stop: "StopSignal"):
+def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSignal"):
     """train() on one of the ranks."""
     device, n_micro = ranks.device, cfg.batch_size // cfg.micro_batch_size
     if n_micro < ranks.count:
         config.fail(f"a step has {n_micro} micro-batches for {ranks.count} processes; lower --micro_batch_size")
-    checkpoint, corpus = find_checkpoint(cfg), Corpus(cfg)
+    checkpoint, weights = find_checkpoint(cfg), None
+    if checkpoint:
+        weights = checkpoint["model"]
+    elif cfg.init_from:
+        try:
+            source = PolychromaticLM.from_pretrained(cfg.init_from)
+        except (OSError, ValueError) as e:
+            config.fail(f"{e}; --init_from= takes a run folder or a checkpoint")
+        adopt(cfg, dataclasses.asdict(source.config), cfg.init_from)
+        weights = source.state_dict()
+    corpus = corpus_type(cfg)
     run_id = checkpoint["run_id"] if checkpoint else uuid.uuid4().hex[:8]
     log = open_log(cfg, ranks, run_id)
     dtype = pick_dtype(cfg.dtype, device)
@@ -487,15 +527,18 @@ def run(cfg: TrainConfig, ranks: Ranks, stop: "StopSignal"):
     model.recompute = cfg.recompute
     optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
     first_step, skipped, resumed = 0, 0, checkpoint is not None
-    if resumed:
-        try:
-            model.load_state_dict(checkpoint["model"])
+    try:
+        if weights:
+            model.load_state_dict(weights)
+        if resumed:
             optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as e:
-            config.fail(f"{ckpt} does not fit its own settings: {' '.join(str(e).split())[:200]}")
-        first_step, skipped = checkpoint["step"], checkpoint["skipped"]
-        print(f"resumed {ckpt} at step {first_step}")
-    del checkpoint
+            first_step, skipped = checkpoint["step"], checkpoint["skipped"]
+            print(f"resumed {ckpt} at step {first_step}")
+        elif weights:
+            print(f"starting from the model of {cfg.init_from}")
+    except (RuntimeError, ValueError, KeyError) as e:
+        config.fail(f"{ckpt} does not fit its own settings: {' '.join(str(e).split())[:200]}")
+    checkpoint = weights = source = None  # they hold as much memory as the model
     compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and compiler_works(device)
     if compiled:
         for block in model.blocks:  # one graph serves all blocks: compiling takes as long for 28 as for one
@@ -544,12 +587,12 @@ def run(cfg: TrainConfig, ranks: Ranks, stop: "StopSignal"):
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, mine = torch.zeros((), device=device), ranks.share(n_micro)
-        for i, (tokens, targets, doc_ids) in corpus.micro_batches(step, ranks):
+        for i, share, (tokens, targets, doc_ids) in corpus.micro_batches(step, ranks):
             torch.manual_seed(noise_seed(cfg.seed, step, i))  # the noise does not depend on the number of processes
             last = ranks.count == 1 or i == mine[-1]
             with contextlib.nullcontext() if last else forward.no_sync():
                 with autocast:
-                    micro_loss = forward(tokens, targets, doc_ids) / n_micro
+                    micro_loss = forward(tokens, targets, doc_ids) * share
                 (micro_loss * ranks.count).backward()  # gradients are summed over a step, but averaged over the ranks
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()

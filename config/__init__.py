@@ -68,6 +68,7 @@ def write_whole(path: Path, write: Callable[[typing.BinaryIO], object]):
 def load(cls: type, argv: list[str] | None = None):
     """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints what was overridden.
 
+    Its attribute `overridden` is the set of the settings that argv gave.
     argv: paths of override files (ending in .py), --name=value flags, --name for a bool, --name.key=value for an entry
     of a dict, --help. Raises SystemExit with one line that names the file or flag, the nearest valid name and the type.
     """
@@ -76,7 +77,7 @@ def load(cls: type, argv: list[str] | None = None):
         print(describe(cls))
         raise SystemExit(0)
     values = {f.name: default(f) for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints, given = {name: typing.get_type_hints(cls)[name] for name in values}, set()
     for arg in argv:
         if arg.startswith("-"):
             name, equals, text = arg.lstrip("-").partition("=")
@@ -97,12 +98,15 @@ def load(cls: type, argv: list[str] | None = None):
         for where, name, value in overrides:
             check_name(name, hints, where)
             values[name] = convert(value, hints[name], where, name)
+            given.add(name)
         changed = ", ".join(f"{name}={values[name]!r}" for _, name, _ in overrides)
         print(f"{arg}: {changed}" if arg.endswith(".py") else f"override: {changed}", file=sys.stderr)
     try:
-        return cls(**values)
+        settings = cls(**values)
     except ValueError as e:
         fail(str(e))
+    settings.overridden = frozenset(given)
+    return settings
 
 
 def default(field: dataclasses.Field):

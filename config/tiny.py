@@ -16,17 +16,17 @@ n_embd = 160
 d_ff = 480
 
 # data: each domain gets enough to be learnt
-mixture = {"math": 0.4, "stem": 0.3, "code": 0.3}
+mixture = {"math": 0.5, "stem": 0.25, "code": 0.25}
 mixture_end = None
 
 # run: 1.6M tokens
-max_steps = 800
-batch_size = 8
-micro_batch_size = 8
-lr = 3e-3
-warmup_steps = 60
+max_steps = 1600
+batch_size = 4
+micro_batch_size = 4
+lr = 2e-3
+warmup_steps = 100
 
-eval_interval = 200
+eval_interval = 400
 eval_tokens = 32_768
-save_interval = 200
+save_interval = 400
 compile = True  # worth its first minute on a CPU too

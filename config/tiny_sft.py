@@ -5,14 +5,14 @@ data_dir = "data/tiny_sft"
 out_dir = "out/tiny_sft"
 init_from = "out/tiny"
 
-# run: 1.3M tokens
-max_steps = 1200
-batch_size = 8
-micro_batch_size = 8
+# run: 2.5M tokens
+max_steps = 2400
+batch_size = 4
+micro_batch_size = 4
 lr = 2e-3
 warmup_steps = 50
 
-eval_interval = 300
+eval_interval = 400
 eval_tokens = 32_768
-save_interval = 200
+save_interval = 400
 compile = True

@@ -13,6 +13,8 @@ import dataclasses
 import functools
 import json
 import math
+import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # the exact one, by erf
 }
 ROUTER_CONTEXTS = ("prefix", "token", "sequence")
+ROUTING = re.compile(r"\.(alpha|beta|router_in|router_out)\b")  # names of the parameters that routing adds
 
 
 @dataclass
@@ -44,7 +47,7 @@ class ModelConfig:
     """
 
     block_size: int = 4096  # context, in tokens
-    vocab_size: int = 151_669  # rows of the embedding, which is also the output head
+    vocab_size: int = 151_669  # rows of the embedding
     n_layer: int = 28  # transformer blocks
     n_head: int = 16  # query heads
     n_kv_head: int = 8  # key and value heads, each shared by n_head / n_kv_head query heads
@@ -57,6 +60,7 @@ class ModelConfig:
     gumbel: bool = True  # Gumbel noise on the routing logits in training
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    tied_head: bool = True  # whether the embedding is the output head too
     tokenizer: str = "qwen3"  # the tokenizer that the token ids belong to
 
     def __post_init__(self):
@@ -374,7 +378,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class PolychromaticLM(nn.Module):
-    """The whole model: embedding, blocks, norm, and the embedding again as the output head."""
+    """The whole model: embedding, blocks, norm, and the output head, which is the embedding again if it is tied."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -382,6 +386,8 @@ class PolychromaticLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        if not config.tied_head:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # The routing temperature is a tensor: a Python float that changes every step would recompile every step.
         self.register_buffer("tau", torch.tensor(1.0))
         angles = rope_angles(config.block_size, config.head_dim, config.rope_theta)
@@ -423,8 +429,13 @@ class PolychromaticLM(nn.Module):
             x = x[:, -1:]
         x = self.norm(x)
         if targets is None:
-            return F.linear(x, self.embedding.weight)
-        return chunked_cross_entropy(x.flatten(0, 1), self.embedding.weight, targets.flatten())
+            return F.linear(x, self.head_weight)
+        return chunked_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output head, [vocab_size, n_embd]."""
+        return self.embedding.weight if self.config.tied_head else self.head.weight
 
     def context(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> BatchContext:
         """What all layers share of a batch: positions, mask, document starts. Arguments as forward()'s."""
@@ -552,50 +563,69 @@ class PolychromaticLM(nn.Module):
     def configure_optimizer(
         self, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
     ) -> torch.optim.AdamW:
-        """Fused AdamW, with decay on weight matrices and the embedding only: never on alpha, beta, norms, biases."""
-        decay, keep = [], []
+        """Fused AdamW, with decay on weight matrices and the embedding only: never on alpha, beta, norms, biases.
+
+        Every group says with "routing" whether its parameters are those of the routing.
+        """
+        groups = {
+            (decay, routing): {"params": [], "weight_decay": weight_decay if decay else 0.0, "routing": routing}
+            for decay in (True, False)
+            for routing in (True, False)
+        }
         for name, p in self.named_parameters():
-            (decay if p.dim() == 2 and not name.endswith("alpha") else keep).append(p)
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+            decay, routing = p.dim() == 2 and not name.endswith("alpha"), bool(ROUTING.search(name))
+            groups[decay, routing]["params"].append(p)
+        used = [group for group in groups.values() if group["params"]]
+        return torch.optim.AdamW(used, lr=lr, betas=betas, eps=eps, fused=True)
 
     def flops_per_token(self, length: int | None = None) -> float:
         """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.
 
-        6 for each parameter (the embedding works as the head), 12 L H D T for attention, the half that causality masks
-        counted too (arXiv 2204.02311, appendix B).
+        6 for each parameter that multiplies (looking up an embedding that is no head is free), 12 L H D T for
+        attention, the half that causality masks counted too (arXiv 2204.02311, appendix B).
         """
         c = self.config
         attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
-        return 6 * sum(p.numel() for p in self.parameters()) + attention
+        lookup = 0 if c.tied_head else self.embedding.weight.numel()
+        return 6 * (sum(p.numel() for p in self.parameters()) - lookup) + attention
 
     # ------------------------------------------------------------------------------------------- weights in and out
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "PolychromaticLM":
-        """A model on the CPU from a checkpoint, a run folder that holds one, or a directory of save_pretrained().
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, router_context: str | None = None
+    ) -> "PolychromaticLM":
+        """A model on the CPU, float32, from any of four layouts, told apart by their keys.
 
-        Raises FileNotFoundError if nothing is there, ValueError if what is there is damaged or not ours.
+        - a checkpoint of train.py or sft.py, or a run folder that holds one
+        - config.json and model.safetensors of save_pretrained()
+        - the paper's released weights: .safetensors, or their training checkpoint. They route by the "sequence",
+          without noise; tau is the file's, or 0.1
+        - a Qwen3 (config.json, .safetensors, sharded or not): the model with one activation, K = 1
+        source: a local path, or a model's name on the hub, at a revision. router_context replaces the model's own.
+        Raises FileNotFoundError if nothing is there, ValueError, naming the file and what is wrong, for the rest.
         """
-        source = Path(source)
-        if (source / "config.json").is_file():
-            shape, state = (source / "config.json").read_text(), _load_safetensors(source / "model.safetensors")
-        else:
-            saved = load_checkpoint(source)
-            shape, state = json.dumps(saved["model_config"]), saved["model"]
+        shape, state, path = load_weights(source, revision)
         try:
-            model = cls(ModelConfig(**json.loads(shape)))
-            model.load_state_dict(state)
-        except (TypeError, ValueError, RuntimeError) as e:  # unknown or bad settings, weights of another shape
-            raise ValueError(
-                f"{source} does not hold a model of this project: {' '.join(str(e).split())[:300]}"
-            ) from None
+            model = cls(dataclasses.replace(shape, **({"router_context": router_context} if router_context else {})))
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{path}: {e}") from None
+        expected = model.state_dict()
+        for name in sorted(expected.keys() | state.keys()):
+            if name not in state:
+                raise ValueError(f"{path} lacks the tensor {name}")
+            if name not in expected:
+                raise ValueError(f"{path} has a tensor that the model has not: {name}")
+            if state[name].shape != expected[name].shape:
+                theirs, ours = list(state[name].shape), list(expected[name].shape)
+                raise ValueError(f"{path}: the tensor {name} has the shape {theirs}, not {ours}")
+        model.load_state_dict(state)
         return model
 
-    def save_pretrained(self, directory: str | Path):
-        """Write config.json and model.safetensors, for from_pretrained().
+    def save_pretrained(self, directory: str | Path, settings: dict | None = None):
+        """Write config.json, model.safetensors and a model card, README.md, with the settings of the training.
 
-        Raises ValueError if the safetensors package is not installed.
+        from_pretrained() reads it back, bit for bit. Raises ValueError if the safetensors package is not installed.
         """
         try:
             from safetensors.torch import save_file
@@ -603,9 +633,52 @@ class PolychromaticLM(nn.Module):
             raise ValueError("writing .safetensors needs a package: pip install safetensors") from None
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.partial")
         (directory / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        (directory / "README.md").write_text(self.model_card(settings or {}))
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.partial")
         (directory / "model.partial").replace(directory / "model.safetensors")
+
+    def model_card(self, settings: dict) -> str:
+        """Markdown: what the model is, how it was trained, how to load it."""
+        c, size = self.config, sum(p.numel() for p in self.parameters())
+        rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+        return (
+            "---\nlicense: apache-2.0\nlibrary_name: pytorch\ntags: [polyglu]\n---\n"
+            f"# PolychromaticLM, {size:,} parameters\n\nA decoder-only transformer with PolyGLU feed-forward layers "
+            f"(arXiv 2603.13347) of {', '.join(c.activations)}; router context {c.router_context}, "
+            f"tau {self.tau.item():g}, tokenizer {c.tokenizer}.\n\n"
+            '    model = PolychromaticLM.from_pretrained("this folder")\n\n'
+            + (f"Trained with:\n\n| setting | value |\n|---|---|\n{rows}" if settings else "")
+        )
+
+    def push_to_hub(self, name: str, settings: dict | None = None, private: bool = False):
+        """save_pretrained() to a model repository on the hub, "owner/name", which is made if it is not there.
+
+        Raises ValueError if huggingface_hub is not installed, and what that raises without a login or a network.
+        """
+        try:
+            from huggingface_hub import HfApi
+        except ImportError:
+            raise ValueError("the hub needs a package: pip install huggingface_hub") from None
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, settings)
+            HfApi().create_repo(name, private=private, exist_ok=True)
+            HfApi().upload_folder(repo_id=name, folder_path=folder)
+
+
+def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, Tensor]:
+    """Weights of a model with several activations that, at temperature tau, is the plain GLU `old`.
+
+    Its own activation gets e^10 times the weight of each other, in every neuron; the router starts at zero.
+    """
+    state = PolychromaticLM(config).state_dict()
+    state.update(old.state_dict())
+    for name, tensor in state.items():
+        if name.endswith("alpha"):
+            tensor.zero_()[:, config.activations.index(old.config.activations[0])] = 10 * tau
+        elif ".router_out." in name:
+            tensor.zero_()
+    return state
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -630,9 +703,9 @@ def sample_token(
 
 
 def load_checkpoint(source: str | Path) -> dict:
-    """Read a checkpoint of train.py, or the one in a run folder: tensors and plain values on the CPU, never code.
+    """Read a torch checkpoint, or the one in a run folder: tensors and plain values on the CPU, never code.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or not ours.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or holds no model.
     """
     path = Path(source)
     path = path / "ckpt.pt" if path.is_dir() else path
@@ -645,19 +718,151 @@ def load_checkpoint(source: str | Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own kind
         raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
-    if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project")
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise ValueError(f"{path} is not a checkpoint of a model")
     return saved
 
 
+# How other layouts name our tensors: (pattern of their name, our name).
+RELEASED_NAMES = (
+    (r"embeddings\.weight", "embedding.weight"),
+    (r"output_head\.weight", "head.weight"),
+    (r"rmsnorm\.gama", "norm.weight"),
+    (r"model_core\.(\d+)\.rmsnorm_([12])\.gama", r"blocks.\1.norm_\2.weight"),
+    (r"model_core\.(\d+)\.gqa\.W_([qkvo])\.weight", r"blocks.\1.attn.w_\2.weight"),
+    (r"model_core\.(\d+)\.gqa\.rmsnorm_([qk])\.gama", r"blocks.\1.attn.norm_\2.weight"),
+    (r"model_core\.(\d+)\.polyglu\.W_(gate|up|down)\.weight", r"blocks.\1.ffn.w_\2.weight"),
+    (r"model_core\.(\d+)\.polyglu\.(alpha|beta)", r"blocks.\1.ffn.\2"),
+    (r"model_core\.(\d+)\.polyglu\.gate_net\.0\.(weight|bias)", r"blocks.\1.ffn.router_in.\2"),
+    (r"model_core\.(\d+)\.polyglu\.gate_net\.2\.(weight|bias)", r"blocks.\1.ffn.router_out.\2"),
+)
+QWEN3_NAMES = (
+    (r"model\.embed_tokens\.weight", "embedding.weight"),
+    (r"lm_head\.weight", "head.weight"),
+    (r"model\.norm\.weight", "norm.weight"),
+    (r"model\.layers\.(\d+)\.input_layernorm\.weight", r"blocks.\1.norm_1.weight"),
+    (r"model\.layers\.(\d+)\.post_attention_layernorm\.weight", r"blocks.\1.norm_2.weight"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight", r"blocks.\1.attn.w_\2.weight"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm\.weight", r"blocks.\1.attn.norm_\2.weight"),
+    (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight", r"blocks.\1.ffn.w_\2.weight"),
+)
+
+
+def renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """state with our names; what has none keeps its own. A head equal to the embedding is left out."""
+    found = {}
+    for theirs, tensor in state.items():
+        ours = (re.sub(pattern, name, theirs) for pattern, name in names if re.fullmatch(pattern, theirs))
+        found[next(ours, theirs)] = tensor
+    if "head.weight" in found and torch.equal(found["head.weight"], found["embedding.weight"]):
+        del found["head.weight"]
+    return found
+
+
+def shape_of(state: dict[str, Tensor]) -> dict:
+    """The settings of ModelConfig that tensors show. Raises KeyError for one that is missing."""
+    head_dim = state["blocks.0.attn.norm_q.weight"].numel()
+    shape = {
+        "vocab_size": state["embedding.weight"].size(0),
+        "n_embd": state["embedding.weight"].size(1),
+        "n_layer": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "n_head": state["blocks.0.attn.w_q.weight"].size(0) // head_dim,
+        "n_kv_head": state["blocks.0.attn.w_k.weight"].size(0) // head_dim,
+        "head_dim": head_dim,
+        "d_ff": state["blocks.0.ffn.w_gate.weight"].size(0),
+        "tied_head": "head.weight" not in state,
+    }
+    if "blocks.0.ffn.router_in.weight" in state:
+        shape["router_hidden"] = state["blocks.0.ffn.router_in.weight"].size(0)
+    return shape
+
+
+def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path]:
+    """Shape, tensors under our names, and file of a model; arguments and errors as from_pretrained()'s."""
+    path = Path(source) if Path(source).exists() else _download(str(source), revision)
+    if path.is_dir():
+        candidates = [path / name for name in ("ckpt.pt", "model.safetensors.index.json", "model.safetensors")]
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"no checkpoint at {candidates[0]}, and no model.safetensors beside it")
+        path = file
+    try:
+        config_file = path.parent / "config.json"
+        settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    except ValueError as e:
+        raise ValueError(f"{config_file} is damaged ({e})") from None
+    if path.name.endswith((".safetensors", ".index.json")):
+        saved = {"model": _load_safetensors(path), "model_config": settings}
+    else:
+        saved = load_checkpoint(path)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in saved["model"].items()}
+    try:
+        if "embedding.weight" in state:
+            return ModelConfig(**saved.get("model_config", settings)), state, path
+        if "embeddings.weight" in state:
+            state = {name: t for name, t in state.items() if not name.startswith("rope.")}  # tables that we make anew
+            state = renamed(state, RELEASED_NAMES)
+            state.setdefault("tau", torch.as_tensor(float(saved.get("tau", 0.1))))
+            return ModelConfig(**shape_of(state), router_context="sequence", gumbel=False), state, path
+        if "model.embed_tokens.weight" in state:
+            state = renamed(state, QWEN3_NAMES)
+            state["tau"] = torch.tensor(1.0)
+            return ModelConfig(**shape_of(state), **_qwen3_settings(settings, config_file)), state, path
+    except KeyError as e:
+        raise ValueError(f"{path} lacks the tensor {e.args[0]}") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path} does not hold a model of this project: {' '.join(str(e).split())[:300]}") from None
+    raise ValueError(f"{path} holds no model of a known layout: its first tensor is {next(iter(state), 'missing')}")
+
+
+def _qwen3_settings(settings: dict, path: Path) -> dict:
+    """Settings of ModelConfig in a Qwen3's config.json; ValueError names what this model cannot be."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    unsupported = {
+        f"model_type {settings.get('model_type')!r}": settings.get("model_type") != "qwen3",
+        "attention_bias": settings.get("attention_bias", False),
+        "use_sliding_window": settings.get("use_sliding_window", False),
+        f"rope scaling {rope.get('rope_type', rope.get('type'))!r}": rope.get("rope_type", "default") != "default"
+        or rope.get("type", "default") != "default",
+        f"hidden_act {settings.get('hidden_act')!r}": settings.get("hidden_act", "silu") not in ACTIVATIONS,
+    }
+    if named := [name for name, is_so in unsupported.items() if is_so]:
+        raise ValueError(f"{path} asks for {', '.join(named)}, which this model has not")
+    return {
+        "block_size": settings.get("max_position_embeddings", 32_768),
+        "rope_theta": float(settings.get("rope_theta") or rope.get("rope_theta", 1_000_000.0)),
+        "norm_eps": settings.get("rms_norm_eps", 1e-6),
+        "activations": (settings.get("hidden_act", "silu"),),
+    }
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder of a model on the hub, in the hub's cache."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"no checkpoint at {name}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as e:  # no such package, model, revision or network: each of its own kind
+        reason = " ".join(str(e).split())[:150]
+        message = f"no checkpoint at {name}, nor can a model of that name be had from the hub ({reason})"
+        raise FileNotFoundError(message) from None
+
+
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of all that an index.json names."""
     try:
         from safetensors.torch import load_file
     except ImportError:
         raise ValueError("reading .safetensors needs a package: pip install safetensors") from None
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
     try:
-        return load_file(path)
+        files = [path]
+        if path.suffix == ".json":
+            files = [path.parent / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+        return {name: tensor for path in files for name, tensor in load_file(path).items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no weights at {path}") from None
     except Exception as e:
         raise ValueError(f"{path} is damaged ({e})") from None

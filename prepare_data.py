@@ -152,11 +152,12 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
 
 def download_vocab() -> str:
     """Path of Qwen3's vocab.json in the hub's cache, downloaded if it is not there yet."""
-    import huggingface_hub
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # not a line for every retry
+    logging.set_verbosity_error()  # not a line for every retry
     try:
-        return huggingface_hub.hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json")
+        return hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json")
     except OSError:
         raise ValueError(
             "cannot fetch the Qwen3 tokenizer, the hub cannot be reached; name a copy of its vocab.json with --vocab="
@@ -798,11 +799,12 @@ def pinned(source: HubData, progress: Path) -> HubData:
         before = HubData(*json.loads(progress.read_text())["made_of"]["source"])
         if before.revision and before._replace(revision=None) == source:
             return before
-    import huggingface_hub
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return source._replace(revision=huggingface_hub.HfApi().dataset_info(source.dataset).sha)
-    except huggingface_hub.errors.RepositoryNotFoundError as e:  # gated ones, without a login, among them
+        return source._replace(revision=HfApi().dataset_info(source.dataset).sha)
+    except RepositoryNotFoundError as e:  # gated ones, without a login, among them
         config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
     except Exception:  # of the hub's own HTTP library, whichever that is
         config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source.<domain>=")

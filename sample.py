@@ -27,6 +27,9 @@ class SampleConfig:
     """Settings of sampling."""
 
     out_dir: str | None = None  # run folder or checkpoint; None: the newest checkpoint under out/
+    init_from: str | None = None  # or any other model: the paper's weights, a Qwen3, a name on the hub
+    revision: str | None = None  # of a model on the hub
+    router_context: str | None = None  # what the router reads, prefix, token or sequence; None: as it was trained
     prompt: str = ""  # text to continue, or @file (@@ for an @ itself); empty: start a new document
     chat: bool = False  # a conversation: prompt is the one question, or without it you are asked
     system: str = ""  # chat: what the model is told first
@@ -63,14 +66,22 @@ def newest_checkpoint(root: Path = Path("out")) -> Path:
     return found[-1]
 
 
-def load_model(source: str | None, device: torch.device) -> PolychromaticLM:
-    """The model in a run folder or checkpoint (None: the newest), for evaluation; ends the script if there is none."""
-    path = Path(source) if source else newest_checkpoint()
+def load_model(
+    source: str | None, device: torch.device, revision: str | None = None, router_context: str | None = None
+) -> PolychromaticLM:
+    """What from_pretrained() loads (None: the newest checkpoint), for evaluation; ends the script if there is none."""
+    path = source or newest_checkpoint()
     try:
-        model = PolychromaticLM.from_pretrained(path)
+        model = PolychromaticLM.from_pretrained(path, revision, router_context)
     except (OSError, ValueError) as e:
         config.fail(str(e))
     print(f"model: {path}", file=sys.stderr)
+    if model.config.sees_future:
+        print(
+            "slow: its router averages the whole sequence, so every token is computed again from the start; "
+            "--router_context=prefix reads the past alone, with a cache",
+            file=sys.stderr,
+        )
     return model.to(device).eval()
 
 
@@ -207,7 +218,7 @@ def main():
     cfg = config.load(SampleConfig)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     device = pick_device(cfg.device)
-    model = load_model(cfg.out_dir, device)
+    model = load_model(cfg.init_from or cfg.out_dir, device, cfg.revision, cfg.router_context)
     encoding = open_tokenizer(model.config.tokenizer, cfg.vocab)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     try:

@@ -1504,6 +1504,243 @@ def test_a_bad_conversation_file_is_one_line(lines, message, tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "sft" / "meta.json").exists()
 
 
+# --------------------------------------------------------------------------------------------------- weights in and out
+
+
+def random_qwen3(folder: Path, tied: bool = True, shard: str = "1GB", **settings):
+    """A small random Qwen3 as transformers saves it; the model."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    sizes = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    model = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**{**sizes, "tie_word_embeddings": tied, "rope_parameters": rope, **settings})
+    ).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied, shard", [(True, "1GB"), (False, "1GB"), (True, "20KB"), (False, "20KB")])
+def test_a_qwen3_loads_and_is_the_same_function(tied, shard, tmp_path):
+    theirs = random_qwen3(tmp_path, tied, shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    ours = PolychromaticLM.from_pretrained(tmp_path).eval()
+    assert ours.config.tied_head == tied and ours.config.activations == ("silu",)
+    tokens = random_tokens(2, 40)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+    greedy = theirs.generate(tokens[:1, :8], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.stack(list(ours.generate(tokens[:1, :8], 20, temperature=0)), 1).tolist() == greedy[:, 8:].tolist()
+    ours.save_pretrained(tmp_path / "again")
+    again = PolychromaticLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(ours(tokens), again(tokens))
+
+
+def released_state(vocab=259, d=32, layers=2, heads=4, kv=2, hd=8, d_ff=48, K=4, hidden=8, context=64, std=0.2) -> dict:
+    """Random numbers in the layout of the paper's release."""
+    rng = torch.Generator().manual_seed(5)
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=rng) * std
+
+    state = {"embeddings.weight": numbers(vocab, d), "rmsnorm.gama": 1 + numbers(d)}
+    state["output_head.weight"] = state["embeddings.weight"].clone()
+    state |= {"rope.cosines": numbers(context, hd // 2).half(), "rope.sins": numbers(context, hd // 2).half()}
+    for i in range(layers):
+        state |= {
+            f"model_core.{i}.{name}": 1 + numbers(*shape) if name.endswith("gama") else numbers(*shape)
+            for name, shape in {
+                "rmsnorm_1.gama": (d,), "rmsnorm_2.gama": (d,), "gqa.W_q.weight": (heads * hd, d),
+                "gqa.W_k.weight": (kv * hd, d), "gqa.W_v.weight": (kv * hd, d), "gqa.W_o.weight": (d, heads * hd),
+                "gqa.rmsnorm_q.gama": (hd,), "gqa.rmsnorm_k.gama": (hd,), "polyglu.W_gate.weight": (d_ff, d),
+                "polyglu.W_up.weight": (d_ff, d), "polyglu.W_down.weight": (d, d_ff), "polyglu.alpha": (d_ff, K),
+                "polyglu.beta": (K,), "polyglu.gate_net.0.weight": (hidden, d), "polyglu.gate_net.0.bias": (hidden,),
+                "polyglu.gate_net.2.weight": (K, hidden), "polyglu.gate_net.2.bias": (K,),
+            }.items()
+        }  # fmt: skip
+    return state
+
+
+def released_logits(state: dict, tokens: torch.Tensor, tau: float, heads=4, kv=2, hd=8) -> torch.Tensor:
+    """The paper's equations, read one after another: tokens [T] -> logits [T, V]."""
+    T = len(tokens)
+
+    def norm(x, weight):
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * weight
+
+    angle = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, hd, 2) / hd)
+
+    def rotate(x):  # [T, hd]
+        a, b = x[:, : hd // 2], x[:, hd // 2 :]
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), 1)
+
+    x = state["embeddings.weight"][tokens]
+    for i in range(len([name for name in state if name.endswith("alpha")])):
+        w = {name.removeprefix(f"model_core.{i}."): tensor for name, tensor in state.items()}
+        h, outputs = norm(x, w["rmsnorm_1.gama"]), []
+        for head in range(heads):
+            group = head // (heads // kv)
+            q = rotate(norm((h @ w["gqa.W_q.weight"].T)[:, head * hd : head * hd + hd], w["gqa.rmsnorm_q.gama"]))
+            k = rotate(norm((h @ w["gqa.W_k.weight"].T)[:, group * hd : group * hd + hd], w["gqa.rmsnorm_k.gama"]))
+            v = (h @ w["gqa.W_v.weight"].T)[:, group * hd : group * hd + hd]
+            scores = (q @ k.T / hd**0.5).masked_fill(torch.ones(T, T).triu(1) == 1, -torch.inf)
+            outputs.append(scores.softmax(-1) @ v)
+        x = x + torch.cat(outputs, 1) @ w["gqa.W_o.weight"].T
+        h = norm(x, w["rmsnorm_2.gama"])
+        hidden = F.relu(h.mean(0) @ w["polyglu.gate_net.0.weight"].T + w["polyglu.gate_net.0.bias"])
+        f = hidden @ w["polyglu.gate_net.2.weight"].T + w["polyglu.gate_net.2.bias"]
+        g = ((w["polyglu.alpha"] + w["polyglu.beta"] * f) / tau).softmax(-1)  # [d_ff, K]
+        gate, up = h @ w["polyglu.W_gate.weight"].T, h @ w["polyglu.W_up.weight"].T
+        mixed = F.relu(gate) * g[:, 0] + gate.tanh() * g[:, 1] + F.silu(gate) * g[:, 2] + F.gelu(gate) * g[:, 3]
+        x = x + (mixed * up) @ w["polyglu.W_down.weight"].T
+    return norm(x, state["rmsnorm.gama"]) @ state["embeddings.weight"].T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["safetensors", "checkpoint"])
+def test_the_released_layout_loads_and_is_its_equations(layout, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state, path, tau = released_state(), tmp_path / f"step.{layout}", 0.1
+    if layout == "safetensors":
+        safetensors.save_file(state, path)
+    else:
+        tau = 0.37
+        compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+        torch.save({"model": compiled, "optimizer": {}, "scheduler": {}, "step": 5, "tau": tau}, path)
+    model = PolychromaticLM.from_pretrained(path).eval()
+    assert model.config.router_context == "sequence" and not model.config.gumbel and model.config.tied_head
+    tokens = random_tokens(1, 30)
+    torch.testing.assert_close(model(tokens)[0], released_logits(state, tokens[0], tau), rtol=1e-4, atol=1e-4)
+    prefix = PolychromaticLM.from_pretrained(path, router_context="prefix").eval()
+    assert (prefix(tokens) - model(tokens)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_upcycling_starts_as_the_same_function(tmp_path):
+    random_qwen3(tmp_path)
+    old = PolychromaticLM.from_pretrained(tmp_path).eval()
+    shape = dataclasses.replace(old.config, activations=("relu", "tanh", "silu", "gelu"), router_hidden=8)
+    new = PolychromaticLM(shape).eval()
+    new.load_state_dict(model_module.upcycle(old, shape, tau=0.1))
+    new.tau.fill_(0.1)
+    tokens = random_tokens(2, 40)
+    torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=1e-3)
+    new.tau.fill_(1.0)
+    assert (new(tokens) - old(tokens)).abs().max() > 0.05  # at another temperature it is another
+
+
+def test_an_upcycled_run_learns_and_leaves_silu(corpus_dir, tmp_path):
+    random_qwen3(tmp_path / "qwen3")
+    settings = {
+        name: value
+        for name, value in run_settings(corpus_dir, tmp_path / "run", max_steps=50, lr=1e-3, save_interval=50).items()
+        if name not in SMALL
+    }
+    settings |= {"init_from": str(tmp_path / "qwen3"), "tokenizer": "bytes", "tau_start": 0.1, "routing_lr": 100.0}
+    settings |= {"activations": ("relu", "tanh", "silu", "gelu"), "router_hidden": 8, "gumbel": False}
+    done = run_train({**settings, "eval_interval": 50})
+    assert done.returncode == 0, done.stderr
+    assert "upcycling silu to relu/tanh/silu/gelu: the same function" in done.stdout
+    first, last = [line for line in train.read_log(tmp_path / "run") if "val" in line]
+    for domain in first["val"]:
+        assert last["val"][domain]["loss"] < first["val"][domain]["loss"] - 0.5
+    assert all(usage[2] > 0.99 for usage in first["routing"]["usage"])
+    assert any(usage[2] < 0.9 for usage in last["routing"]["usage"])
+    resumed = run_train({**settings, "eval_interval": 50, "max_steps": 51}, "--resume")
+    assert resumed.returncode == 0 and "resumed" in resumed.stdout, resumed.stderr
+
+
+def test_routing_has_its_own_learning_rate(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    before = PolychromaticLM(ModelConfig(**SMALL))
+    settings = run_settings(corpus_dir, tmp_path / "run", max_steps=1, warmup_steps=0, routing_lr=0.0)
+    torch.manual_seed(train.TrainConfig(**settings).seed)
+    before = PolychromaticLM(ModelConfig(**SMALL))
+    train.train(train.TrainConfig(**settings))
+    after = PolychromaticLM.from_pretrained(tmp_path / "run")
+    for (name, old), new in zip(before.named_parameters(), after.parameters()):
+        assert torch.equal(old, new) == bool(re.search("alpha|beta|router", name)), name
+
+
+def test_saved_models_carry_their_card_and_can_be_pushed(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    pushed = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kw: pushed.append((name, kw)))
+
+    def upload_folder(self, repo_id, folder_path):
+        pushed.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    small_model().push_to_hub("me/small", {"lr": 1e-3})
+    assert pushed == [
+        ("me/small", {"private": False, "exist_ok": True}),
+        ("me/small", ["README.md", "config.json", "model.safetensors"]),
+    ]
+    small_model().save_pretrained(tmp_path, {"lr": 1e-3})
+    card = (tmp_path / "README.md").read_text()
+    assert "| lr | 0.001 |" in card and "relu, tanh, silu, gelu" in card and "router context prefix, tau 0.5" in card
+
+
+def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = released_state(vocab=151_669, d=8, layers=1, d_ff=8)
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    command = ["sample.py", f"--init_from={tmp_path}", "--max_new_tokens=2", "--temperature=0", "--prompt=a"]
+    slow = run_script(*command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert "slow: its router averages the whole sequence" in slow.stderr and "--router_context=prefix" in slow.stderr
+    assert "cannot fetch the Qwen3 tokenizer" in slow.stderr
+    fast = run_script(*command, "--router_context=prefix", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert "slow" not in fast.stderr
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}}, "rope scaling 'linear'"),
+    ],
+)
+def test_an_unsupported_qwen3_is_named(settings, message, tmp_path):
+    random_qwen3(tmp_path, **settings)
+    with pytest.raises(ValueError, match=f"config.json asks for {message}, which this model has not"):
+        PolychromaticLM.from_pretrained(tmp_path)
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def error(source) -> str:
+        with pytest.raises((ValueError, FileNotFoundError)) as raised:
+            PolychromaticLM.from_pretrained(source)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    assert "no checkpoint at nobody/none, nor can a model of that name be had from the hub" in error("nobody/none")
+    (tmp_path / "empty").mkdir()
+    assert "and no model.safetensors beside it" in error(tmp_path / "empty")
+    torch.save({"model": os.system}, tmp_path / "code.pt")
+    assert "code.pt is damaged or not a checkpoint" in error(tmp_path / "code.pt")
+    path = tmp_path / "model.safetensors"
+    for change, message in [
+        (lambda s: s.pop("model_core.1.polyglu.beta"), "lacks the tensor blocks.1.ffn.beta"),
+        (lambda s: s.update({"surplus": torch.zeros(1)}), "has a tensor that the model has not: surplus"),
+        (lambda s: s.update({"rmsnorm.gama": torch.zeros(3)}), "norm.weight has the shape [3], not [32]"),
+        (lambda s: s.pop("model_core.0.gqa.rmsnorm_q.gama"), "lacks the tensor blocks.0.attn.norm_q.weight"),
+        (lambda s: s.pop("embeddings.weight"), "holds no model of a known layout: its first tensor is"),
+    ]:
+        state = released_state()
+        change(state)
+        safetensors.save_file(state, path)
+        assert message in error(path), message
+    path.write_bytes(b"x" * 100)
+    assert "model.safetensors is damaged" in error(path)
+
+
 # ---------------------------------------------------------------------------------------------------- 9. error messages
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from model import ModelConfig, PolychromaticLM, load_checkpoint
+from model import ModelConfig, PolychromaticLM, load_checkpoint, upcycle
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MAX_SKIPPED = 5  # non-finite updates in a row before the run gives up
@@ -48,7 +48,8 @@ class TrainConfig(ModelConfig):
 
     data_dir: str = "data/pretrain"  # a corpus of prepare_data.py
     out_dir: str = "out/pretrain"  # the run folder
-    init_from: str | None = None  # run folder or checkpoint whose model to start from; None: random weights
+    init_from: str | None = None  # model to start from, whatever from_pretrained() loads; None: random weights
+    revision: str | None = None  # of an init_from on the hub
     resume: bool = False  # go on from the run folder's checkpoint
     overwrite: bool = False  # start anew in a run folder that already holds a checkpoint
     seed: int = 1337  # of the initial weights, the order of the data and the routing noise
@@ -56,6 +57,7 @@ class TrainConfig(ModelConfig):
     batch_size: int = 128  # sequences of block_size tokens in a step
     micro_batch_size: int = 8  # sequences in one forward pass; divides batch_size; the data stay the same
     lr: float = 1e-4  # peak learning rate
+    routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr
     warmup_steps: int = 2000  # linear warm-up, then a cosine to 0
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -84,6 +86,7 @@ class TrainConfig(ModelConfig):
         config.check_range(self, 0, 2**63 - 1, "seed", "warmup_steps")
         config.check_range(self, 0, 1, "anneal_start", "beta1", "beta2", "weight_decay")
         config.check_range(self, 1e-12, 1e12, "lr", "grad_clip")
+        config.check_range(self, 0, 1e12, "routing_lr")
         config.check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
@@ -171,7 +174,7 @@ class Corpus:
             config.fail(f"no data in {self.folder}; make it: {again}")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             config.fail(f"{self.folder / 'meta.json'} is damaged ({e!r}); make it again: {again}")
-        if name != cfg.tokenizer or size != cfg.vocab_size:
+        if name != cfg.tokenizer or size > cfg.vocab_size:
             way_out = "prepare" if cfg.init_from else f"train with --tokenizer={name} --vocab_size={size} or on"
             config.fail(
                 f"{self.folder} has tokenizer {name!r} with {size:,} tokens, the model {cfg.tokenizer!r} with "
@@ -364,10 +367,10 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
         checkpoint = load_checkpoint(ckpt)
     except (OSError, ValueError) as e:
         config.fail(f"{e}; start anew with --overwrite or another --out_dir=")
+    if not {"model_config", "optimizer", "settings", "step", "skipped", "run_id"} <= checkpoint.keys():
+        config.fail(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
     if cfg.init_from:
         adopt(cfg, checkpoint["model_config"], ckpt)
-    if not {"optimizer", "settings", "step", "skipped", "run_id"} <= checkpoint.keys():
-        config.fail(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
     for name, ours in dataclasses.asdict(cfg).items():
         theirs = checkpoint["settings"].get(name, ours)
         if ours != theirs and name in checkpoint["model_config"]:
@@ -382,13 +385,16 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
 def adopt(cfg: TrainConfig, shape: dict, source: str | Path):
     """Make the model of a run that of the weights it starts from; ends the script for a setting that contradicts them.
 
-    What has no weights can be set otherwise: block_size, gumbel, router_context.
+    What has no weights can be set otherwise, and a plain GLU can get more activations and a router.
     """
+    free = {"block_size", "gumbel", "router_context", "tokenizer"}
+    if len(shape["activations"]) == 1 and set(shape["activations"]) <= set(cfg.activations):
+        free |= {"activations", "router_hidden"}
     for name, theirs in shape.items():
         ours = getattr(cfg, name)
         if name not in cfg.overridden:
             setattr(cfg, name, theirs)
-        elif ours != theirs and name not in ("block_size", "gumbel", "router_context"):
+        elif ours != theirs and name not in free:
             config.fail(f"{source} has {name}={theirs!r}, not {ours!r}")
 
 
@@ -510,11 +516,14 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
         weights = checkpoint["model"]
     elif cfg.init_from:
         try:
-            source = PolychromaticLM.from_pretrained(cfg.init_from)
+            source = PolychromaticLM.from_pretrained(cfg.init_from, cfg.revision)
         except (OSError, ValueError) as e:
-            config.fail(f"{e}; --init_from= takes a run folder or a checkpoint")
+            config.fail(f"--init_from: {e}")
         adopt(cfg, dataclasses.asdict(source.config), cfg.init_from)
         weights = source.state_dict()
+        if cfg.activations != source.config.activations:
+            print(f"upcycling {'/'.join(source.config.activations)} to {'/'.join(cfg.activations)}: the same function")
+            weights = upcycle(source, cfg.model_config(), cfg.tau_start)
     corpus = corpus_type(cfg)
     run_id = checkpoint["run_id"] if checkpoint else uuid.uuid4().hex[:8]
     log = open_log(cfg, ranks, run_id)
@@ -585,7 +594,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
             break
 
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * (cfg.routing_lr if group["routing"] else 1)
         loss, mine = torch.zeros((), device=device), ranks.share(n_micro)
         for i, share, (tokens, targets, doc_ids) in corpus.micro_batches(step, ranks):
             torch.manual_seed(noise_seed(cfg.seed, step, i))  # the noise does not depend on the number of processes

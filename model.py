@@ -248,7 +248,7 @@ def gumbel_noise(*shape: int, like: Tensor) -> Tensor:
 def softmax(logits: list[Tensor]) -> list[Tensor]:
     """Softmax over K tensors. Written out, it compiles into the arithmetic around it, and no [K, ...] is stored."""
     peak = functools.reduce(torch.maximum, logits).detach()
-    powers = [torch.exp(x - peak) for x in logits]
+    powers = [torch.exp((x - peak).clamp_min(-80)) for x in logits]  # a CPU is ten times slower where exp underflows
     total = sum(powers)
     return [p / total for p in powers]
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import config
 from model import PolychromaticLM, chunked_cross_entropy, entropy, load_checkpoint
-from prepare_data import CHAT_SPECIALS, FAMILIES, encode, encode_chat, open_tokenizer, problems, write_json
+from prepare_data import CHAT_SPECIALS, FAMILIES, ROLES, encode, encode_chat, open_tokenizer, problems, write_json
 from sample import load_model, newest_checkpoint
 from sft import Conversations
 from train import Corpus, Ranks, TrainConfig, pick_device, pick_dtype, read_log
@@ -205,8 +205,8 @@ MEASURES = {
     ),
     "usage": (
         "usage", "not measured",
-        "The share of each activation over neurons and tokens. It shows what a layer computes with; not whether an even "
-        "share comes of mixing, of neurons that differ or of tokens that differ.",
+        "The share of each activation over neurons and tokens. It shows what a layer computes with; not whether even "
+        "shares come of mixing, of neurons that differ or of tokens that differ.",
     ),
     "input_dependence": (
         "input dependence", "not measured",
@@ -274,101 +274,109 @@ def print_routing(stats: dict[str, dict], activations: Sequence[str]):
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def draw(folder: Path, stats: dict, activations: Sequence[str], log: list[dict]) -> list[Path]:
-    """Write the pictures that these numbers allow; their paths. Raises ImportError without matplotlib."""
+def canvas(rows: int, title: str, xlabel: str):
+    """A matplotlib figure and its axes, one above the other. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    pictures = {"training.png": draw_training} if any("loss" in line for line in log) else {}
-    if stats:
-        pictures |= {"usage.png": draw_usage, "entropy.png": draw_entropies, "neurons.png": draw_neurons}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, paint in pictures.items():
-        figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-        figure.suptitle(paint(figure, stats, activations, log))
-        figure.savefig(folder / name)
-    return [folder / name for name in pictures]
+    figure = Figure(figsize=(9, 5 + rows / 2), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
+    figure.suptitle(title)
+    axes[-1].set_xlabel(xlabel)
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    return figure, axes
 
 
-def colour(k: int) -> str:
-    """That of the k-th activation, the same in every picture."""
-    return f"C{k}"
-
-
-def draw_usage(figure, stats: dict, activations: Sequence[str], log: list[dict]) -> str:
-    usage, ax = np.array(stats["all"]["usage"]), figure.subplots()  # [n_layer, K]
-    for k, name in enumerate(activations):
-        ax.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=colour(k), label=name)
-    ax.set(xlabel="layer, 0 is the first", ylabel="share of neurons and tokens", ylim=(0, 1))
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*ax.get_legend_handles_labels(), title="activation", loc="outside right")
+def draw_usage(path: Path, stats: dict, activations: Sequence[str]):
+    """The share of each activation, by depth."""
+    usage = np.array(stats["usage"])  # [n_layer, K]
     one, best = (usage.max(1) > 0.99).sum(), usage.mean(0).argmax()
-    return (
-        f"Usage: {one} of {len(usage)} layers use one activation for over 99%;\n"
-        f"{activations[best]} has the largest share, {usage.mean(0)[best]:.0%}"
-    )
+    title = f"{one} of {len(usage)} layers use one activation over 99% of the time;\n"
+    title += f"{activations[best]} has the largest share, {usage.mean(0)[best]:.0%} over all layers"
+    figure, (ax,) = canvas(1, title, "layer (0 reads the embedding)")
+    for k, name in enumerate(activations):
+        ax.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=f"C{k}", label=name)
+    ax.set(ylabel="usage, share of neurons x tokens", ylim=(0, 1))
+    figure.legend(title="activation", loc="outside right", reverse=True)
+    figure.savefig(path)
 
 
-def draw_entropies(figure, stats: dict, activations: Sequence[str], log: list[dict]) -> str:
-    measured, most, ax = stats["all"], math.log(len(activations)), figure.subplots()
-    dependence = np.array(measured["input_dependence"])
-    spread = entropy(torch.tensor(measured["usage"]).T).numpy() / most
-    lines = {
-        "static entropy, of softmax(alpha)": (measured["static_entropy_share"], "k--"),
-        "usage entropy: how evenly the layer uses them": (spread, "C4^-"),
-        "dynamic entropy, of g": (measured["dynamic_entropy_share"], "C0o-"),
-        "input dependence": (dependence / most, "C3s-"),
-        "agreement (share of neurons)": (measured["agreement"], "k:"),
-    }
-    for label, (shares, style) in lines.items():
-        ax.plot(range(len(dependence)), shares, style, label=label)
-    ax.set(xlabel="layer, 0 is the first", ylabel=f"share of ln {len(activations)} nats (agreement: of neurons)")
-    ax.set_ylim(-0.03, 1.03)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    layer = dependence.argmax()
-    return (
+def draw_entropy(path: Path, stats: dict, activations: Sequence[str]):
+    """The entropies, as shares of ln K, and the agreement, by depth."""
+    most, dependence = math.log(len(activations)), np.array(stats["input_dependence"])
+    layer, layers = dependence.argmax(), range(len(dependence))
+    title = (
         f"The choice depends on the input most in layer {layer}: {dependence[layer]:.2g} of at most {most:.2f} nats;\n"
-        f"static entropy reads {np.min(measured['static_entropy_share']):.1%} of ln {len(activations)} or more everywhere"
     )
+    title += f"static entropy reads at least {min(stats['static_entropy_share']):.1%} of ln K in every layer"
+    figure, (above, below) = canvas(2, title, "layer (0 reads the embedding)")
+    evenness = entropy(torch.tensor(stats["usage"]).T) / most
+    above.plot(layers, stats["static_entropy_share"], "k--", label="static entropy, of softmax(alpha)")
+    above.plot(layers, evenness, "C1", linewidth=7, alpha=0.5, label="entropy of the layer's usage")
+    above.plot(layers, dependence / most, "C3s-", label="input dependence")
+    above.plot(layers, stats["dynamic_entropy_share"], "C0o-", label="dynamic entropy, of g")
+    above.set(ylabel=f"share of ln {len(activations)} nats", ylim=(-0.04, 1.04))
+    below.plot(layers, stats["agreement"], "C2o-", label="agreement")
+    below.set(ylabel="share of neurons", ylim=(-0.04, 1.04))
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path)
 
 
-def draw_neurons(figure, stats: dict, activations: Sequence[str], log: list[dict]) -> str:
+def draw_neurons(path: Path, stats: dict, activations: Sequence[str]):
+    """What every neuron prefers, on average over the tokens: a row a layer, a column a neuron."""
     from matplotlib.colors import to_rgb
 
-    usage, K = np.array(stats["all"]["neuron_usage"]), len(activations)  # [n_layer, K, d_ff]
-    colours, ax = np.array([to_rgb(colour(k)) for k in range(K)]), figure.subplots()
-    preferred, share = usage.argmax(1), usage.max(1)
-    order = np.lexsort((-share, preferred), axis=-1)
-    preferred, share = np.take_along_axis(preferred, order, 1), np.take_along_axis(share, order, 1)
-    strength = ((share - 1 / K) / (1 - 1 / K))[..., None]  # 0 for a neuron that prefers nothing
-    ax.imshow(1 - strength * (1 - colours[preferred]), aspect="auto", interpolation="nearest")
-    ax.set(xlabel="neurons of the layer, sorted by preference", ylabel="layer, 0 is the first")
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    handles = [ax.scatter([], [], marker="s", color=colour(k), label=name) for k, name in enumerate(activations)]
-    figure.legend(handles=handles, title="preferred\n(pale: barely)", loc="outside right")
+    usage, K = np.array(stats["neuron_usage"]), len(activations)  # [n_layer, K, d_ff]
+    order = np.lexsort((-usage.max(1), usage.argmax(1)), axis=-1)
+    usage = np.take_along_axis(usage, order[:, None], 2)
+    preferred, strength = usage.argmax(1), (usage.max(1) - 1 / K) / (1 - 1 / K)
     alike = sum(len(set(row)) == 1 for row in preferred)
-    return f"In {alike} of {len(usage)} layers every neuron prefers the same activation, on average over the tokens"
+    title = f"In {alike} of {len(usage)} layers all neurons prefer the same activation"
+    figure, (ax,) = canvas(1, title, "neurons of the layer, sorted by what they prefer")
+    inks = 1 - np.array([to_rgb(f"C{k}") for k in range(K)])
+    ax.imshow(1 - strength[..., None] * inks[preferred], aspect="auto", interpolation="nearest")
+    ax.set_ylabel("layer (0 reads the embedding)")
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    for k, name in enumerate(activations):
+        ax.bar(0, 0, color=f"C{k}", label=name)
+    figure.legend(title="preferred; white:\nall equally", loc="outside right")
+    figure.savefig(path)
 
 
-def draw_training(figure, stats: dict, activations: Sequence[str], log: list[dict]) -> str:
-    steps = [line for line in log if line.get("loss") is not None]
-    routed = [line for line in log if line.get("routing")]
-    series = {
-        label: ([line["step"] for line in steps], [line[name] for line in steps])
-        for name, label in {"loss": "loss, nats per token", "lr": "learning rate", "tau": "tau"}.items()
-    }
-    finding = f"The training loss fell from {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f} nats"
+def draw_training(path: Path, log: list[dict]):
+    """Loss, learning rate, tau and dynamic entropy over the steps of log.jsonl."""
+    steps, routed = ([line for line in log if line.get(name)] for name in ("loss", "routing"))
+    title = f"The training loss went from {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f} nats"
+    curves = {"loss, nats per token": "loss", "learning rate": "lr", "tau": "tau"}
+    series = {label: [line[name] for line in steps] for label, name in curves.items()}
     if routed:
-        shares = [np.mean(line["routing"]["dynamic_entropy_share"]) for line in routed]
-        series["dynamic entropy, share of ln K"] = [line["step"] for line in routed], shares
-        finding += f",\nthe dynamic entropy from {shares[0]:.0%} to {shares[-1]:.1%} of ln K"
-    axes = figure.subplots(len(series), sharex=True)
-    for i, (ax, (label, (x, y))) in enumerate(zip(axes, series.items())):
-        ax.plot(x, y, color=colour(i), marker="o" if len(x) < 40 else None, label=label)
+        label, shares = (
+            "dynamic entropy,\nshare of ln K",
+            [np.mean(x["routing"]["dynamic_entropy_share"]) for x in routed],
+        )
+        series[label] = shares
+        title += f",\nthe layers' mean dynamic entropy from {shares[0]:.1%} to {shares[-1]:.1%} of ln K"
+    figure, axes = canvas(len(series), title, "optimizer step")
+    for k, (ax, (label, values)) in enumerate(zip(axes, series.items())):
+        ax.plot([line["step"] for line in (routed if k == 3 else steps)], values, f"C{k}", marker="o" * (k == 3))
+        ax.set_ylabel(label)
         ax.set_ylim(0, None)
-        ax.legend(loc="upper right")
-    axes[-1].set_xlabel("optimizer step")
-    return finding
+    figure.align_ylabels(axes)
+    figure.savefig(path)
+
+
+def draw(folder: Path, stats: dict, activations: Sequence[str], log: list[dict]):
+    """Write the pictures that there are numbers for, and say where; or which package they need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if stats:
+            draw_usage(folder / "usage.png", stats["all"], activations)
+            draw_entropy(folder / "entropy.png", stats["all"], activations)
+            draw_neurons(folder / "neurons.png", stats["all"], activations)
+        if any(line.get("loss") for line in log):
+            draw_training(folder / "training.png", log)
+        print(f"pictures: {folder}/*.png")
+    except ImportError:
+        print("no pictures: they need a package: pip install matplotlib")
 
 
 # ------------------------------------------------------------------------------------------------------------- problems
@@ -499,11 +507,12 @@ def harness_model(model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: 
 
         def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
             """Tokens of a text in which a mark of apply_chat_template() stands for its special token."""
-            names, ids = {mark: name for name, mark in MARKS.items()}, []
-            for piece in re.split(f"([{''.join(names)}])", string):
-                ids += (
-                    [encoding.encode_single_token(names[piece])] if piece in names else encode(encoding, piece).tolist()
-                )
+            # A role with its newline is encoded by itself, as encode_chat() does.
+            roles = "|".join(f"(?<={MARKS['<|im_start|>']}{role}\n)" for role in ROLES)
+            ids = []
+            for piece in filter(None, re.split(f"([{''.join(MARKS.values())}])|{roles}", string)):
+                special = next((name for name, mark in MARKS.items() if mark == piece), None)
+                ids += [encoding.encode_single_token(special)] if special else encode(encoding, piece).tolist()
             return ids
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -639,32 +648,24 @@ def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dic
         print_routing(stats, model.config.activations)
     else:
         print(f"a plain GLU of {model.config.activations[0]}: there is no routing to measure")
-    try:
-        pictures = draw(Path(cfg.picture_dir or folder), stats, model.config.activations, read_log(folder))
-        print("pictures:", *pictures)
-    except ImportError:
-        print("no pictures: they need a package: pip install matplotlib")
+    draw(Path(cfg.picture_dir or folder), stats, model.config.activations, read_log(folder))
     if stats:
-        stats["all"].pop("neuron_usage")  # seen best in the picture: hundreds of thousands of numbers in a large model
+        del stats["all"]["neuron_usage"]  # best seen in the picture; of a large model it is half a million numbers
 
 
 def main():
     cfg = config.load(EvalConfig)
-    torch.set_flush_denormal(True)  # gates of 1e-40, at a low tau, would halve a CPU's speed
-    device = pick_device(cfg.device)
-    path = Path(cfg.init_from) if cfg.init_from else newest_checkpoint()
-    model, settings = load_model(str(path), device), {}
+    torch.set_flush_denormal(True)  # gates of 1e-40, at a low tau, would slow a CPU down
+    path, device = Path(cfg.init_from or newest_checkpoint()), pick_device(cfg.device)
+    model, folder, settings = load_model(str(path), device), path if path.is_dir() else path.parent, {}
     with contextlib.suppress(OSError, ValueError):  # weights without a run have no settings
         settings = load_checkpoint(path).get("settings", {})
-    folder = path if path.is_dir() else path.parent
-    data_dir = cfg.data_dir or settings.get("data_dir")
-    corpus = None
-    if cfg.report and data_dir is None and not (cfg.problems or cfg.tasks):
-        config.fail(f"{path} does not say what it was trained on; name a corpus: --data_dir=")
+    data_dir, corpus = cfg.data_dir or settings.get("data_dir"), None
     if cfg.report and data_dir:
         corpus = open_corpus(model, cfg, data_dir)
+    elif cfg.report:
+        config.fail(f"{path} does not say what it was trained on; name a corpus, --data_dir=, or --report=False")
     encoding = open_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
-    dtype = pick_dtype("float32" if cfg.dtype == "auto" and device.type != "cuda" else cfg.dtype, device)
     results, file = {"weights": weights_digest(model)}, folder / "eval.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -676,6 +677,7 @@ def main():
         except OSError as e:
             config.fail(f"cannot write {file}: {e.strerror}")
 
+    dtype = pick_dtype("float32" if cfg.dtype == "auto" and device.type != "cuda" else cfg.dtype, device)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if corpus:
             report(model, cfg, corpus, results, folder)

@@ -252,7 +252,7 @@ def gumbel_noise(*shape: int, like: Tensor) -> Tensor:
 def softmax(logits: list[Tensor]) -> list[Tensor]:
     """Softmax over K tensors. Written out, it compiles into the arithmetic around it, and no [K, ...] is stored."""
     peak = functools.reduce(torch.maximum, logits).detach()
-    powers = [torch.exp(x - peak) for x in logits]
+    powers = [torch.exp((x - peak).clamp_min(-80)) for x in logits]  # a CPU is ten times slower where exp underflows
     total = sum(powers)
     return [p / total for p in powers]
 
@@ -417,6 +417,18 @@ class PolychromaticLM(nn.Module):
         the tokens continue what it holds, in the same documents if doc_ids are not given. Raises ValueError for a row
         longer than block_size or the cache's room.
         """
+        x = self.hidden(tokens, doc_ids, cache)
+        if targets is None:
+            return F.linear(x, self.head_weight)
+        return chunked_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output head, [vocab_size, n_embd]."""
+        return self.embedding.weight if self.config.tied_head else self.head.weight
+
+    def hidden(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """What the output head reads, [B, T, n_embd]; with a cache, of the last position. Arguments as forward()'s."""
         ctx = self.context(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
@@ -427,15 +439,7 @@ class PolychromaticLM(nn.Module):
         if cache is not None:
             cache.length += tokens.size(1)
             x = x[:, -1:]
-        x = self.norm(x)
-        if targets is None:
-            return F.linear(x, self.head_weight)
-        return chunked_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
-
-    @property
-    def head_weight(self) -> Tensor:
-        """Weight of the output head, [vocab_size, n_embd]."""
-        return self.embedding.weight if self.config.tied_head else self.head.weight
+        return self.norm(x)
 
     def context(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> BatchContext:
         """What all layers share of a batch: positions, mask, document starts. Arguments as forward()'s."""
@@ -522,7 +526,7 @@ class PolychromaticLM(nn.Module):
             self.train(training)
 
     @torch.no_grad()
-    def routing_stats(self, tokens: Tensor, doc_ids: Tensor | None = None) -> dict[str, list]:
+    def routing_stats(self, tokens: Tensor, doc_ids: Tensor | None = None, neurons: bool = False) -> dict[str, list]:
         """What the routing does on these tokens [B, T], without noise: measures by name, each a list over the layers.
 
         - static_entropy: of softmax(alpha), mean over neurons, in nats. It says nothing of the input, nor of tau.
@@ -530,12 +534,15 @@ class PolychromaticLM(nn.Module):
         - usage: share of each activation [K], the mean of g
         - input_dependence: mutual information of choice and token, mean over neurons, in nats: H(mean g) - mean H(g)
         - agreement: largest share of the layer's neurons that favour the same activation, mean over tokens
-        static_entropy_share and dynamic_entropy_share are the entropies as shares of ln K. Empty for a plain GLU.
+        static_entropy_share and dynamic_entropy_share are the entropies as shares of ln K. With neurons=True also
+        - neuron_usage: usage of every neuron by itself, [K, d_ff]
+        Empty for a plain GLU.
         """
         K = len(self.config.activations)
         if K == 1:
             return {}
-        stats = {name: [] for name in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement")}
+        names = ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement")
+        stats = {name: [] for name in (*names, "neuron_usage")[: None if neurons else len(names)]}
         training = self.training
         self.eval()
         ctx, x = self.context(tokens, doc_ids), self.embedding(tokens)
@@ -555,6 +562,8 @@ class PolychromaticLM(nn.Module):
             stats["usage"].append(mean_g.mean(-1).tolist())
             stats["input_dependence"].append((entropy(mean_g).mean() - entropy_of_g).clamp_min(0).item())
             stats["agreement"].append(agreement.item())
+            if neurons:
+                stats["neuron_usage"].append(mean_g.tolist())
         self.train(training)
         for name in ("static_entropy", "dynamic_entropy"):
             stats[f"{name}_share"] = [nats / math.log(K) for nats in stats[name]]

@@ -259,6 +259,11 @@ class Corpus:
             batch[len(rows) :, 1] = -1
             yield to_inputs(batch, ranks.device)
 
+    def bits_per_byte(self, domain: str, loss: float) -> float:
+        """A loss on the domain's val.bin, in nats per token, as bits per byte of its text."""
+        counts = self.domains[domain]
+        return loss / math.log(2) * counts["val_targets"] / max(1, counts["val_bytes"])
+
 
 def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, targets and doc_ids, each [B, block_size] int64, of rows [B, 3, block_size]."""
@@ -479,9 +484,7 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
             if len(sample) == len(val):  # six rows show what the routing does
                 sample.append((tokens[:n_shown], doc_ids[:n_shown]))
         total, count = ranks.sum(total, count)
-        counts = corpus.domains[domain]
-        tokens_per_byte = counts["val_targets"] / max(1, counts["val_bytes"])
-        val[domain] = {"loss": total / count, "bits_per_byte": total / count / math.log(2) * tokens_per_byte}
+        val[domain] = {"loss": total / count, "bits_per_byte": corpus.bits_per_byte(domain, total / count)}
     routing = {}
     if ranks.rank == 0:
         with autocast:

@@ -170,7 +170,8 @@ def convert(value, hint, where: str, name: str):
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return convert(value, next(a for a in args if a is not type(None)), where, name)
+        kinds = [a for a in args if a is not type(None)]
+        return convert(value, type(value) if type(value) in kinds else kinds[0], where, name)
     if origin is tuple and isinstance(value, str):
         value = tuple(value.split(","))
     if origin is tuple and isinstance(value, (tuple, list)) and all(isinstance(v, args[0]) for v in value):

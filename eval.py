@@ -191,33 +191,23 @@ def print_domains(measured: dict):
 
 # ------------------------------------------------------------------------------------------------------- routing report
 
-# Each measure of routing_stats(): its name in print, the paper's figure for its model, what it can show and what not.
+# The measures of routing_stats() by their names in print: the paper's figure, what each can show and what it cannot.
 MEASURES = {
-    "static_entropy": (
-        "static entropy", "1.3863 nats (100.00%)",
+    "static entropy": ("1.3863 nats (100.00%)",
         "What softmax(alpha) alone leaves open. It is blind to the router and to tau, and alpha starts at 0 and hardly "
-        "moves, so a figure near ln K says nothing of what training or fine-tuning did to the routing.",
-    ),
-    "dynamic_entropy": (
-        "dynamic entropy", "0.0004 nats (0.03%)",
+        "moves, so a figure near ln K says nothing of what training or fine-tuning did to the routing."),
+    "dynamic entropy": ("0.0004 nats (0.03%)",
         "What the weights g leave open for one neuron at one token. Near 0 they are sharp; it does not show that "
-        "neurons differ, or that the input matters: a layer that always takes one activation has 0 too.",
-    ),
-    "usage": (
-        "usage", "not measured",
+        "neurons differ, or that the input matters: a layer that always takes one activation has 0 too."),
+    "usage": ("not measured",
         "The share of each activation over neurons and tokens. It shows what a layer computes with; not whether even "
-        "shares come of mixing, of neurons that differ or of tokens that differ.",
-    ),
-    "input_dependence": (
-        "input dependence", "not measured",
+        "shares come of mixing, of neurons that differ or of tokens that differ."),
+    "input dependence": ("not measured",
         "What the token tells of a neuron's choice (mutual information, at most ln K). At 0 the choice is a constant, "
-        "and the layer a fixed GLU; above 0 it depends on the input, which is not to say that this helps.",
-    ),
-    "agreement": (
-        "agreement", "not measured",
+        "and the layer a fixed GLU; above 0 it depends on the input, which is not to say that this helps."),
+    "agreement": ("not measured",
         "The largest share of a layer's neurons that favour the same activation at a token. At 100% the layer chooses, "
-        "not its neurons; lower, neurons differ, be it by a hair.",
-    ),
+        "not its neurons; lower, neurons differ, be it by a hair."),
 }  # fmt: skip
 
 
@@ -235,14 +225,19 @@ def percents(shares: Sequence[float]) -> str:
     return " / ".join(f"{share:.1%}" for share in shares)
 
 
-def figures(stats: dict, layer: int | slice) -> list[str]:
-    """The five measures of one layer, or the means of several, as they are printed."""
-    mean = {name: np.mean(np.atleast_1d(stats[name][layer])) for name in stats if name not in ("usage", "neuron_usage")}
-    usage = np.reshape(stats["usage"][layer], (-1, len(stats["usage"][0]))).mean(0)
-    entropies = [
-        f"{mean[name]:.4f} nats ({mean[name + '_share']:.2%})" for name in ("static_entropy", "dynamic_entropy")
+def figures(stats: dict, layers: slice) -> list[str]:
+    """The five measures as they are printed, means over these layers."""
+    mean = {name: np.mean(values[layers], axis=0) for name, values in stats.items() if name != "neuron_usage"}
+    static, dynamic = (
+        f"{mean[f'{x}_entropy']:.4f} nats ({mean[f'{x}_entropy_share']:.2%})" for x in ("static", "dynamic")
+    )
+    return [
+        static,
+        dynamic,
+        percents(mean["usage"]),
+        f"{mean['input_dependence']:.4f} nats",
+        f"{mean['agreement']:.1%}",
     ]
-    return [*entropies, percents(usage), f"{mean['input_dependence']:.4f} nats", f"{mean['agreement']:.1%}"]
 
 
 def usage_distances(stats: dict[str, dict]) -> np.ndarray:
@@ -253,22 +248,21 @@ def usage_distances(stats: dict[str, dict]) -> np.ndarray:
 
 def print_routing(stats: dict[str, dict], activations: Sequence[str]):
     layers, everything = range(len(stats["all"]["usage"])), slice(None)
-    names = [name for name, *_ in MEASURES.values()]
+    domains, names = [name for name in stats if name != "all"], list(MEASURES)
     names[2] = "usage: " + " / ".join(activations)
     print(f"Routing by layer; entropies also as shares of ln {len(activations)}")
-    rows = [[str(layer), *figures(stats["all"], layer)] for layer in layers]
-    rows.append(["mean", *figures(stats["all"], everything)])
-    print_table([["layer", *names], *rows, ["paper", *(paper for _, paper, _ in MEASURES.values())]])
-    for name, _, meaning in MEASURES.values():
+    rows = [["layer", *names], *([str(i), *figures(stats["all"], slice(i, i + 1))] for i in layers)]
+    rows += [["mean", *figures(stats["all"], everything)], ["paper", *(paper for paper, _ in MEASURES.values())]]
+    print_table(rows)
+    for name, (_, meaning) in MEASURES.items():
         print(textwrap.fill(f"{name}: {meaning}", 120, subsequent_indent="  "))
-    domains = [name for name in stats if name != "all"]
     print("\nRouting by domain; means over the layers")
     print_table([["domain", *names], *([domain, *figures(stats[domain], everything)] for domain in domains)])
     if len(domains) > 1:
         print(f"Usage ({' / '.join(activations)}) by layer and domain; distance: the share of the choices that differ")
-        rows = [[percents(stats[domain]["usage"][layer]) for domain in domains] for layer in layers]
-        apart = [f"{distance:.1%}" for distance in usage_distances(stats)]
-        print_table([["layer", *domains, "distance"], *([str(i), *rows[i], apart[i]] for i in layers)])
+        rows = [[str(i), *(percents(stats[domain]["usage"][i]) for domain in domains)] for i in layers]
+        rows = [[*row, f"{distance:.1%}"] for row, distance in zip(rows, usage_distances(stats))]
+        print_table([["layer", *domains, "distance"], *rows])
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -404,14 +398,18 @@ def write_texts(
     return [text[:first].decode(errors="replace") for text, first in zip(written, firsts)]
 
 
+def chat_ends(encoding: tiktoken.Encoding) -> set[int]:
+    """The tokens that end an answer."""
+    return {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
+
+
 def answers(model: PolychromaticLM, encoding, questions: list[str], batch_size: int | str) -> Iterator[str]:
     """The model's answer to each question, greedily, many at once, until <|im_end|> or the end of its context."""
-    ends = {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
     prompts = [encode_chat(encoding, [{"role": "user", "content": q}], reply=True)[0].tolist() for q in questions]
 
     def answer(batch: list[list[int]]) -> list[str]:
         room = max(1, model.config.block_size - max(map(len, batch)))
-        return write_texts(model, encoding, batch, room, ends)
+        return write_texts(model, encoding, batch, room, chat_ends(encoding))
 
     yield from Batcher(model, batch_size)(answer, prompts, "problems")
 
@@ -517,7 +515,7 @@ def harness_model(model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: 
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             """Messages in the chat format, as text; without the prompt, an answer that the last message has begun."""
-            self.ends = {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
+            self.ends = chat_ends(encoding)
             begun = "" if add_generation_prompt else chat_history[-1]["content"]
             whole = chat_history if add_generation_prompt else chat_history[:-1]
             marks = {encoding.encode_single_token(name): mark.encode() for name, mark in MARKS.items()}
@@ -526,6 +524,8 @@ def harness_model(model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: 
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
+            if cut := sum(len(a) + len(b) > model.config.block_size + 1 for a, b in pairs):
+                tqdm.write(f"{cut:,} of {len(pairs):,} requests do not fit the context: cut on the left")
             order = Collator(pairs, sort_fn=lambda pair: (-len(pair[0]) - len(pair[1]), pair[0] + pair[1]))
             results = []
             for longest_first in order.get_batched(n=len(pairs)):
@@ -544,12 +544,8 @@ def harness_model(model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: 
             return totals
 
         def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-            by_length = Collator(
-                [request.args for request in requests],
-                lambda args: (-len(args[0]), args[0]),
-                lambda args: args[1],
-                "gen_kwargs",
-            )
+            prompts = [request.args for request in requests]  # each with its settings
+            by_length = Collator(prompts, lambda x: (-len(x[0]), x[0]), lambda x: x[1], group_by="gen_kwargs")
             results = []
             for group in by_length.get_batched(n=len(requests)):
                 results += batcher(self.generate_batch, group, "generations")
@@ -560,9 +556,7 @@ def harness_model(model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: 
             kwargs, T = batch[0][1], model.config.block_size
             until, length = kwargs.get("until") or [], kwargs.get("max_gen_toks", 256)
             temperature = kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 0.0
-            prompts = [
-                self.tok_encode(prompt)[-max(T // 2, T - length) :] or [encoding.eot_token] for prompt, _ in batch
-            ]
+            prompts = [self.tok_encode(text)[-max(T // 2, T - length) :] or [encoding.eot_token] for text, _ in batch]
             until = [until] if isinstance(until, str) else until
             return write_texts(model, encoding, prompts, length, self.ends, until, temperature)
 
@@ -614,9 +608,7 @@ def headline(metrics: dict, wanted: str | None) -> tuple[str, float, float | Non
 
 
 def print_tasks(done: dict[str, dict], names: Sequence[str]):
-    table = [
-        ["task", "metric", "n", "this model", "paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3's"]
-    ]
+    table = [["task", "metric", "n", "this model", "paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3"]]
     for name in names:
         wanted, base, sft, qwen3, guess = REFERENCES.get(name, (None,) * 5)
         metric, score, error = headline(done[name]["metrics"], wanted)
@@ -624,9 +616,7 @@ def print_tasks(done: dict[str, dict], names: Sequence[str]):
         ours = f"{score:.2f} ± {shown(error, '.2f')}"
         ratio = shown(qwen3 and score / qwen3, ".0%")
         table.append([name, metric, str(done[name]["n"]), ours, *others, shown(guess, "g"), ratio])
-    print(
-        "\nBenchmark tasks, accuracies in percent, ± the standard error; the others' figures as their authors give them"
-    )
+    print("\nBenchmark tasks, accuracies in percent ± standard error; the others' figures are those of the paper")
     print_table(table)
 
 

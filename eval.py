@@ -211,13 +211,13 @@ MEASURES = {
 }  # fmt: skip
 
 
-def measure_routing(model: PolychromaticLM, samples: dict[str, list[Row]]) -> dict[str, dict]:
+def measure_routing(model: PolychromaticLM, corpus: Corpus, samples: dict[str, list[Row]]) -> dict[str, dict]:
     """routing_stats() on all domains together ("all", with each neuron's usage) and on each; empty for a plain GLU."""
     together = [row for rows in samples.values() for row in rows[:: len(samples)]]
     stats = {}
     for name, rows in {"all": together, **samples}.items():
-        tokens, _, doc_ids = joined(rows, model.tau.device)
-        stats[name] = model.routing_stats(tokens, doc_ids, neurons=name == "all")
+        tokens, targets, doc_ids = joined(rows, model.tau.device)
+        stats[name] = model.routing_stats(tokens, doc_ids, corpus.is_text(tokens, targets), neurons=name == "all")
     return stats if stats["all"] else {}
 
 
@@ -426,7 +426,7 @@ def standard_error(share: float, n: int) -> float:
 
 def solve_problems(model: PolychromaticLM, encoding, cfg: EvalConfig) -> dict[str, dict[str, float]]:
     """Exact match per family: {family: {"n", "exact_match", "standard_error"}}, "all" last."""
-    asked = list(itertools.islice(problems(cfg.seed, reserved=True), (cfg.limit or 40) * len(FAMILIES)))
+    asked = list(problems(cfg.seed, reserved=True, limit=cfg.limit or 40))
     right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
     two_digit = []
     said = answers(model, encoding, [question for _, question, _, _ in asked], cfg.batch_size)
@@ -633,7 +633,7 @@ def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dic
     results["data_dir"] = str(corpus.folder)
     results["domains"], samples = measure_domains(model, corpus, Batcher(model, cfg.batch_size))
     print_domains(results["domains"])
-    stats = results["routing"] = measure_routing(model, samples)
+    stats = results["routing"] = measure_routing(model, corpus, samples)
     if stats:
         print_routing(stats, model.config.activations)
     else:

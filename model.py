@@ -526,9 +526,12 @@ class PolychromaticLM(nn.Module):
             self.train(training)
 
     @torch.no_grad()
-    def routing_stats(self, tokens: Tensor, doc_ids: Tensor | None = None, neurons: bool = False) -> dict[str, list]:
+    def routing_stats(
+        self, tokens: Tensor, doc_ids: Tensor | None = None, counted: Tensor | None = None, neurons: bool = False
+    ) -> dict[str, list]:
         """What the routing does on these tokens [B, T], without noise: measures by name, each a list over the layers.
 
+        counted [B, T] bool says which tokens to average over (None: all), so that padding is left out.
         - static_entropy: of softmax(alpha), mean over neurons, in nats. It says nothing of the input, nor of tau.
         - dynamic_entropy: of g = softmax((alpha + beta f) / tau), mean over neurons and tokens, in nats
         - usage: share of each activation [K], the mean of g
@@ -546,17 +549,20 @@ class PolychromaticLM(nn.Module):
         training = self.training
         self.eval()
         ctx, x = self.context(tokens, doc_ids), self.embedding(tokens)
+        counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
+        n = counted.sum()
         for block in self.blocks:  # Block.forward, with a look at what goes into its PolyGLU
             x = x + block.attn(block.norm_1(x), ctx)
             h = block.norm_2(x)
             x = x + block.ffn(h, ctx.tau, ctx.start)
             entropy_of_g, agreement, mean_g = 0.0, 0.0, 0.0
-            for row, start in zip(h.split(1), ctx.start.split(1)):  # one at a time: g has K * T * d_ff numbers a row
-                g = torch.stack(block.ffn.routing(row, ctx.tau, start))  # [K, 1, T, d_ff]
+            for i, (row, start) in enumerate(zip(h.split(1), ctx.start.split(1))):  # g has K * T * d_ff numbers a row
+                g = torch.stack(block.ffn.routing(row, ctx.tau, start)).expand(-1, -1, h.size(1), -1)
+                g = g[:, 0, counted[i]]  # [K, counted tokens, d_ff]
                 votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
-                entropy_of_g += entropy(g).mean() / len(h)
-                agreement += (votes / votes.sum(0)).mean(-1).amax(0).mean() / len(h)
-                mean_g += g.mean((1, 2)) / len(h)  # [K, d_ff]
+                entropy_of_g += entropy(g).mean(-1).sum() / n
+                agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / n
+                mean_g += g.sum(1) / n  # [K, d_ff]
             stats["static_entropy"].append(entropy(block.ffn.alpha.t().softmax(0)).mean().item())
             stats["dynamic_entropy"].append(entropy_of_g.item())
             stats["usage"].append(mean_g.mean(-1).tolist())

@@ -266,11 +266,15 @@ def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: 
     """A conversation cut after max_length tokens, or left out if it has nothing to learn from; the note says why."""
     note = None
     try:
+        if not isinstance(messages, list):
+            raise ValueError("messages that are no list")
         ids, mask = encode_chat(encoding, messages)
     except ValueError as e:
         note = f"left out: {str(e)[:60]}"
     else:
-        if not mask.any():
+        if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
+            note = "left out: an assistant message without text"
+        elif not mask.any():
             note = "left out: no assistant message"
         elif len(ids) > max_length:
             ids, mask = ids[:max_length].copy(), mask[:max_length]
@@ -296,8 +300,8 @@ def write_domain(
 
     Masked ones get {train,val}.mask as well. Tokens go to *.partial; every commit_seconds they are flushed to disk and
     progress.json records their reach. Killed at any moment and called again with the same made_of (what decides the
-    tokens), it goes on from there; the bytes are those of an unbroken run. A .bin appears only whole. Returns the
-    counts for meta.json.
+    tokens), it goes on from there; the bytes are those of an unbroken run. A .bin appears only whole, and an earlier
+    one stays until then. Returns the counts for meta.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     progress_path, dtype = folder / "progress.json", token_dtype(encoding.n_vocab)
@@ -312,9 +316,8 @@ def write_domain(
 
     with contextlib.suppress(OSError, ValueError, LookupError):  # no progress yet, or its files are gone
         before = json.loads(progress_path.read_text())
-        reached = {
-            key: max(p.stat().st_size for p in (partial[key], path) if p.exists()) for key, path in files.items()
-        }
+        there = {key: partial[key] if partial[key].exists() else path for key, path in files.items()}
+        reached = {key: path.stat().st_size for key, path in there.items()}
         wanted = sizes(before)
         whole = reached == wanted if before["finished"] else all(reached[key] >= wanted[key] for key in files)
         if whole and before["made_of"] == json.loads(json.dumps(made_of)):
@@ -324,10 +327,8 @@ def write_domain(
         first = list(itertools.islice(batches, 1))  # until there is something new, nothing earlier is removed
         if progress["state"] is None:
             progress_path.unlink(missing_ok=True)  # before its tokens: it must never speak of others
-        (folder.parent / "meta.json").unlink(missing_ok=True)
-        for key, path in files.items():
-            path.unlink(missing_ok=True)
-            partial[key].touch()
+        for path in partial.values():
+            path.touch()
         bar = tqdm(desc=folder.name, total=max_tokens, initial=progress["train_tokens"], unit="tok", unit_scale=True)
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
@@ -351,8 +352,9 @@ def write_domain(
                     if masked:
                         written[split, "mask"].append(document.mask)
                     if split == "val":
-                        learnt = document.ids[document.mask == 1] if masked else document.ids[:-1]
-                        progress["val_bytes"] += len(encoding.decode_bytes(learnt.tolist()))
+                        learnt = document.ids[document.mask == 1] if masked else document.ids
+                        text = learnt[learnt < encoding.eot_token]  # specials, the last ids, are no text
+                        progress["val_bytes"] += len(encoding.decode_bytes(text.tolist()))
                         if masked:
                             progress["val_targets"] += len(learnt)
                 for key, parts in written.items():
@@ -366,9 +368,11 @@ def write_domain(
                     break
             progress["finished"] = True
             commit(opened.values(), progress, progress_path)
-    for key, path in files.items():
-        if partial[key].exists():
-            os.replace(partial[key], path)
+    if progress["train_tokens"] and progress["val_tokens"]:  # else what was there before stays
+        for key, path in files.items():
+            if partial[key].exists():
+                (folder.parent / "meta.json").unlink(missing_ok=True)  # it spoke of what now goes
+                os.replace(partial[key], path)
     return {name: progress[name] for name in counts}
 
 
@@ -606,18 +610,32 @@ def is_reserved(question: str) -> bool:
     return is_held_out(" ".join(sorted(re.findall(r"\w+", question))), 0.1)
 
 
-def problems(seed: int, reserved: bool) -> Iterator[tuple[str, str, str, str]]:
+def gives_away(steps: list[str]) -> bool:
+    """Whether a step works out a reserved sum, difference or product; those of a digit are needed everywhere."""
+    for a, sign, b in re.findall(r"(\d+) ([-+*]) (\d+) =", "; ".join(steps)):
+        is_fact = int(a) <= 10 and int(b) <= 10 if sign == "*" else min(len(a), len(b)) == 1
+        if not is_fact and is_reserved(f"What is {a} {sign} {b}?"):
+            return True
+    return False
+
+
+def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tuple[str, str, str, str]]:
     """Distinct problems of all families in turn: family, question, worked steps with the answer, answer.
 
-    All are reserved ones, or none is. A family that has no more is left out from there on.
+    All are reserved ones, or none is, nor gives one away. A family ends after `limit`, or when it has no more.
     """
-    rng, seen, families = random.Random(seed), set(), dict(FAMILIES)
-    while families:
-        for family, make in list(families.items()):
-            made = (make(rng) for _ in range(2000))
-            found = next((p for p in made if p[0] not in seen and is_reserved(p[0]) == reserved), None)
+    rng, seen, left = random.Random(seed), set(), dict.fromkeys(FAMILIES, limit or math.inf)
+
+    def fits(problem: Problem) -> bool:
+        question, steps, _ = problem
+        return question not in seen and is_reserved(question) == reserved and (reserved or not gives_away(steps))
+
+    while any(left.values()):
+        for family in FAMILIES:
+            made = (FAMILIES[family](rng) for _ in range(2000 if left[family] else 0))
+            found = next(filter(fits, made), None)
+            left[family] = left[family] - 1 if found else 0
             if found is None:
-                del families[family]
                 continue
             question, steps, answer = found
             seen.add(question)
@@ -780,7 +798,7 @@ def open_dataset(source: str | HubData):
                 config.fail(f"{source.dataset} is gated: accept its terms on its page, then log in: hf auth login")
             config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
         except ConnectionError:
-            config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source.<domain>=")
+            config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help")
         except ValueError as e:  # no such subset or split
             config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
     files = sorted(glob.glob(source, recursive=True))
@@ -807,7 +825,7 @@ def pinned(source: HubData, progress: Path) -> HubData:
     except RepositoryNotFoundError as e:  # gated ones, without a login, among them
         config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
     except Exception:  # of the hub's own HTTP library, whichever that is
-        config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source.<domain>=")
+        config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help")
 
 
 @contextlib.contextmanager
@@ -816,11 +834,12 @@ def reading(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:  # a lost connection or a damaged file: each library has its own kinds
-        config.fail(f"cannot read {where}: {' '.join(str(e).split())[:200]}; run the command again to go on")
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        config.fail(f"cannot read {where}: {reason}; if it was the network, run the command again to go on")
 
 
 def streamed(source: str | HubData, column: str, kind: type, state: dict | None, size: int = 256) -> Batches:
-    """Batches of one field of a data set, from the start or an earlier state; other values than `kind` are left out.
+    """Batches of one field of a data set, from the start or an earlier state; of kind str, what is no text is left out.
 
     Ends the script with one line if there is no such field, or if the data cannot be read on.
     """
@@ -838,7 +857,7 @@ def streamed(source: str | HubData, column: str, kind: type, state: dict | None,
         if column not in batch:
             setting = "--text_field.<domain>=" if kind is str else "--messages_field="
             config.fail(f"{where} has no field {column!r} but {', '.join(batch)}; name one: {setting}")
-        yield [value for value in batch[column] if isinstance(value, kind)], stream.state_dict()
+        yield [value for value in batch[column] if kind is list or isinstance(value, kind)], stream.state_dict()
 
 
 def write_streamed(

@@ -50,6 +50,8 @@ class SampleConfig:
         config.check_range(self, 0, 2**63 - 1, "seed")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
+        if self.chat and self.num_samples > 1:
+            raise ValueError("chat and num_samples exclude each other: a chat has one answer")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -61,7 +63,7 @@ def newest_checkpoint(root: Path = Path("out")) -> Path:
     found = sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         config.fail(
-            f"no checkpoint under {root}; train one (python train.py config/tiny.py) or name it with --out_dir="
+            f"no checkpoint under {root}; train one (python train.py config/tiny.py) or name it with --init_from="
         )
     return found[-1]
 
@@ -163,13 +165,18 @@ class Chat:
         Raises ValueError, and forgets it, if the newest message alone is too long.
         """
         room, first = self.model.config.block_size * 3 // 4, 1 if self.cfg.system else 0
-        while len(ids := encode_chat(self.encoding, self.messages, reply=True)[0].tolist()) > room:
-            if len(self.messages) == first + 1:
-                self.messages.pop()
-                raise ValueError(f"this takes {len(ids):,} tokens of {room:,} that there is room for; say it shorter")
+
+        def tokens(messages: list[dict[str, str]]) -> list[int]:
+            return encode_chat(self.encoding, messages, reply=True)[0].tolist()
+
+        if (n := len(tokens(self.messages[:first] + self.messages[-1:]))) > room:
+            self.messages.pop()
+            told = " with --system" if first else ""
+            raise ValueError(f"this takes {n:,} tokens{told} of {room:,} that there is room for; say it shorter")
+        while len(tokens(self.messages)) > room:
             del self.messages[first : first + 2]
             print("(the context is full: the oldest turn is forgotten)", file=sys.stderr)
-        return ids
+        return tokens(self.messages)
 
     def answer(self, question: str):
         """Print the answer to what the user says next, and remember both. Ctrl-C ends the answer where it is."""

@@ -34,6 +34,11 @@ class SFTConfig(TrainConfig):
     mixture: dict[str, float] = field(default_factory={"chat": 1.0}.copy)  # conversations alone
     mixture_end: dict[str, float] | None = None  # at the last step; None: unchanged
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.init_from:
+            raise ValueError("init_from is empty; name the model to start from, a run folder or a checkpoint")
+
 
 class Conversations(Corpus):
     """A corpus of conversations, packed whole into rows of block_size tokens.
@@ -49,6 +54,8 @@ class Conversations(Corpus):
     def open_tokens(self, domain: str, split: str, again: str) -> np.ndarray:
         length, key = self.domains[domain][f"{split}_tokens"], (domain, split)
         tokens = self.open_file(domain, f"{split}.bin", length, self.dtype, again)
+        if not (self.folder / domain / f"{split}.mask").exists():
+            config.fail(f"{self.folder} is no corpus of conversations; make one: python prepare_data.py tiny_sft")
         self.masks[key] = self.open_file(domain, f"{split}.mask", length, np.dtype(np.uint8), again)
         pieces = range(0, length, 2**24)
         ends = [start + np.flatnonzero(tokens[start : start + 2**24] == self.end_of_text) for start in pieces]
@@ -59,8 +66,10 @@ class Conversations(Corpus):
         if lengths.max() > self.cfg.block_size:
             config.fail(
                 f"{self.folder} has a conversation of {lengths.max() + 1:,} tokens, too many for block_size "
-                f"{self.cfg.block_size:,}; cut them: {again} --max_length={self.cfg.block_size + 1}"
+                f"{self.cfg.block_size:,}; prepare it again with --max_length={self.cfg.block_size + 1}"
             )
+        if not self.masks[key].any():
+            config.fail(f"{self.folder / domain / split}.mask is damaged: it takes no loss; make it again: {again}")
         order = np.random.default_rng(self.cfg.seed).permutation(len(lengths))
         self.packed[key] = [order[row] for row in pack(lengths[order], self.cfg.block_size)]
         return tokens
@@ -108,8 +117,8 @@ def pack(lengths: np.ndarray, room: int, open_rows: int = 64) -> list[list[int]]
 def print_routing(out_dir: str):
     """The five measures of the routing, means over the layers, at the run's first evaluation and its last."""
     measured = [(line["step"], line["routing"]) for line in read_log(Path(out_dir)) if line.get("routing")]
-    if not measured:
-        return  # a plain GLU
+    if len(measured) < 2:
+        return  # a plain GLU, or a run that was stopped early
     print("routing, means over the layers:")
     for step, routing in (measured[0], measured[-1]):
         usage = "/".join(f"{share:.3f}" for share in np.mean(routing["usage"], axis=0))

@@ -1789,7 +1789,7 @@ metric_list: [{metric: word_perplexity}]
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["e", "the"], max_gen_toks: 30}
+generation_kwargs: {until: ["e", "on"], max_gen_toks: 30}
 metric_list: [{metric: exact_match}]
 """,
 }

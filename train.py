@@ -259,6 +259,10 @@ class Corpus:
             batch[len(rows) :, 1] = -1
             yield to_inputs(batch, ranks.device)
 
+    def is_text(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Which tokens are not padding, [B, T] bool: padding is <|endoftext|> that predicts nothing."""
+        return (targets >= 0) | (tokens != self.end_of_text)
+
     def bits_per_byte(self, domain: str, loss: float) -> float:
         """A loss on the domain's val.bin, in nats per token, as bits per byte of its text."""
         counts = self.domains[domain]
@@ -473,22 +477,24 @@ def noise_seed(*key: int) -> int:
 def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> dict:
     """Val loss of every domain, in nats per token and bits per byte, and the routing measures on rows of each."""
     model.eval()
-    val, sample, n_shown = {}, [], -(-6 // len(corpus.cfg.mixture))
+    val, shown, n_domains = {}, [], len(corpus.cfg.mixture)
+    room = -(-max(6, 2**13 // corpus.cfg.block_size) // n_domains)  # rows of a domain that show what the routing does
     for domain in corpus.cfg.mixture:
-        total = count = 0.0
+        total, count, rows = 0.0, 0.0, []
         for tokens, targets, doc_ids in corpus.val_batches(domain, ranks):
             with autocast:
                 loss = model(tokens, targets, doc_ids).item()
             n = (targets >= 0).sum().item()
             total, count = total + loss * n, count + n
-            if len(sample) == len(val):  # six rows show what the routing does
-                sample.append((tokens[:n_shown], doc_ids[:n_shown]))
+            if len(rows) < room:
+                rows += zip(tokens, doc_ids, corpus.is_text(tokens, targets))
+        shown += rows[:room]
         total, count = ranks.sum(total, count)
         val[domain] = {"loss": total / count, "bits_per_byte": corpus.bits_per_byte(domain, total / count)}
     routing = {}
     if ranks.rank == 0:
         with autocast:
-            routing = model.routing_stats(*map(torch.cat, zip(*sample)))
+            routing = model.routing_stats(*map(torch.stack, zip(*shown)))
     model.train()
     return {"val": val, "routing": routing}
 
@@ -527,6 +533,8 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
         if cfg.activations != source.config.activations:
             print(f"upcycling {'/'.join(source.config.activations)} to {'/'.join(cfg.activations)}: the same function")
             weights = upcycle(source, cfg.model_config(), cfg.tau_start)
+        if len(source.config.activations) > 1 and abs(source.tau.item() - cfg.tau_start) > 1e-6:
+            print(f"the routing goes from tau {source.tau.item():g} of {cfg.init_from} to {cfg.tau_start:g}")
     corpus = corpus_type(cfg)
     run_id = checkpoint["run_id"] if checkpoint else uuid.uuid4().hex[:8]
     log = open_log(cfg, ranks, run_id)

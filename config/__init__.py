@@ -26,10 +26,12 @@ def fail(message: str) -> typing.NoReturn:
 
 
 def run(main: Callable[[], None]):
-    """Run a script's main(); where its reader goes away (`| head`), it ends without a word."""
+    """Run a script's main(); Ctrl-C ends it with one line, and a reader that goes away (`| head`) without a word."""
     try:
         main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail("stopped")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
         raise SystemExit(1) from None

@@ -101,10 +101,12 @@ def test_only_weight_matrices_and_the_embedding_decay():
     model = small_model()
     optimizer = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95))
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
-    kept = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
-    assert (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[1]["weight_decay"]) == (0.1, 0.0)
-    assert decayed | kept == set(names.values())
+    groups = optimizer.param_groups
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    kept = {names[id(p)] for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+    routing = {names[id(p)] for group in groups if group["routing"] for p in group["params"]}
+    assert decayed | kept == set(names.values()) and not decayed & kept
+    assert routing == {n for n in names.values() if re.search(r"alpha|beta|router", n)}
     assert kept == {n for n in names.values() if re.search(r"alpha|beta|norm|bias", n)}
 
 

@@ -1091,7 +1091,7 @@ def test_a_step_takes_the_scheduled_rate_temperature_clip_and_noise(corpus_dir, 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own Ctrl-C
     train.train(cfg)
-    assert rates == [[train.lr_at(s, cfg)] * 2 for s in range(5)]
+    assert rates == [[train.lr_at(s, cfg)] * 4 for s in range(5)]
     assert norms == pytest.approx([0.01] * 5, rel=1e-3)
     assert seeds == [cfg.seed, *(train.noise_seed(cfg.seed, s, i) for s in range(5) for i in range(2))]
     assert len(set(seeds)) == 11
@@ -1313,8 +1313,7 @@ def test_prepared_conversations_keep_their_masks(chat_dir):
             assert len(said) <= 65 and said[-1] == 256 and learnt.any() and not learnt[-1]
             text = prepare_data.get_tokenizer("bytes").decode(said[learnt == 1].tolist())
             assert re.fullmatch(r"[\d!]+(<\|im_end\|>\n?)?", text), text
-    learnt = prepare_data.get_tokenizer("bytes").decode_bytes(ids[mask == 1].tolist())
-    assert (meta["val_targets"], meta["val_bytes"]) == (mask.sum(), len(learnt))
+    assert (meta["val_targets"], meta["val_bytes"]) == (mask.sum(), (ids[mask == 1] < 256).sum())  # specials: no text
 
 
 def test_a_killed_preparation_of_conversations_goes_on_to_the_same_bytes(tmp_path):

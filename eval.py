@@ -128,7 +128,7 @@ def open_corpus(model: PolychromaticLM, cfg: EvalConfig, folder: str) -> Corpus:
         kind = Conversations if any("val_targets" in counts for counts in found.values()) else Corpus
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         kind, found = Corpus, ["math"]  # it says what is wrong
-    domains = cfg.domains or tuple(found)
+    domains = tuple(dict.fromkeys(cfg.domains or found))
     settings = {
         **dataclasses.asdict(model.config), "data_dir": folder, "init_from": cfg.init_from or "out", "max_steps": 1,
         "mixture": dict.fromkeys(domains, 1 / len(domains)), "mixture_end": None, "batch_size": 1,
@@ -360,8 +360,8 @@ def draw_training(path: Path, log: list[dict]):
 
 def draw(folder: Path, stats: dict, activations: Sequence[str], log: list[dict]):
     """Write the pictures that there are numbers for, and say where; or which package they need."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if stats:
             draw_usage(folder / "usage.png", stats["all"], activations)
             draw_entropy(folder / "entropy.png", stats["all"], activations)
@@ -371,6 +371,8 @@ def draw(folder: Path, stats: dict, activations: Sequence[str], log: list[dict])
         print(f"pictures: {folder}/*.png")
     except ImportError:
         print("no pictures: they need a package: pip install matplotlib")
+    except OSError as e:
+        print(f"no pictures: cannot write to {folder}: {e.strerror}")
 
 
 # ------------------------------------------------------------------------------------------------------------- problems
@@ -563,7 +565,9 @@ def harness_model(model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: 
     return HarnessModel()
 
 
-def run_tasks(model: PolychromaticLM, encoding, cfg: EvalConfig, done: dict[str, dict], save: Callable[[], None]):
+def run_tasks(
+    model: PolychromaticLM, encoding, cfg: EvalConfig, dtype: str, done: dict[str, dict], save: Callable[[], None]
+):
     """Run the harness's tasks that are not in `done` yet with these settings, one after the other, saving after each.
 
     Ends the script with one line for a missing package, an unknown task, or data that cannot be fetched.
@@ -581,9 +585,12 @@ def run_tasks(model: PolychromaticLM, encoding, cfg: EvalConfig, done: dict[str,
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             config.fail(f"the harness has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in manager.all_tags:
+            config.fail(f"{name!r} is a tag that several tasks of the harness share; name the tasks")
     for name in cfg.tasks:
-        settings = {"limit": cfg.limit, "chat": cfg.chat, "num_fewshot": SHOTS.get(name)}
+        settings = {"limit": cfg.limit, "chat": cfg.chat, "num_fewshot": SHOTS.get(name), "dtype": dtype}
         if name in done and done[name]["settings"] == settings:
+            print(f"{name}: done before with these settings; delete eval.json to do it again")
             continue
         try:
             found = lm_eval.simple_evaluate(
@@ -680,7 +687,7 @@ def main():
             print_problems(results["problems"])
             save()
         if cfg.tasks:
-            run_tasks(model, encoding, cfg, results.setdefault("tasks", {}), save)
+            run_tasks(model, encoding, cfg, str(dtype), results.setdefault("tasks", {}), save)
             print_tasks(results["tasks"], cfg.tasks)
     print(f"numbers: {file}")
 

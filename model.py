@@ -684,13 +684,15 @@ class PolychromaticLM(nn.Module):
 def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, Tensor]:
     """Weights of a model with several activations that, at temperature tau, is the plain GLU `old`.
 
-    Its own activation gets e^10 times the weight of each other, in every neuron; the router starts at zero.
+    Its own activation gets e^10 times the weight of each other, in every neuron; the router starts at zero. With noise,
+    which a low tau does not lessen, alpha is at least 10, so that training starts there too.
     """
+    alpha = 10 * (max(tau, 1.0) if config.gumbel else tau)
     state = PolychromaticLM(config).state_dict()
     state.update(old.state_dict())
     for name, tensor in state.items():
         if name.endswith("alpha"):
-            tensor.zero_()[:, config.activations.index(old.config.activations[0])] = 10 * tau
+            tensor.zero_()[:, config.activations.index(old.config.activations[0])] = alpha
         elif ".router_out." in name:
             tensor.zero_()
     return state
@@ -795,6 +797,8 @@ def shape_of(state: dict[str, Tensor]) -> dict:
 def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """Shape, tensors under our names, and file of a model; arguments and errors as from_pretrained()'s."""
     path = Path(source) if Path(source).exists() else _download(str(source), revision)
+    if revision and path == Path(source):
+        raise ValueError(f"{source} is a local path, which has no revisions")
     if path.is_dir():
         candidates = [path / name for name in ("ckpt.pt", "model.safetensors.index.json", "model.safetensors")]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -810,8 +814,8 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
         saved = {"model": _load_safetensors(path), "model_config": settings}
     else:
         saved = load_checkpoint(path)
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in saved["model"].items()}
     try:
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in saved["model"].items()}
         if "embedding.weight" in state:
             return ModelConfig(**saved.get("model_config", settings)), state, path
         if "embeddings.weight" in state:
@@ -820,12 +824,14 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
             state.setdefault("tau", torch.as_tensor(float(saved.get("tau", 0.1))))
             return ModelConfig(**shape_of(state), router_context="sequence", gumbel=False), state, path
         if "model.embed_tokens.weight" in state:
+            if not settings.get("tie_word_embeddings", True):
+                state["lm_head.weight"]  # else it would pass for a tied one
             state = renamed(state, QWEN3_NAMES)
             state["tau"] = torch.tensor(1.0)
             return ModelConfig(**shape_of(state), **_qwen3_settings(settings, config_file)), state, path
     except KeyError as e:
         raise ValueError(f"{path} lacks the tensor {e.args[0]}") from None
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} does not hold a model of this project: {' '.join(str(e).split())[:300]}") from None
     raise ValueError(f"{path} holds no model of a known layout: its first tensor is {next(iter(state), 'missing')}")
 
@@ -873,10 +879,12 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     except ImportError:
         raise ValueError("reading .safetensors needs a package: pip install safetensors") from None
     try:
-        files = [path]
+        files, tensors = [path], {}
         if path.suffix == ".json":
             files = [path.parent / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
-        return {name: tensor for path in files for name, tensor in load_file(path).items()}
+        for path in files:  # whichever fails is named
+            tensors.update(load_file(path))
+        return tensors
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {path}") from None
     except Exception as e:

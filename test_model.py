@@ -1,7 +1,7 @@
 """Everything that must stay true: size, causality, documents, cache, Qwen3, loss, gradients, routing, data, schedules,
 kill and resume, error messages.
 
-python -m pytest -q test_model.py
+python -m pytest -q -n 2 test_model.py
 """
 
 import contextlib
@@ -1675,6 +1675,12 @@ def test_upcycling_starts_as_the_same_function(tmp_path):
     new.tau.fill_(0.1)
     tokens = random_tokens(2, 40)
     torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=1e-3)
+    new.train()  # noise included
+    torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=2e-2)
+    shape = dataclasses.replace(shape, gumbel=False)
+    new.eval().load_state_dict(model_module.upcycle(old, shape, tau=0.1))
+    new.tau.fill_(0.1)
+    torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=1e-3)
     new.tau.fill_(1.0)
     assert (new(tokens) - old(tokens)).abs().max() > 0.05  # at another temperature it is another
 
@@ -1786,6 +1792,23 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
         assert message in error(path), message
     path.write_bytes(b"x" * 100)
     assert "model.safetensors is damaged" in error(path)
+    torch.save({"model": {0: torch.zeros(1)}}, tmp_path / "odd.pt")
+    assert "odd.pt does not hold a model" in error(tmp_path / "odd.pt")
+    random_qwen3(tmp_path / "qwen3", shard="20KB")
+    with pytest.raises(ValueError, match="is a local path, which has no revisions"):
+        PolychromaticLM.from_pretrained(tmp_path / "qwen3", revision="main")
+    shards = sorted((tmp_path / "qwen3").glob("model-*.safetensors"))
+    shards[1].rename(tmp_path / "gone")
+    assert error(tmp_path / "qwen3") == f"no weights at {shards[1]}"
+    (tmp_path / "gone").rename(shards[1])
+    settings = json.loads((tmp_path / "qwen3" / "config.json").read_text())
+    for wrong, message in [
+        ([], "does not hold a model"),
+        ({**settings, "rope_scaling": "x", "rope_parameters": None}, "does not hold a model"),
+        ({**settings, "tie_word_embeddings": False}, "lacks the tensor lm_head.weight"),
+    ]:
+        (tmp_path / "qwen3" / "config.json").write_text(json.dumps(wrong))
+        assert message in error(tmp_path / "qwen3"), wrong
 
 
 
@@ -2040,6 +2063,7 @@ def test_a_killed_run_of_tasks_goes_on_after_the_last_that_was_finished(unbroken
         (["--batch_size=0"], "batch_size is 0; it must lie in 1.."),
         (["--max_tokens=0"], "max_tokens is 0; it must lie in 1.."),
         (["--tasks=helaswag", "--report=False"], "the harness has no task 'helaswag'; did you mean 'hellaswag'?"),
+        (["--tasks=ai2_arc"], "'ai2_arc' is a tag that several tasks of the harness share; name the tasks"),
         (["--tasks=arc_easy", "--report=False"], "cannot get the data of task 'arc_easy': Couldn't reach "),
     ],
 )
@@ -2078,13 +2102,11 @@ def test_what_evaluation_lacks_is_named(unbroken, tmp_path):
 def test_a_plain_glu_has_a_report_without_routing(corpus_dir, tmp_path):
     pytest.importorskip("safetensors")
     small_model(activations=("silu",)).save_pretrained(tmp_path)
-    done = run_script("eval.py", f"--init_from={tmp_path}", f"--data_dir={corpus_dir}", "--domains=code")
+    flags = [f"--data_dir={corpus_dir}", "--domains=code,code", f"--picture_dir={tmp_path / 'config.json'}"]
+    done = run_script("eval.py", f"--init_from={tmp_path}", *flags)
     assert done.returncode == 0 and "a plain GLU of silu: there is no routing to measure" in done.stdout, done.stderr
+    assert re.search("no pictures: (cannot write to .*config.json|they need a package)", done.stdout)
     assert json.loads((tmp_path / "eval.json").read_text())["domains"].keys() == {"code"}
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__]))
 
 
 # ---------------------------------------------------------------------------------------------------- 9. error messages
@@ -2213,7 +2235,7 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     assert "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259" in corpus_error(
         corpus_dir, tokenizer="qwen3"
     )
-    assert "with 259 tokens, the model 'bytes' with 300" in corpus_error(corpus_dir, vocab_size=300)
+    assert "with 259 tokens, the model 'bytes' with 200" in corpus_error(corpus_dir, vocab_size=200)
     assert "fewer than a window" in corpus_error(corpus_dir, block_size=100_000)
     assert "the mixture names 'art'; " in corpus_error(corpus_dir, mixture={"math": 0.5, "art": 0.5}, mixture_end=None)
     short = damage_corpus(corpus_dir, tmp_path / "short")

@@ -31,10 +31,20 @@ from tqdm import tqdm
 
 import config
 from model import PolychromaticLM, chunked_cross_entropy, entropy, load_checkpoint
-from prepare_data import CHAT_SPECIALS, FAMILIES, ROLES, encode, encode_chat, open_tokenizer, problems, write_json
-from sample import load_model, newest_checkpoint
+from prepare_data import (
+    CHAT_SPECIALS,
+    FAMILIES,
+    ROLES,
+    chat_ends,
+    encode,
+    encode_chat,
+    open_tokenizer,
+    problems,
+    write_json,
+)
+from sample import inference_dtype, load_model, newest_checkpoint
 from sft import Conversations
-from train import Corpus, Ranks, TrainConfig, pick_device, pick_dtype, read_log
+from train import Corpus, Ranks, TrainConfig, pick_device, read_log
 
 ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 
@@ -400,11 +410,6 @@ def write_texts(
     return [text[:first].decode(errors="replace") for text, first in zip(written, firsts)]
 
 
-def chat_ends(encoding: tiktoken.Encoding) -> set[int]:
-    """The tokens that end an answer."""
-    return {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
-
-
 def answers(model: PolychromaticLM, encoding, questions: list[str], batch_size: int | str) -> Iterator[str]:
     """The model's answer to each question, greedily, many at once, until <|im_end|> or the end of its context."""
     prompts = [encode_chat(encoding, [{"role": "user", "content": q}], reply=True)[0].tolist() for q in questions]
@@ -677,7 +682,7 @@ def main():
         except OSError as e:
             config.fail(f"cannot write {file}: {e.strerror}")
 
-    dtype = pick_dtype("float32" if cfg.dtype == "auto" and device.type != "cuda" else cfg.dtype, device)
+    dtype = inference_dtype(cfg.dtype, device)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if corpus:
             report(model, cfg, corpus, results, folder)

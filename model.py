@@ -1,6 +1,7 @@
 """PolychromaticLM: a decoder-only transformer whose feed-forward neurons choose their activation (arXiv 2603.13347).
 
-In reading order: activations, configuration, norm, rotary positions, KV cache, attention, PolyGLU, block, loss, model.
+In reading order: activations, configuration, norm, rotary positions, KV cache, attention, PolyGLU, block, loss, model;
+then what reads other layouts of weights, which a first reading can leave out.
 What is unusual here, next to a plain GPT:
 - PolyGLU in place of the MLP: every neuron mixes K activations by a learned preference and an input-conditioned router
 - one activation (K = 1) is the plain GLU, so SwiGLU, GEGLU, ... are settings of the same class

@@ -223,6 +223,11 @@ def encode_chat(
     return np.concatenate(parts), np.repeat(np.array(learnt, dtype=np.uint8), [len(part) for part in parts])
 
 
+def chat_ends(encoding: tiktoken.Encoding) -> set[int]:
+    """The tokens that end an answer."""
+    return {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
+
+
 # ------------------------------------------------------------------------------------------------------- tokens on disk
 
 
@@ -264,25 +269,28 @@ def encode_document(encoding: tiktoken.Encoding, text: str) -> Encoded:
 
 def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: list[dict]) -> Encoded:
     """A conversation cut after max_length tokens, or left out if it has nothing to learn from; the note says why."""
-    note = None
+
+    def left_out(why: str) -> Encoded:
+        return Encoded(np.empty(0, np.uint32), "", np.empty(0, np.uint8), f"left out: {why[:60]}")
+
+    if not isinstance(messages, list):
+        return left_out("messages that are no list")
     try:
-        if not isinstance(messages, list):
-            raise ValueError("messages that are no list")
         ids, mask = encode_chat(encoding, messages)
     except ValueError as e:
-        note = f"left out: {str(e)[:60]}"
-    else:
-        if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
-            note = "left out: an assistant message without text"
-        elif not mask.any():
-            note = "left out: no assistant message"
-        elif len(ids) > max_length:
-            ids, mask = ids[:max_length].copy(), mask[:max_length]
-            ids[-1], mask[-1] = encoding.eot_token, 0
-            note = f"cut to {max_length} tokens" if mask.any() else f"left out: no answer within {max_length} tokens"
-    if note and note.startswith("left out"):
-        return Encoded(np.empty(0, np.uint32), "", np.empty(0, np.uint8), note)
-    return Encoded(ids, json.dumps([[m["role"], m["content"]] for m in messages]), mask, note)
+        return left_out(str(e))
+    if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
+        return left_out("an assistant message without text")
+    if not mask.any():
+        return left_out("no assistant message")
+    text = json.dumps([[m["role"], m["content"]] for m in messages])
+    if len(ids) <= max_length:
+        return Encoded(ids, text, mask)
+    ids, mask = ids[:max_length], mask[:max_length]
+    ids[-1], mask[-1] = encoding.eot_token, 0
+    if not mask.any():
+        return left_out(f"no answer within {max_length} tokens")
+    return Encoded(ids, text, mask, f"cut to {max_length} tokens")
 
 
 def write_domain(

@@ -18,7 +18,7 @@ import torch
 
 import config
 from model import PolychromaticLM
-from prepare_data import encode, encode_chat, open_tokenizer
+from prepare_data import chat_ends, encode, encode_chat, open_tokenizer
 from train import pick_device, pick_dtype
 
 
@@ -87,6 +87,11 @@ def load_model(
     return model.to(device).eval()
 
 
+def inference_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matmuls of that name; "auto": train.py's on CUDA, float32 elsewhere."""
+    return pick_dtype("float32" if name == "auto" and device.type != "cuda" else name, device)
+
+
 def read_prompt(text: str) -> str:
     """The prompt itself, or for @file what the file holds; @@ stands for an @ at the start."""
     if text.startswith("@@") or not text.startswith("@"):
@@ -117,8 +122,8 @@ def stream(
 ) -> Iterator[str]:  # fmt: skip
     """Continue token ids up to <|endoftext|>, in a chat <|im_end|>; yields text as soon as its bytes are whole."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ends = {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")[: 2 if cfg.chat else 1]}
-    dtype = pick_dtype("float32" if cfg.dtype == "auto" and not model.tau.is_cuda else cfg.dtype, model.tau.device)
+    ends = chat_ends(encoding) if cfg.chat else {encoding.eot_token}
+    dtype = inference_dtype(cfg.dtype, model.tau.device)
     with torch.autocast(model.tau.device.type, dtype, enabled=dtype != torch.float32):
         for step in model.generate([ids], max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, ends, generator):
             if step.item() not in ends:

@@ -241,9 +241,9 @@ class Corpus:
         """
         batch = self.batch(step)
         parts = np.split(batch, self.cfg.batch_size // self.cfg.micro_batch_size)
+        total = np.count_nonzero(batch[:, 1] >= 0)
         for i in ranks.share(len(parts)):
-            counted = [np.count_nonzero(rows[:, 1] >= 0) for rows in (parts[i], batch)]
-            yield i, counted[0] / counted[1], to_inputs(parts[i], ranks.device)
+            yield i, np.count_nonzero(parts[i][:, 1] >= 0) / total, to_inputs(parts[i], ranks.device)
 
     def val_batches(self, domain: str, ranks: "Ranks") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's part of a domain's val rows, eval_tokens in all, evenly spread over val.bin.

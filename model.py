@@ -25,14 +25,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+
+def tanh(x: Tensor) -> Tensor:
+    """torch.tanh(x); compiled, by the sigmoid, which takes a third of the time on a CPU."""
+    return 2 * torch.sigmoid(2 * x) - 1 if torch.compiler.is_compiling() else torch.tanh(x)
+
+
 # The registry of activations: a new one is one line here, and a name in ModelConfig.activations.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
-    "tanh": torch.tanh,
+    "tanh": tanh,
     "silu": F.silu,
     "gelu": F.gelu,  # the exact one, by erf
 }
@@ -250,12 +257,117 @@ def gumbel_noise(*shape: int, like: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(like.dtype).tiny)))
 
 
-def softmax(logits: list[Tensor]) -> list[Tensor]:
-    """Softmax over K tensors. Written out, it compiles into the arithmetic around it, and no [K, ...] is stored."""
-    peak = functools.reduce(torch.maximum, logits).detach()
-    powers = [torch.exp((x - peak).clamp_min(-80)) for x in logits]  # a CPU is ten times slower where exp underflows
-    total = sum(powers)
-    return [p / total for p in powers]
+def softmax(static: Tensor, dynamic: Tensor) -> list[Tensor]:
+    """Softmax over the first dimension of static [K, B, 1, F] + dynamic [K, B, T, 1], as K tensors [B, T, F].
+
+    exp(s + d) is a factor per neuron times a factor per token, so none of the B * T * F * K exponentials is needed. For
+    the range, the factors are n-th roots, and the n-th power is taken once the largest is 1: with n = 16 that is exact
+    unless a neuron and a token both put more than 1280 nats between two activations. Eager on a CPU, where every
+    operation is a pass over memory, n is as small as the numbers allow.
+    """
+    middles = [(x.amax(0) + x.amin(0)) / 2 for x in (static, dynamic)]
+    doublings = 4
+    if static.device.type == "cpu" and not torch.compiler.is_compiling():
+        largest = max((x - middle).abs().max().item() for x, middle in zip((static, dynamic), middles))
+        doublings = min(4, math.ceil(math.log2(max(largest, 40) / 40)))
+    roots = [((x - m) / 2**doublings).clamp(-40, 40).exp() for x, m in zip((static, dynamic), middles)]
+    powers = [s * d for s, d in zip(*roots)]
+    if doublings:
+        scale = functools.reduce(torch.maximum, powers).reciprocal()
+        powers = [x.mul_(scale) for x in powers]
+    for _ in range(doublings):
+        powers = [x.square_() for x in powers]
+    scale = functools.reduce(torch.add, powers).reciprocal()
+    return [x.mul_(scale) for x in powers]
+
+
+def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
+    """The sum of weights[k] * terms[k]."""
+    total = weights[0] * terms[0]
+    for weight, term in zip(weights[1:], terms[1:]):
+        total.addcmul_(weight, term)
+    return total
+
+
+def values_and_slope(
+    functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor, weights: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Tensor]:
+    """Pointwise functions of x, and the sum of their derivatives times the weights, all of the shape of x."""
+    if torch.compiler.is_compiling():  # in the forward mode, as the compiler cannot trace the other here
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            values, slopes = zip(*(forward_ad.unpack_dual(function(dual)) for function in functions))
+        return values, weighted_sum(weights, slopes)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        values = [function(x) for function in functions]
+    (slope,) = torch.autograd.grad(values, x, weights)
+    return [value.detach() for value in values], slope
+
+
+def joined(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
+    """The parts along a dimension as one tensor, without a copy if there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
+
+
+class MixedGLU(torch.autograd.Function):
+    """up * sum_k g_k * sigma_k(gate), with g = softmax(static + dynamic): it remembers its inputs and nothing else.
+
+    gate, up [B, T, F], static [K, B, 1, F], dynamic [K, B, T, 1], names of the K activations -> [B, T, F], dtype of up.
+
+    Left to itself, autograd would keep K tensors [B, T, F] for the backward pass. Here that computes them again: eager,
+    for some tokens at a time, so that they stay in a CPU's cache; compiled, in registers. What the compiler was seen to
+    make of it (torch 2.13, C++): forward, one loop over [B, T, F]; backward, one that writes d_gate and d_up and sums
+    over F, and one that sums over T; neither writes a tensor of K * B * T * F numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor, names: tuple[str, ...]) -> Tensor:
+        ctx.save_for_backward(gate, up, static, dynamic)
+        ctx.names, outputs = names, []
+        for part in MixedGLU.parts(gate):
+            x = at_least_fp32(gate[:, part])
+            g = softmax(static, dynamic[:, :, part])
+            y = weighted_sum(g, [ACTIVATIONS[name](x) for name in names]).mul_(up[:, part])
+            outputs.append(y.to(up.dtype))
+        return joined(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: Tensor):
+        gate, up, static, dynamic = ctx.saved_tensors
+        activations = [ACTIVATIONS[name] for name in ctx.names]
+        d_gate, d_up, d_dynamic, d_static = [], [], [], torch.zeros_like(static[:-1])
+        for part in MixedGLU.parts(gate):
+            x, dy, u = (at_least_fp32(t[:, part]) for t in (gate, d_y, up))
+            g = softmax(static, dynamic[:, :, part])
+            values, slope = values_and_slope(activations, x, g)
+            mixed = weighted_sum(g, values)
+            d_mixed, du = dy * u, dy * mixed
+            d_gate.append((slope * d_mixed).to(gate.dtype))
+            d_up.append(du.to(up.dtype))
+            # d_logit_k = g_k * (sigma_k - mixed) * d_mixed. Over k they sum to 0, which gives the last one.
+            d_logits = [(value - mixed).mul_(weight).mul_(d_mixed) for weight, value in zip(g[:-1], values)]
+            d_dynamic.append(torch.stack([d.sum(-1, keepdim=True) for d in d_logits]))
+            if torch.compiler.is_compiling():
+                # To sum over T too, the compiler would write the d_logits to memory. From transposed inputs it computes
+                # them again, in the order of that sum; of 8 tokens first, as each token is another page of memory.
+                rows = 8 if x.size(1) % 8 == 0 else x.size(1)
+                x, dy, u, du = (t.unflatten(1, (-1, rows)).mT for t in (x, dy, u, du))
+                g = softmax(static[:, :, None].mT, dynamic.unflatten(2, (-1, rows)).mT)
+                d_logits = [weight * (f(x) * dy - du) * u for weight, f in zip(g[:-1], activations)]
+                d_static = torch.stack([d.sum(-1).sum(1)[:, None] for d in d_logits])
+            else:
+                d_static += torch.stack([d.sum(1, keepdim=True) for d in d_logits])
+        d_static, d_dynamic = (torch.cat((d, -d.sum(0, keepdim=True))) for d in (d_static, joined(d_dynamic, 2)))
+        return joined(d_gate), joined(d_up), d_static, d_dynamic, None
+
+    @staticmethod
+    def parts(gate: Tensor) -> list[slice]:
+        """Parts of the tokens to work on, one after another: of 2**19 numbers; 2**26 on a GPU; all if compiled."""
+        B, T, F = gate.shape
+        n = T if torch.compiler.is_compiling() else max(1, 2 ** (26 if gate.is_cuda else 19) // (B * F))
+        return [slice(i, i + n) for i in range(0, T, n)]
 
 
 class PolyGLU(nn.Module):
@@ -290,17 +402,23 @@ class PolyGLU(nn.Module):
     def forward(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> Tensor:
         """x [B, T, n_embd] -> [B, T, n_embd]. tau [] is the temperature; start and state are prefix_mean's."""
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, d_ff]
-        weights = self.routing(x, tau, start, state) if self.routed else (1,)
-        mixed = sum(g * ACTIVATIONS[name](gate) for g, name in zip(weights, self.activations))
-        return self.w_down(mixed * up)
+        if self.routed:
+            y = MixedGLU.apply(gate, up, *self.logits(x, tau, start, state), self.activations)
+        else:
+            y = ACTIVATIONS[self.activations[0]](gate) * up
+        return self.w_down(y)
+
+    def logits(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None):
+        """What the softmax of the routing is taken of, in two terms: [K, B, 1, d_ff] of the neurons, [K, B, T, 1]."""
+        static = self.alpha.t()[:, None, None, :].expand(-1, x.size(0), -1, -1)
+        if self.training and self.gumbel:
+            static = static + gumbel_noise(*static.shape, like=static)
+        dynamic = self.router(x, start, state).permute(2, 0, 1)[..., None]
+        return static / tau, dynamic / tau
 
     def routing(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> list[Tensor]:
         """The weights g of each activation in each neuron: K tensors [B, T, d_ff] float32, summing to 1."""
-        static = self.alpha.t()[:, None, None, :]
-        if self.training and self.gumbel:
-            static = static + gumbel_noise(len(self.activations), x.size(0), 1, self.alpha.size(0), like=self.alpha)
-        dynamic = self.router(x, start, state).permute(2, 0, 1)[..., None]
-        return softmax([s + d for s, d in zip(static / tau, dynamic / tau)])  # [B or 1, 1, d_ff] + [B, T, 1]
+        return softmax(*self.logits(x, tau, start, state))
 
     def router(self, x: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> Tensor:
         """beta * f(h), what the context asks of the layer (nothing without a router): x [B, T, n_embd] -> [B, T, K]."""
@@ -337,10 +455,10 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows:
     """Mean cross-entropy, in nats, of the logits hidden @ weight.T, which never exist all at once.
 
     hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. `rows` of the logits are held
-    at a time (None: as many as make 2**26 numbers, on a GPU 2**28).
+    at a time (None: as many as make 2**25 numbers, on a GPU 2**28).
     """
     if rows is None:
-        rows = max(128, (2**28 if hidden.is_cuda else 2**26) // weight.size(0) // 128 * 128)
+        rows = max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
     return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
 
 
@@ -365,7 +483,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))
                 grad = grad.mul_(s[:, None]).to(dtype)
                 d_hidden.append(grad @ w)
-                d_weight += grad.t() @ h
+                if dtype == d_weight.dtype:
+                    d_weight.addmm_(grad.t(), h)  # without another [V, d] beside it
+                else:
+                    d_weight += grad.t() @ h
         if needs_grad:
             ctx.save_for_backward(torch.cat(d_hidden), d_weight[:V])
             ctx.dtypes = hidden.dtype, weight.dtype
@@ -558,7 +679,7 @@ class PolychromaticLM(nn.Module):
             x = x + block.ffn(h, ctx.tau, ctx.start)
             entropy_of_g, agreement, mean_g = 0.0, 0.0, 0.0
             for i, (row, start) in enumerate(zip(h.split(1), ctx.start.split(1))):  # g has K * T * d_ff numbers a row
-                g = torch.stack(block.ffn.routing(row, ctx.tau, start)).expand(-1, -1, h.size(1), -1)
+                g = torch.stack(block.ffn.routing(row, ctx.tau, start))
                 g = g[:, 0, counted[i]]  # [K, counted tokens, d_ff]
                 votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
                 entropy_of_g += entropy(g).mean(-1).sum() / n

@@ -501,11 +501,73 @@ def test_gumbel_noise_has_the_standard_gumbel_moments():
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("tau", [1.0, 0.1])
-def test_routing_weights_are_a_softmax_however_far_apart_the_logits(tau):
-    logits = [torch.tensor([0.0, -50.0, 1e4]), torch.tensor([1.0, 50.0, -1e4]), torch.tensor([2.0, 0.0, 0.0])]
-    weights = torch.stack(model_module.softmax([x / tau for x in logits]))
-    torch.testing.assert_close(weights, torch.softmax(torch.stack(logits) / tau, dim=0))
+def test_routing_weights_are_a_softmax_however_far_apart_the_logits(tau, compiled):
+    softmax = torch.compile(model_module.softmax, dynamic=False) if compiled else model_module.softmax
+    one_sided = torch.tensor([[0.0, -50.0, 1e4], [1.0, 50.0, -1e4], [2.0, 0.0, 0.0]])[:, None, None, :]
+    torch.manual_seed(0)
+    static, dynamic = 4 * torch.randn(3, 2, 1, 50), 4 * torch.randn(3, 2, 7, 1)
+    opposed = torch.tensor([50.0, -50.0, 0.0]).view(3, 1, 1, 1)  # a neuron and a token that want the contrary
+    for s, d, atol in (
+        (one_sided, torch.zeros(3, 1, 4, 1), 2e-6),
+        (static, dynamic, 2e-6 / tau),  # logits of 40 nats have 4e-6 between two float32 numbers
+        (opposed + static / 8, dynamic / 8 - opposed, 5e-6 / tau),
+    ):
+        weights = torch.stack(softmax(s / tau, d / tau))
+        exact = (((s / tau).double() + (d / tau).double()).softmax(0)).float()
+        torch.testing.assert_close(weights, exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_polyglu_has_the_gradients_of_its_equation_when_logits_conflict(compiled):
+    """Against autograd in float64: neurons and tokens that want contrary activations, by 200 nats, at tau 0.1."""
+    torch.manual_seed(0)
+    opposed = 20 * torch.tensor([1.0, -1.0, 0.5, -0.5]).view(4, 1, 1, 1)
+    inputs = [torch.randn(2, 16, 24), torch.randn(2, 16, 24)]
+    inputs += [(opposed + torch.randn(4, 2, 1, 24)) / 0.1, (torch.randn(4, 2, 16, 1) - opposed) / 0.1]
+    d_y, names = torch.randn(2, 16, 24), ("relu", "tanh", "silu", "gelu")
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, d_y.to(dtype))]
+
+    def equation(gate, up, static, dynamic):
+        g = (static + dynamic).softmax(0)
+        return up * sum(g[k] * sigma(gate) for k, sigma in enumerate((F.relu, torch.tanh, F.silu, F.gelu)))
+
+    def layer(*leaves):
+        return model_module.MixedGLU.apply(*leaves, names)
+
+    ours = run(torch.compile(layer, dynamic=False) if compiled else layer, torch.float32)
+    for mine, exact in zip(ours, run(equation, torch.float64)):
+        torch.testing.assert_close(mine, exact.float(), rtol=0, atol=2e-5 * exact.abs().max().item())
+
+
+def saved_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
+    """What a forward pass keeps for the backward pass, its parameters aside."""
+    parameters, kept = {p.untyped_storage().data_ptr() for p in layer.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x, torch.tensor(0.5))
+    del y
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_routing_keeps_next_to_nothing_for_the_backward_pass(compiled):
+    x, kept = torch.randn(4, 64, 64, requires_grad=True), {}
+    for name, names in {"SwiGLU": ("silu",), "PolyGLU": ("relu", "tanh", "silu", "gelu")}.items():
+        layer = model_module.PolyGLU(ModelConfig(n_embd=64, d_ff=1024, activations=names))
+        kept[name] = saved_bytes(torch.compile(layer, dynamic=False) if compiled else layer, x)
+    assert kept["PolyGLU"] < 1.1 * kept["SwiGLU"]
 
 
 def routed_by(alpha: torch.Tensor, f: torch.Tensor | None = None) -> dict:
@@ -611,8 +673,17 @@ def small_vocab(tmp_path_factory) -> Path:
 def sample_text(size: int) -> str:
     """Code, prose, mixed scripts, emoji and odd whitespace, any Unicode."""
     rng, pieces = random.Random(0), [path.read_text() for path in sorted(ROOT.glob("*.py"))] + [SAMPLE]
-    scripts = [range(32, 127), range(160, 0x250), range(0x370, 0x700), range(0x900, 0xE00), range(0x2000, 0x2100),
-               range(0x3040, 0x3200), range(0x4E00, 0x9FFF), range(0xAC00, 0xD7A3), range(0x1F300, 0x1F700)]
+    scripts = [
+        range(32, 127),
+        range(160, 0x250),
+        range(0x370, 0x700),
+        range(0x900, 0xE00),
+        range(0x2000, 0x2100),
+        range(0x3040, 0x3200),
+        range(0x4E00, 0x9FFF),
+        range(0xAC00, 0xD7A3),
+        range(0x1F300, 0x1F700),
+    ]
     while sum(map(len, pieces)) < size:
         script = rng.choice(scripts)
         word = "".join(chr(rng.choice(script)) for _ in range(rng.randint(1, 12)))
@@ -982,9 +1053,7 @@ def test_a_polite_signal_saves_and_exits_0(unbroken, corpus_dir, tmp_path, numbe
     command = re.search(r"Go on with: python (.*)", output)[1]
     assert "--resume" in command and "finishing the step" in output
     assert train.load_checkpoint(tmp_path / "run")["step"] in (5, 6)
-    assert (
-        subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, timeout=120).returncode == 0
-    )
+    assert subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, timeout=120).returncode == 0
     assert_bit_identical(final_weights(tmp_path / "run"), final_weights(unbroken))
 
 
@@ -1809,7 +1878,6 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
     ]:
         (tmp_path / "qwen3" / "config.json").write_text(json.dumps(wrong))
         assert message in error(tmp_path / "qwen3"), wrong
-
 
 
 def test_the_usage_of_all_neurons_is_that_of_their_layer():

@@ -2497,3 +2497,30 @@ def test_model_and_train_import_without_the_optional_packages():
     blocked = ("tiktoken", "datasets", "tqdm", "safetensors", "transformers", "matplotlib")
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import model, train"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def test_bench_measures_and_writes_json(tmp_path):
+    config_of_model = ModelConfig(**{**SMALL, "block_size": 160})
+    torch.save({"model": PolychromaticLM(config_of_model).state_dict(), "model_config": vars(config_of_model)},
+               tmp_path / "ckpt.pt")  # fmt: skip
+    done = run_script("bench.py", "--only=ffn,decode,prepare", "--rounds=1", "--n_embd=32", "--block_size=16",
+                      f"--init_from={tmp_path}", f"--json={tmp_path / 'bench.json'}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["row"].split(",")[0] for row in rows} == {"ffn", "decode", "prepare"}
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
+    assert [row["name"] for row in rows if row["row"] == "decode"] == 2 * ["after 128 tokens"]
+
+
+def test_bench_answers_bad_input_in_one_line(tmp_path):
+    for flag, message in {
+        "--only=fnn": "there is no row 'fnn'; there are ffn, loss, step, decode, prepare",
+        "--dtype=float16": "dtype is 'float16'; it must be auto, bfloat16 or float32",
+        "--n_embd=0": "n_embd is 0; it must lie in 1..1.04858e+06",
+        f"--init_from={tmp_path}": f"no checkpoint at {tmp_path / 'ckpt.pt'}",
+    }.items():
+        done = run_script("bench.py", "--only=decode", flag)
+        assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr

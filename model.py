@@ -195,8 +195,10 @@ def document_block_mask(doc_ids: Tensor) -> BlockMask:
     return create_block_mask(visible, B, None, T, T, device=doc_ids.device)
 
 
-# Compiled by itself, so that it never holds [T, T] scores even where the model around it runs eagerly.
-compiled_flex_attention = torch.compile(flex_attention)
+@functools.cache
+def compiled_flex_attention() -> Callable:
+    """FlexAttention that holds no [T, T] scores even where the model around it runs eagerly."""
+    return torch.compile(flex_attention)  # not at import: loading the compiler takes seconds
 
 
 class Attention(nn.Module):
@@ -224,7 +226,8 @@ class Attention(nn.Module):
             cache.k[:, :, ctx.past : end], cache.v[:, :, ctx.past : end] = k, v
             k, v = cache.k[:, :, :end], cache.v[:, :, :end]
         if isinstance(ctx.mask, BlockMask):
-            y = compiled_flex_attention(q, k, v, block_mask=ctx.mask, enable_gqa=True)
+            attention = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+            y = attention(q, k, v, block_mask=ctx.mask, enable_gqa=True)
         else:
             y = F.scaled_dot_product_attention(q, k, v, ctx.mask, is_causal=ctx.mask is None, enable_gqa=True)
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))

@@ -507,6 +507,7 @@ class PolychromaticLM(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        rng = torch.get_rng_state()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -519,17 +520,18 @@ class PolychromaticLM(nn.Module):
         self.register_buffer("angles", angles, persistent=False)
         self.recompute = False  # whether the backward pass computes a block's activations again instead of keeping them
         self.flex: bool | None = None  # whether documents are kept apart by FlexAttention; None: on CUDA
-        self.apply(self._init_weights)
-        for block in self.blocks:  # the paths into the residual stream start smaller, 1 / sqrt(2 n_layer)
-            for linear in (block.attn.w_o, block.ffn.w_down):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+        torch.set_rng_state(rng)  # whatever the constructors drew: their number depends on the routing
+        self.init_weights()
 
-    @staticmethod
-    def _init_weights(module: nn.Module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def init_weights(self):
+        """Random matrices and biases of zero; of the routing last, so that models that differ in it share the rest."""
+        matrices = {name: m for name, m in self.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+        for name in sorted(matrices, key=lambda name: ".router_" in name):
+            weight, bias = matrices[name].weight, getattr(matrices[name], "bias", None)
+            into_residual = name.endswith((".w_o", ".w_down"))  # these start smaller, as there are 2 n_layer of them
+            nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * self.config.n_layer) if into_residual else 1))
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
@@ -705,14 +707,15 @@ class PolychromaticLM(nn.Module):
     ) -> torch.optim.AdamW:
         """Fused AdamW, with decay on weight matrices and the embedding only: never on alpha, beta, norms, biases.
 
-        Every group says with "routing" whether its parameters are those of the routing.
+        Parameters that need no gradient are left out. Every group says with "routing" whether its parameters are those
+        of the routing.
         """
         groups = {
             (decay, routing): {"params": [], "weight_decay": weight_decay if decay else 0.0, "routing": routing}
             for decay in (True, False)
             for routing in (True, False)
         }
-        for name, p in self.named_parameters():
+        for name, p in ((name, p) for name, p in self.named_parameters() if p.requires_grad):
             decay, routing = p.dim() == 2 and not name.endswith("alpha"), bool(ROUTING.search(name))
             groups[decay, routing]["params"].append(p)
         used = [group for group in groups.values() if group["params"]]

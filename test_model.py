@@ -97,6 +97,21 @@ def test_init_is_the_papers():
             )  # four standard errors
 
 
+def test_models_of_one_seed_share_every_weight_but_those_of_routing():
+    """Bit by bit, so that a study compares routings and not initial weights."""
+
+    def weights(**overrides) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return dict(PolychromaticLM(ModelConfig(**{**SMALL, **overrides})).named_parameters())
+
+    whole = weights()
+    for overrides in ({"activations": "silu"}, {"router_hidden": 0}, {"router_context": "token"}, {"router_hidden": 5}):
+        other = weights(**overrides)
+        shared = [name for name in whole if not re.search(r"alpha|beta|router", name)]
+        assert {name for name in other if not re.search(r"alpha|beta|router", name)} == set(shared)
+        assert all(torch.equal(whole[name], other[name]) for name in shared)
+
+
 def test_only_weight_matrices_and_the_embedding_decay():
     model = small_model()
     optimizer = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95))
@@ -1143,6 +1158,20 @@ def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path):
     assert done.returncode == 0 and "skipped" not in done.stdout
     assert_one_line(run_train({**settings, "max_steps": 3}, "--overwrite"), "ended in non-finite updates", "at step 0")
     assert all(json.loads(line)["step"] >= 0 for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+
+
+def test_frozen_parameters_stay_as_they_are(corpus_dir, tmp_path):
+    settings = run_settings(corpus_dir, tmp_path / "run", max_steps=4, frozen=("alpha", "norm_1"))
+    cfg = train.TrainConfig(**settings)
+    train.train(cfg)
+    torch.manual_seed(cfg.seed)
+    before, after = PolychromaticLM(cfg.model_config()).state_dict(), train.load_checkpoint(tmp_path / "run")["model"]
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "alpha" in name or "norm_1" in name}
+    assert run_train({**settings, "max_steps": 6}, "--resume").returncode == 0
+    done = run_train({**settings, "frozen": ("alhpa",)}, "--overwrite")
+    assert_one_line(done, "frozen: no parameter has 'alhpa' in its name; there are embedding, norm_1, ", "ffn.alpha")
+    assert_one_line(run_train({**settings, "frozen": ("",)}, "--overwrite"), "leaves nothing to train")
 
 
 def test_a_step_takes_the_scheduled_rate_temperature_clip_and_noise(corpus_dir, tmp_path, monkeypatch):

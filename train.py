@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -58,6 +59,7 @@ class TrainConfig(ModelConfig):
     micro_batch_size: int = 8  # sequences in one forward pass; divides batch_size; the data stay the same
     lr: float = 1e-4  # peak learning rate
     routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr
+    frozen: tuple[str, ...] = ()  # parameters that stay as they are, by a part of their names, for example alpha
     warmup_steps: int = 2000  # linear warm-up, then a cosine to 0
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -468,6 +470,19 @@ def read_log(folder: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 
+def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
+    """Leave out of the training every parameter with one of the parts in its name; ends the script if none has one."""
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(part in name for name in names):
+            kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", name) for name in names)
+            config.fail(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not any(part in name for part in parts))
+    if not any(p.requires_grad for p in model.parameters()):
+        config.fail(f"frozen: {','.join(parts)} leaves nothing to train")
+
+
 def noise_seed(*key: int) -> int:
     """A well-mixed seed for a key such as (seed, step, micro-batch)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
@@ -545,6 +560,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
     torch.manual_seed(cfg.seed)
     model = PolychromaticLM(cfg.model_config()).to(device)
     model.recompute = cfg.recompute
+    freeze(model, cfg.frozen)
     optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
     first_step, skipped, resumed = 0, 0, checkpoint is not None
     try:

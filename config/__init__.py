@@ -102,7 +102,7 @@ def load(cls: type, argv: list[str] | None = None):
             values[name] = convert(value, hints[name], where, name)
             given.add(name)
         changed = ", ".join(f"{name}={values[name]!r}" for _, name, _ in overrides)
-        print(f"{arg}: {changed}" if arg.endswith(".py") else f"override: {changed}", file=sys.stderr)
+        print(f"override: {changed}" if arg.startswith("-") else f"{arg}: {changed}", file=sys.stderr)
     try:
         settings = cls(**values)
     except ValueError as e:

@@ -3,35 +3,46 @@
 python bench.py                        every row, on shapes that fit the device
 python bench.py --only=ffn,loss        some of them: ffn, loss, step, decode, prepare
 python bench.py --json=bench.json      the figures as JSON too
+python bench.py study                  what routing is worth: trains the variants in config/study/ (hours)
+python bench.py study --help           its settings
 
-Every row is a ratio to the first one of its table, measured in one run: they take turns, and the median of the rounds'
+The rows are ratios to the first one of their table, measured in one run: they take turns, and the median of the rounds'
 ratios is given. Absolute times are this machine's, today.
 """
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import gc
 import io
 import itertools
 import json
+import math
 import os
 import platform
+import shlex
+import signal
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
-from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype
-from prepare_data import code_documents, encode, open_tokenizer
-from train import PEAK_FLOPS, TrainConfig, compiler_works, pick_device, pick_dtype
+from eval import print_table
+from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype, load_checkpoint
+from prepare_data import code_documents, encode, open_tokenizer, write_json
+from sft import Conversations, SFTConfig
+from train import PEAK_FLOPS, Corpus, Ranks, TrainConfig, compiler_works, pick_device, pick_dtype, read_log
 
 ROWS = ("ffn", "loss", "step", "decode", "prepare")
 POLYGLU, SWIGLU = ("relu", "tanh", "silu", "gelu"), ("silu",)
@@ -343,7 +354,385 @@ def bench_prepare(cfg: BenchConfig, table: Table, device: torch.device, _autocas
         table.add("prepare", name, result, tokens_per_second=f"{count / result['seconds']:,.0f}")
 
 
+# ---------------------------------------------------------------------------------------------------------------- study
+
+VARIANTS = Path("config/study")  # an override file each; a new one is a new variant
+BASELINE, ROUTED = "swiglu", "prefix"  # what the others are compared with; PolyGLU as it is meant
+CHECKED_RATES = (0.5, 2.0)  # multiples of the learning rate at which these two are trained as well
+CAUSAL = "sequence, causal"  # the "sequence" variant, every token predicted from what precedes it
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95% quantile of Student's t, of 1 to 9 degrees
+MEASURES = ("static_entropy_share", "dynamic_entropy_share", "input_dependence", "agreement")
+
+
+@dataclass
+class StudyConfig:
+    """Settings of a study."""
+
+    base: str = "config/tiny.py"  # override file that all variants share
+    variants: tuple[str, ...] = ()  # names of files in config/study/; none named: all of them
+    seeds: int = 3  # runs of each variant, of the seeds 1, 2, ...
+    max_steps: int = 800  # optimizer steps of a run
+    eval_tokens: int = 131_072  # tokens of each domain's val.bin on which a run is scored, at most
+    check_lr: bool = True  # train swiglu and prefix at half and at twice the learning rate too
+    sft: str | None = "config/tiny_sft.py"  # override file of a fine-tuning of the prefix runs; None: without
+    sft_steps: int = 400  # optimizer steps of that
+    out_dir: str = "out/study"  # where the runs, study.json and study.png go
+    jobs: int | None = None  # runs at once; None: one for each CPU core, on a GPU one
+    device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
+
+    def __post_init__(self):
+        config.check_range(self, 1, len(T95) + 1, "seeds")
+        config.check_range(self, 1, 10**8, "max_steps", "sft_steps", "eval_tokens")
+        if self.jobs is not None:
+            config.check_range(self, 1, 1024, "jobs")
+        there = sorted(path.stem for path in VARIANTS.glob("*.py"))
+        self.variants = self.variants or tuple(there)
+        for name in self.variants:
+            if name not in there:
+                raise ValueError(f"there is no {VARIANTS / name}.py; there are {', '.join(there)}")
+
+
+@dataclass
+class Run:
+    """One training of a study."""
+
+    name: str  # of its folder
+    kind: str  # "variant", "lr x 0.5", "lr x 2" or "sft"
+    variant: str
+    seed: int
+    arguments: list[str]  # of train.py, or of sft.py
+    folder: Path
+
+    @property
+    def script(self) -> str:
+        return "sft.py" if self.kind == "sft" else "train.py"
+
+    @functools.cached_property
+    def settings(self) -> TrainConfig:
+        with contextlib.redirect_stderr(io.StringIO()):  # what the files override is in the files
+            return config.load(SFTConfig if self.kind == "sft" else TrainConfig, self.arguments)
+
+    def evaluations(self) -> list[dict]:
+        """The evaluations in its log, from that at step 0 to that at the last step; none if it is not finished."""
+        found = [line for line in read_log(self.folder) if "val" in line]
+        return found if found and found[-1]["step"] == self.settings.max_steps else []
+
+
+def planned_runs(cfg: StudyConfig) -> list[Run]:
+    """All trainings of the study, one seed after the other."""
+    runs = []
+
+    def plan(variant: str, seed: int, kind: str, files: list[str], steps: int, *flags: str):
+        name = "-".join(filter(None, (variant, kind.replace(" x ", "_") if kind != "variant" else "", str(seed))))
+        folder = Path(cfg.out_dir) / name
+        arguments = [
+            *files, *flags, f"--seed={seed}", f"--max_steps={steps}", f"--eval_interval={steps}",
+            f"--eval_tokens={cfg.eval_tokens}", f"--out_dir={folder}", f"--device={cfg.device}",
+        ]  # fmt: skip
+        runs.append(Run(name, kind, variant, seed, arguments, folder))
+
+    for seed in range(1, cfg.seeds + 1):
+        for variant in cfg.variants:
+            plan(variant, seed, "variant", [cfg.base, f"{VARIANTS / variant}.py"], cfg.max_steps)
+    for seed, variant in itertools.product(range(1, cfg.seeds + 1), (BASELINE, ROUTED)):
+        if variant in cfg.variants and cfg.check_lr:
+            base = next(run for run in runs if run.variant == variant).settings.lr
+            for factor in CHECKED_RATES:
+                files = [cfg.base, f"{VARIANTS / variant}.py"]
+                plan(variant, seed, f"lr x {factor:g}", files, cfg.max_steps, f"--lr={factor * base!r}")
+    if cfg.sft and ROUTED in cfg.variants:
+        for seed in range(1, cfg.seeds + 1):
+            plan(ROUTED, seed, "sft", [cfg.sft], cfg.sft_steps, f"--init_from={Path(cfg.out_dir) / ROUTED}-{seed}")
+    return runs
+
+
+def is_done(run: Run) -> bool:
+    """Whether the run's folder holds it, finished; ends the script if it holds a run of other settings."""
+    if not (run.folder / "ckpt.pt").exists():
+        return False
+    try:
+        theirs = load_checkpoint(run.folder)["settings"]
+    except (OSError, ValueError, KeyError) as e:
+        config.fail(f"{e}; remove {run.folder} to train it again")
+    for name, ours in dataclasses.asdict(run.settings).items():
+        if name in run.settings.overridden and theirs.get(name) != ours:
+            config.fail(
+                f"{run.folder} was trained with {name}={theirs.get(name)!r}, not {ours!r}; remove it, or choose "
+                "another --out_dir"
+            )
+    return bool(run.evaluations())
+
+
+def train_runs(runs: list[Run], jobs: int, on_cpu: bool):
+    """Train what is not finished, `jobs` at a time, each resumed where it was; a line for each that ends."""
+    waiting, processes = [run for run in runs if not is_done(run)], []
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done before; {jobs} at a time", flush=True)
+    # One thread a run: what it computes does not depend on how many cores there are, or run beside it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if on_cpu else None
+
+    def work(run: Run) -> float:
+        start, resume = time.monotonic(), ["--resume"] * (run.folder / "ckpt.pt").exists()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with open(run.folder / "output.txt", "a") as output:
+            command = [sys.executable, str(Path(__file__).with_name(run.script)), *run.arguments, *resume]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            processes.append(process)
+            process.wait()
+        return time.monotonic() - start
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for kinds in (lambda run: run.kind != "sft", lambda run: run.kind == "sft"):  # that starts from the others
+                futures = {pool.submit(work, run): run for run in filter(kinds, waiting)}
+                for i, future in enumerate(as_completed(futures), 1):
+                    run, seconds = futures[future], future.result()
+                    if not run.evaluations():
+                        said = (run.folder / "output.txt").read_text().strip().splitlines() or ["no word"]
+                        config.fail(f"{run.name} did not finish ({said[-1]}); see {run.folder / 'output.txt'}")
+                    val = run.evaluations()[-1]["val"]
+                    bits = "  ".join(f"{domain} {scores['bits_per_byte']:.3f}" for domain, scores in val.items())
+                    print(f"[{i}/{len(futures)}] {run.name}: {bits} bits per byte, {seconds:.0f} s", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)  # it finishes its step and saves
+            raise
+
+
+@torch.no_grad()
+def causal_losses(run: Run, device: torch.device, n_positions: int = 32) -> dict[str, float]:
+    """What a "sequence" model is worth when it must write, in bits per byte of each domain.
+
+    There the routing cannot read later tokens, so each token is predicted by a forward pass on what precedes it alone.
+    That costs a pass a token, so it is done at n_positions of every row, and the mean difference to the losses of the
+    same tokens as trained is added to the score as trained.
+    """
+    cfg = run.settings
+    model, corpus = PolychromaticLM.from_pretrained(run.folder).to(device).eval(), Corpus(cfg)
+    dtype = pick_dtype(cfg.dtype, device)
+    positions = np.linspace(0, cfg.block_size - 1, min(n_positions, cfg.block_size)).astype(int).tolist()
+    losses = {}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for domain in cfg.mixture:
+            more, count = 0.0, 0
+            for tokens, targets, doc_ids in corpus.val_batches(domain, Ranks(str(device))):
+                trained = model(tokens, doc_ids=doc_ids)
+                for t in positions:
+                    alone = model(tokens[:, : t + 1], doc_ids=doc_ids[:, : t + 1])[:, -1]
+                    score = functools.partial(F.cross_entropy, target=targets[:, t], ignore_index=-1, reduction="sum")
+                    more += (score(alone.float()) - score(trained[:, t].float())).item()
+                count += (targets[:, positions] >= 0).sum().item()
+            nats = run.evaluations()[-1]["val"][domain]["loss"] + more / count
+            losses[domain] = corpus.bits_per_byte(domain, nats)
+    return losses
+
+
+def collect(runs: list[Run], device: torch.device) -> list[dict]:
+    """What was measured of every run: {"name", "kind", "variant", "seed", "bits_per_byte", "routing", ...}."""
+    results = []
+    for run in runs:
+        first, *_, last = run.evaluations()
+        bits = {domain: scores["bits_per_byte"] for domain, scores in last["val"].items()}
+        speeds = [line["tokens_per_second"] for line in read_log(run.folder) if "tokens_per_second" in line]
+        weights = load_checkpoint(run.folder)["model"]
+        size = sum(weight.numel() for name, weight in weights.items() if name != "tau")
+        result = {
+            "name": run.name, "kind": run.kind, "variant": run.variant, "seed": run.seed,
+            "command": shlex.join(["python", run.script, *run.arguments]), "parameters": size,
+            "tokens_per_second": statistics.median(speeds), "bits_per_byte": bits,
+            "routing": last["routing"], "routing_before": first["routing"],
+        }  # fmt: skip
+        results.append(result)
+        if run.kind == "variant" and run.settings.sees_future:
+            path = run.folder / "causal.json"  # minutes of work
+            if not path.exists():
+                write_json(path, causal_losses(run, device))
+            causal = {"variant": f"{run.variant}, causal", "bits_per_byte": json.loads(path.read_text())}
+            results.append({**result, **causal})
+    return results
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; None if there is one value alone."""
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def scores(results: list[dict], kind: str, variant: str) -> dict[int, dict[str, float]]:
+    """Bits per byte of a variant's runs by seed, of every domain and their mean: {seed: {domain: bits}}."""
+    return {
+        result["seed"]: {**result["bits_per_byte"], "mean": statistics.fmean(result["bits_per_byte"].values())}
+        for result in results
+        if (result["kind"], result["variant"]) == (kind, variant)
+    }
+
+
+def summarize(results: list[dict]) -> list[dict]:
+    """Of every kind and variant: bits per byte, and those less the baseline's of the same seed; mean and error."""
+    baseline, rows = scores(results, "variant", BASELINE), []
+    for kind, variant in dict.fromkeys((result["kind"], result["variant"]) for result in results):
+        if kind == "sft":
+            continue
+        of = [result for result in results if (result["kind"], result["variant"]) == (kind, variant)]
+        by_seed = scores(results, kind, variant)
+        domains = list(next(iter(by_seed.values())))
+        row = {
+            "kind": kind, "variant": variant, "parameters": of[0]["parameters"], "runs": len(of),
+            "tokens_per_second": statistics.median(result["tokens_per_second"] for result in of),
+            "bits_per_byte": {d: mean_and_error(bits[d] for bits in by_seed.values()) for d in domains},
+        }  # fmt: skip
+        paired = [seed for seed in by_seed if seed in baseline]
+        if paired:
+            differences = {d: [by_seed[seed][d] - baseline[seed][d] for seed in paired] for d in domains}
+            row["difference"] = {d: mean_and_error(values) for d, values in differences.items()}
+        if of[0]["routing"] and variant != CAUSAL:
+            row["routing"], row["usage"] = mean_routing([result["routing"] for result in of])
+        rows.append(row)
+    return rows
+
+
+def mean_routing(stats: list[dict]) -> tuple[dict, list]:
+    """Of routing_stats() of several runs: {measure: (mean over layers and runs, error)}, usage [n_layer, K]."""
+    measures = {name: mean_and_error(np.mean(s[name]) for s in stats) for name in MEASURES}
+    return measures, np.mean([s["usage"] for s in stats], axis=0).tolist()
+
+
+def name_of(row: dict) -> str:
+    """What a row of the summary is called in print."""
+    return row["variant"] + (f", {row['kind']}" if row["kind"] != "variant" else "")
+
+
+def routing_line(name: str, measures: dict, usage: list) -> list[str]:
+    """A line of a table of the routing."""
+    shown = (plus_minus(measures[key], form) for key, form in zip(MEASURES, (".3%", ".2%", ".4f", ".2%")))
+    return [name, *shown, " / ".join(f"{share:.1%}" for share in np.mean(usage, axis=0))]
+
+
+def plus_minus(pair: tuple[float, float | None], form: str) -> str:
+    """A mean and its error, in that format."""
+    mean, error = pair
+    return format(mean, form) + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
+def print_study(rows: list[dict], results: list[dict], seeds: int):
+    """The tables of a study."""
+    domains = list(rows[0]["bits_per_byte"])
+    note = f"; a 95% interval is {T95[seeds - 2]} of them wide to either side" if seeds > 1 else ""
+    print(f"\nBits per byte of held-out text; ± is the standard error over {seeds} seeds{note}")
+    table = [["variant", *domains, f"mean - {BASELINE}", "parameters", "tokens/s"]]
+    for row in sorted(rows, key=lambda row: row["bits_per_byte"]["mean"][0]):
+        bits = (plus_minus(row["bits_per_byte"][domain], ".4f") for domain in domains)
+        difference = plus_minus(row["difference"]["mean"], "+.4f") if "difference" in row else "-"
+        table.append([name_of(row), *bits, difference, f"{row['parameters']:,}", f"{row['tokens_per_second']:,.0f}"])
+    print_table(table)
+
+    routed = [row for row in rows if "routing" in row]
+    if not routed:
+        return
+    print(
+        "Routing at the end, means over the layers; entropies as shares of ln K, the static one is the paper's measure"
+    )
+    header = ["", "static entropy", "dynamic entropy", "input dependence, nats", "agreement", "usage"]
+    print_table([header, *(routing_line(name_of(row), row["routing"], row["usage"]) for row in routed)])
+
+    print("Usage by layer, each run by itself")
+    of = [r for r in results if r["kind"] == "variant" and r["routing"] and r["variant"] != CAUSAL]
+    table = [["run", *(f"layer {i}" for i in range(len(of[0]["routing"]["usage"])))]]
+    for r in of:
+        table.append([r["name"], *(" / ".join(f"{share:.0%}" for share in layer) for layer in r["routing"]["usage"])])
+    print_table(table)
+
+    tuned = [result for result in results if result["kind"] == "sft"]
+    if tuned:
+        print(f"The {ROUTED} runs on conversations, before fine-tuning and after; means over the layers and seeds")
+        lines = []
+        for name, when in {"before": "routing_before", "after": "routing"}.items():
+            of = [result[when] for result in tuned]
+            lines.append(routing_line(name, *mean_routing(of)))
+        print_table([header, *lines])
+
+
+def draw_study(path: Path, rows: list[dict], results: list[dict], seeds: int):
+    """What each variant gains over the baseline, with 95% intervals, and what PolyGLU uses at each depth."""
+    from matplotlib.figure import Figure
+
+    compared = [row for row in rows if row["kind"] == "variant" and row["variant"] != BASELINE and "difference" in row]
+    compared.sort(key=lambda row: row["difference"]["mean"][0], reverse=True)
+    if not compared:
+        return
+    figure = Figure(figsize=(11, 2.2 + 0.42 * len(compared)), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    factor = T95[seeds - 2] if seeds > 1 else 0.0
+    for k, domain in enumerate(compared[0]["difference"]):
+        means, errors = zip(*(row["difference"][domain] for row in compared))
+        heights = np.arange(len(compared)) + (0.27 - 0.18 * k)
+        color = "k" if domain == "mean" else f"C{k + 4}"
+        widths = [factor * (error or 0) for error in errors]
+        left.errorbar(means, heights, xerr=widths, fmt="o", color=color, markersize=4, capsize=2, label=domain)
+    left.axvline(0, color="gray", linewidth=1)
+    left.set_yticks(range(len(compared)), [row["variant"] for row in compared])
+    left.set_xlabel(f"bits per byte, less those of {BASELINE}; lower is better")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    usage = [r["routing"]["usage"] for r in results if (r["kind"], r["variant"]) == ("variant", ROUTED)]
+    for run, layers in enumerate(map(np.array, usage)):  # [n_layer, K]
+        at = np.arange(len(layers)) + 0.8 * (run + 0.5) / len(usage) - 0.4
+        for k, name in enumerate(POLYGLU):
+            label = None if run else name
+            right.bar(at, layers[:, k], 0.7 / len(usage), bottom=layers[:, :k].sum(1), color=f"C{k}", label=label)
+    if usage:
+        right.set(xlabel="layer; a bar a seed", ylabel=f"usage, {ROUTED}", ylim=(0, 1), xticks=range(len(usage[0])))
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    title = f"{seeds} seeds, paired; bars: 95% intervals"
+    for row in compared:
+        if row["variant"] == ROUTED:
+            mean, error = row["difference"]["mean"]
+            title = f"PolyGLU ({ROUTED}) less SwiGLU: {mean:+.4f} ± {factor * (error or 0):.4f} bits per byte; {title}"
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def study(cfg: StudyConfig):
+    """Train what there is to train, then print, draw and write what came of it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    device, out = pick_device(cfg.device), Path(cfg.out_dir)
+    runs = planned_runs(cfg)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        config.fail(f"cannot write to {out}: {e.strerror}")
+    for run in runs:  # what is wrong is said before the first hour, not after it
+        if run.kind == "sft":
+            shape = dataclasses.asdict(runs[0].settings.model_config())
+            Conversations(dataclasses.replace(run.settings, **shape))
+        else:
+            Corpus(run.settings)
+    with config.claimed(out):
+        train_runs(runs, cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1), device.type == "cpu")
+        results = collect(runs, device)
+        rows = summarize(results)
+        write_json(out / "study.json", {
+            "machine": describe_machine(device), "settings": dataclasses.asdict(cfg), "summary": rows, "runs": results,
+        })  # fmt: skip
+    print_study(rows, results, cfg.seeds)
+    print(f"numbers: {out / 'study.json'}")
+    try:
+        draw_study(out / "study.png", rows, results, cfg.seeds)
+        print(f"picture: {out / 'study.png'}")
+    except ImportError:
+        print("no picture: it needs a package: pip install matplotlib")
+
+
+def describe_machine(device: torch.device) -> str:
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
 def main():
+    if sys.argv[1:2] == ["study"]:
+        return study(config.load(StudyConfig, sys.argv[2:]))
     cfg = config.load(BenchConfig)
     torch.set_flush_denormal(True)  # as train.py does
     device = pick_device(cfg.device)
@@ -357,8 +746,7 @@ def main():
     dtype = torch.bfloat16 if large else torch.float32
     dtype = dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    name = torch.cuda.get_device_name() if large else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    machine = f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    machine = describe_machine(device)
     print(f"{machine}; {str(dtype)[6:]} unless a row says otherwise")
     table, benches = Table(), (bench_ffn, bench_loss, bench_step, bench_decode, bench_prepare)
     for row, bench in zip(ROWS, benches):

@@ -14,7 +14,9 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
 import config
 import eval as evaluate
 import model as model_module
@@ -2553,3 +2556,82 @@ def test_bench_answers_bad_input_in_one_line(tmp_path):
     }.items():
         done = run_script("bench.py", "--only=decode", flag)
         assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- the study
+
+
+def test_the_studys_variants_differ_in_routing_alone():
+    routing = {"activations", "router_context", "router_hidden", "gumbel", "frozen", "routing_lr", "tau_end"}
+    files = sorted((ROOT / "config" / "study").glob("*.py"))
+    assert len(files) >= 11
+    for path in files:
+        assert {name for _, name, _ in config.read_overrides(path)} <= routing, path
+
+
+def study_files(folder: Path, corpus_dir: Path, chat_dir: Path) -> list[str]:
+    """Flags of a study of small models, and the override files that they name."""
+    base = run_settings(corpus_dir, folder)
+    for name in ("out_dir", "max_steps", "eval_interval", "eval_tokens", "device"):
+        del base[name]
+    tuning = {name: base[name] for name in ("batch_size", "micro_batch_size", "lr", "dtype", "compile")}
+    for name, settings in {"base": base, "sft": {**tuning, "data_dir": str(chat_dir)}}.items():
+        (folder / f"{name}.py").write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+    return [
+        f"--base={folder / 'base.py'}", f"--sft={folder / 'sft.py'}", f"--out_dir={folder / 'out'}", "--sft_steps=2",
+        "--seeds=1", "--max_steps=3", "--eval_tokens=256", "--device=cpu", "--variants=swiglu,prefix,sequence",
+        "--check_lr=False",
+    ]  # fmt: skip
+
+
+def test_study_trains_each_cell_once_and_again_to_the_last_digit(corpus_dir, chat_dir, tmp_path):
+    flags = study_files(tmp_path, corpus_dir, chat_dir)
+    done = run_script("bench.py", "study", *flags)
+    assert done.returncode == 0 and "4 runs, 0 of them done before" in done.stdout, done.stdout + done.stderr
+    assert all(word in done.stdout for word in ("mean - swiglu", "sequence, causal", "before", "after", "prefix-1"))
+    study = json.loads((tmp_path / "out" / "study.json").read_text())
+    rows = {row["variant"]: row for row in study["summary"]}
+    assert rows["swiglu"]["difference"]["mean"] == [0, None] != rows["prefix"]["difference"]["mean"]
+    assert rows["sequence"]["bits_per_byte"]["math"] != rows["sequence, causal"]["bits_per_byte"]["math"]
+    once = {run["name"]: run["bits_per_byte"] for run in study["runs"]}
+
+    shutil.rmtree(tmp_path / "out" / "prefix-1")  # one cell again, and another seed
+    done = run_script("bench.py", "study", *flags, "--variants=swiglu,prefix", "--seeds=2", "--sft=None")
+    assert "4 runs, 1 of them done before" in done.stdout and "[3/3] " in done.stdout, done.stdout + done.stderr
+    study = json.loads((tmp_path / "out" / "study.json").read_text())
+    again = {run["name"]: run["bits_per_byte"] for run in study["runs"]}
+    assert again["prefix-1"] == once["prefix-1"] != again["prefix-2"]
+    by_seed = [
+        statistics.mean(again[f"prefix-{i}"].values()) - statistics.mean(again[f"swiglu-{i}"].values()) for i in (1, 2)
+    ]
+    found = next(row for row in study["summary"] if row["variant"] == "prefix")["difference"]["mean"]
+    assert found == pytest.approx([statistics.mean(by_seed), abs(by_seed[0] - by_seed[1]) / 2])
+
+    done = run_script("bench.py", "study", *flags, "--max_steps=4")
+    assert_one_line(done, "swiglu-1 was trained with max_steps=3, not 4; remove it, or choose another --out_dir")
+
+
+def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
+    cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, max_steps=3, router_context="sequence", lr=0.1))
+    train.train(cfg)
+    run = bench.Run("x", "variant", "sequence", 1, [], tmp_path)
+    run.settings = cfg
+    found = bench.causal_losses(run, torch.device("cpu"), n_positions=cfg.block_size)
+    model, corpus = PolychromaticLM.from_pretrained(tmp_path).eval(), train.Corpus(cfg)
+    for domain in cfg.mixture:
+        nats = []
+        for tokens, targets, doc_ids in corpus.val_batches(domain, train.Ranks("cpu")):
+            for t in range(cfg.block_size):
+                logits = model(tokens[:, : t + 1], doc_ids=doc_ids[:, : t + 1])[:, -1]
+                nats += F.cross_entropy(logits, targets[:, t], reduction="none")[targets[:, t] >= 0].tolist()
+        assert found[domain] == pytest.approx(corpus.bits_per_byte(domain, statistics.mean(nats)), abs=1e-5)
+
+
+def test_study_answers_bad_input_in_one_line(tmp_path):
+    for flag, message in {
+        "--variants=swiglu,prefxi": "there is no config/study/prefxi.py; there are constant_tau, dynamic, ",
+        "--seeds=0": "seeds is 0; it must lie in 1..10",
+        "--base=config/tyni.py": "config/tyni.py: no such file; did you mean config/tiny.py?",
+        "--seed=2": "there is no setting 'seed'; did you mean 'seeds'?",
+    }.items():
+        assert_one_line(run_script("bench.py", "study", f"--out_dir={tmp_path}", flag), message)

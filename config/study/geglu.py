@@ -1,0 +1,2 @@
+# A plain GLU of gelu.
+activations = ("gelu",)

@@ -1,0 +1,2 @@
+# PolyGLU without Gumbel noise in training.
+gumbel = False

@@ -1,0 +1,2 @@
+# A plain GLU of relu.
+activations = ("relu",)

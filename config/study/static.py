@@ -1,0 +1,2 @@
+# Static preferences alone: alpha, and no router.
+router_hidden = 0

@@ -1,0 +1,2 @@
+# A plain GLU of silu: what PolyGLU is compared with.
+activations = ("silu",)

@@ -1,0 +1,2 @@
+# A plain GLU of tanh.
+activations = ("tanh",)

@@ -1,0 +1,2 @@
+# The router reads this token alone.
+router_context = "token"

@@ -260,28 +260,42 @@ def gumbel_noise(*shape: int, like: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(like.dtype).tiny)))
 
 
-def softmax(static: Tensor, dynamic: Tensor) -> list[Tensor]:
-    """Softmax over the first dimension of static [K, B, 1, F] + dynamic [K, B, T, 1], as K tensors [B, T, F].
+def softmax_over_sum(static: Tensor, dynamic: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Softmax over the first dimension of static [K, B, 1, F] + dynamic [K, B, T, 1], as K tensors [B, T, F] and a sum.
 
-    exp(s + d) is a factor per neuron times a factor per token, so none of the B * T * F * K exponentials is needed. For
-    the range, the factors are n-th roots, and the n-th power is taken once the largest is 1: with n = 16 that is exact
-    unless a neuron and a token both put more than 1280 nats between two activations. Eager on a CPU, where every
-    operation is a pass over memory, n is as small as the numbers allow.
+    The weights are the tensors divided by their sum: what is to be weighted is divided once, after it is summed.
+
+    exp(s + d) is a factor per neuron times a factor per token, so none of the B * T * F * K exponentials is needed.
+    With the largest of each subtracted, all factors are at most 1, and the sum is at least e^-40 unless a neuron and a
+    token both put more than 40 nats between two activations. For those, the factors are n-th roots, and the n-th power
+    is taken once the largest is 1: with n = 16 that is exact up to 1280 nats. Eager on a CPU, where every operation is
+    a pass over memory, n is as small as the numbers allow; with n = 1 the sum over K is a product of matrices.
     """
-    middles = [(x.amax(0) + x.amin(0)) / 2 for x in (static, dynamic)]
+    static, dynamic = (x - x.amax(0) for x in (static, dynamic))
     doublings = 4
     if static.device.type == "cpu" and not torch.compiler.is_compiling():
-        largest = max((x - middle).abs().max().item() for x, middle in zip((static, dynamic), middles))
-        doublings = min(4, math.ceil(math.log2(max(largest, 40) / 40)))
-    roots = [((x - m) / 2**doublings).clamp(-40, 40).exp() for x, m in zip((static, dynamic), middles)]
-    powers = [s * d for s, d in zip(*roots)]
-    if doublings:
-        scale = functools.reduce(torch.maximum, powers).reciprocal()
-        powers = [x.mul_(scale) for x in powers]
+        nats = -max(static.min().item(), dynamic.min().item())
+        doublings = min(4, math.ceil(math.log2(max(nats, 40) / 40)))
+    static, dynamic = ((x / 2**doublings).clamp_min(-80).exp() for x in (static, dynamic))
+    powers = [s * d for s, d in zip(static, dynamic)]
+    if not doublings:
+        by_row = dynamic.squeeze(-1).permute(1, 2, 0), static.squeeze(-2).transpose(0, 1)  # [B, T, K], [B, K, F]
+        return powers, torch.bmm(*(x.contiguous() for x in by_row))
+    scale = functools.reduce(torch.maximum, powers).reciprocal()
+    powers = [x.mul_(scale) for x in powers]
     for _ in range(doublings):
         powers = [x.square_() for x in powers]
-    scale = functools.reduce(torch.add, powers).reciprocal()
-    return [x.mul_(scale) for x in powers]
+    total = functools.reduce(torch.add, powers)
+    if torch.compiler.is_compiling():  # divided already: else the compiler would keep the sum for the backward pass
+        scale = total.reciprocal()
+        return [x.mul_(scale) for x in powers], scale.new_ones(())
+    return powers, total
+
+
+def softmax(static: Tensor, dynamic: Tensor) -> list[Tensor]:
+    """The weights themselves: softmax over the K of static [K, B, 1, F] + dynamic [K, B, T, 1], K tensors [B, T, F]."""
+    powers, total = softmax_over_sum(static, dynamic)
+    return [x.div_(total) for x in powers]
 
 
 def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
@@ -327,43 +341,44 @@ class MixedGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor, names: tuple[str, ...]) -> Tensor:
         ctx.save_for_backward(gate, up, static, dynamic)
-        ctx.names, outputs = names, []
+        ctx.names, y = names, torch.empty_like(up)
         for part in MixedGLU.parts(gate):
             x = at_least_fp32(gate[:, part])
-            g = softmax(static, dynamic[:, :, part])
-            y = weighted_sum(g, [ACTIVATIONS[name](x) for name in names]).mul_(up[:, part])
-            outputs.append(y.to(up.dtype))
-        return joined(outputs)
+            powers, total = softmax_over_sum(static, dynamic[:, :, part])
+            mixed = weighted_sum(powers, [ACTIVATIONS[name](x) for name in names]).div_(total)
+            torch.mul(mixed, up[:, part], out=y[:, part])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor):
         gate, up, static, dynamic = ctx.saved_tensors
         activations = [ACTIVATIONS[name] for name in ctx.names]
-        d_gate, d_up, d_dynamic, d_static = [], [], [], torch.zeros_like(static[:-1])
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        d_dynamic, d_static = [], torch.zeros_like(static[:-1])
         for part in MixedGLU.parts(gate):
             x, dy, u = (at_least_fp32(t[:, part]) for t in (gate, d_y, up))
-            g = softmax(static, dynamic[:, :, part])
-            values, slope = values_and_slope(activations, x, g)
-            mixed = weighted_sum(g, values)
-            d_mixed, du = dy * u, dy * mixed
-            d_gate.append((slope * d_mixed).to(gate.dtype))
-            d_up.append(du.to(up.dtype))
+            powers, total = softmax_over_sum(static, dynamic[:, :, part])
+            values, slope = values_and_slope(activations, x, powers)
+            mixed = weighted_sum(powers, values).div_(total)
+            torch.mul(dy, mixed, out=d_up[:, part])
+            d_mixed = (dy * u).div_(total)  # divided by what the powers lack
+            torch.mul(slope, d_mixed, out=d_gate[:, part])
             # d_logit_k = g_k * (sigma_k - mixed) * d_mixed. Over k they sum to 0, which gives the last one.
-            d_logits = [(value - mixed).mul_(weight).mul_(d_mixed) for weight, value in zip(g[:-1], values)]
+            d_logits = [(value - mixed).mul_(weight.mul_(d_mixed)) for weight, value in zip(powers[:-1], values)]
             d_dynamic.append(torch.stack([d.sum(-1, keepdim=True) for d in d_logits]))
             if torch.compiler.is_compiling():
                 # To sum over T too, the compiler would write the d_logits to memory. From transposed inputs it computes
                 # them again, in the order of that sum; of 8 tokens first, as each token is another page of memory.
                 rows = 8 if x.size(1) % 8 == 0 else x.size(1)
-                x, dy, u, du = (t.unflatten(1, (-1, rows)).mT for t in (x, dy, u, du))
+                x, dy, u, du = (t.unflatten(1, (-1, rows)).mT for t in (x, dy, u, dy * mixed))
                 g = softmax(static[:, :, None].mT, dynamic.unflatten(2, (-1, rows)).mT)
                 d_logits = [weight * (f(x) * dy - du) * u for weight, f in zip(g[:-1], activations)]
                 d_static = torch.stack([d.sum(-1).sum(1)[:, None] for d in d_logits])
             else:
                 d_static += torch.stack([d.sum(1, keepdim=True) for d in d_logits])
         d_static, d_dynamic = (torch.cat((d, -d.sum(0, keepdim=True))) for d in (d_static, joined(d_dynamic, 2)))
-        return joined(d_gate), joined(d_up), d_static, d_dynamic, None
+        return d_gate, d_up, d_static, d_dynamic, None
 
     @staticmethod
     def parts(gate: Tensor) -> list[slice]:

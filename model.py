@@ -843,7 +843,7 @@ def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, 
 
 def entropy(p: Tensor) -> Tensor:
     """Shannon entropy over the first dimension, in nats: [K, ...] -> [...]."""
-    return torch.special.entr(p).sum(0)
+    return torch.special.entr(p.clamp_max(1)).sum(0)  # rounding can leave a sure choice a little above 1
 
 
 def sample_token(

@@ -359,7 +359,6 @@ def bench_prepare(cfg: BenchConfig, table: Table, device: torch.device, _autocas
 VARIANTS = Path("config/study")  # an override file each; a new one is a new variant
 BASELINE, ROUTED = "swiglu", "prefix"  # what the others are compared with; PolyGLU as it is meant
 CHECKED_RATES = (0.5, 2.0)  # multiples of the learning rate at which these two are trained as well
-CAUSAL = "sequence, causal"  # the "sequence" variant, every token predicted from what precedes it
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95% quantile of Student's t, of 1 to 9 degrees
 MEASURES = ("static_entropy_share", "dynamic_entropy_share", "input_dependence", "agreement")
 
@@ -373,7 +372,7 @@ class StudyConfig:
     seeds: int = 3  # runs of each variant, of the seeds 1, 2, ...
     max_steps: int = 800  # optimizer steps of a run
     eval_tokens: int = 131_072  # tokens of each domain's val.bin on which a run is scored, at most
-    check_lr: bool = True  # train swiglu and prefix at half and at twice the learning rate too
+    check_lr: int = 1  # seeds of which swiglu and prefix are trained at half and at twice the learning rate too
     sft: str | None = "config/tiny_sft.py"  # override file of a fine-tuning of the prefix runs; None: without
     sft_steps: int = 400  # optimizer steps of that
     out_dir: str = "out/study"  # where the runs, study.json and study.png go
@@ -382,6 +381,7 @@ class StudyConfig:
 
     def __post_init__(self):
         config.check_range(self, 1, len(T95) + 1, "seeds")
+        config.check_range(self, 0, self.seeds, "check_lr")
         config.check_range(self, 1, 10**8, "max_steps", "sft_steps", "eval_tokens")
         if self.jobs is not None:
             config.check_range(self, 1, 1024, "jobs")
@@ -434,8 +434,8 @@ def planned_runs(cfg: StudyConfig) -> list[Run]:
     for seed in range(1, cfg.seeds + 1):
         for variant in cfg.variants:
             plan(variant, seed, "variant", [cfg.base, f"{VARIANTS / variant}.py"], cfg.max_steps)
-    for seed, variant in itertools.product(range(1, cfg.seeds + 1), (BASELINE, ROUTED)):
-        if variant in cfg.variants and cfg.check_lr:
+    for seed, variant in itertools.product(range(1, cfg.check_lr + 1), (BASELINE, ROUTED)):
+        if variant in cfg.variants:
             base = next(run for run in runs if run.variant == variant).settings.lr
             for factor in CHECKED_RATES:
                 files = [cfg.base, f"{VARIANTS / variant}.py"]
@@ -535,12 +535,13 @@ def collect(runs: list[Run], device: torch.device) -> list[dict]:
         first, *_, last = run.evaluations()
         bits = {domain: scores["bits_per_byte"] for domain, scores in last["val"].items()}
         speeds = [line["tokens_per_second"] for line in read_log(run.folder) if "tokens_per_second" in line]
-        weights = load_checkpoint(run.folder)["model"]
-        size = sum(weight.numel() for name, weight in weights.items() if name != "tau")
+        checkpoint = load_checkpoint(run.folder)
+        size = sum(weight.numel() for name, weight in checkpoint["model"].items() if name != "tau")
         result = {
             "name": run.name, "kind": run.kind, "variant": run.variant, "seed": run.seed,
             "command": shlex.join(["python", run.script, *run.arguments]), "parameters": size,
-            "tokens_per_second": statistics.median(speeds), "bits_per_byte": bits,
+            "activations": checkpoint["model_config"]["activations"], "tokens_per_second": statistics.median(speeds),
+            "bits_per_byte": bits,
             "routing": last["routing"], "routing_before": first["routing"],
         }  # fmt: skip
         results.append(result)
@@ -548,7 +549,7 @@ def collect(runs: list[Run], device: torch.device) -> list[dict]:
             path = run.folder / "causal.json"  # minutes of work
             if not path.exists():
                 write_json(path, causal_losses(run, device))
-            causal = {"variant": f"{run.variant}, causal", "bits_per_byte": json.loads(path.read_text())}
+            causal = {"variant": f"{run.variant}, causal", "bits_per_byte": json.loads(path.read_text()), "routing": {}}
             results.append({**result, **causal})
     return results
 
@@ -587,7 +588,7 @@ def summarize(results: list[dict]) -> list[dict]:
         if paired:
             differences = {d: [by_seed[seed][d] - baseline[seed][d] for seed in paired] for d in domains}
             row["difference"] = {d: mean_and_error(values) for d, values in differences.items()}
-        if of[0]["routing"] and variant != CAUSAL:
+        if of[0]["routing"]:
             row["routing"], row["usage"] = mean_routing([result["routing"] for result in of])
         rows.append(row)
     return rows
@@ -634,11 +635,13 @@ def print_study(rows: list[dict], results: list[dict], seeds: int):
     print(
         "Routing at the end, means over the layers; entropies as shares of ln K, the static one is the paper's measure"
     )
-    header = ["", "static entropy", "dynamic entropy", "input dependence, nats", "agreement", "usage"]
+    names = {tuple(result["activations"]) for result in results if result["kind"] == "variant" and result["routing"]}
+    usage = "usage" if len(names) > 1 else f"usage: {' / '.join(*names)}"
+    header = ["", "static entropy", "dynamic entropy", "input dependence, nats", "agreement", usage]
     print_table([header, *(routing_line(name_of(row), row["routing"], row["usage"]) for row in routed)])
 
-    print("Usage by layer, each run by itself")
-    of = [r for r in results if r["kind"] == "variant" and r["routing"] and r["variant"] != CAUSAL]
+    print("Usage by layer, each run by itself, in the same order")
+    of = [r for r in results if r["kind"] == "variant" and r["routing"]]
     table = [["run", *(f"layer {i}" for i in range(len(of[0]["routing"]["usage"])))]]
     for r in of:
         table.append([r["name"], *(" / ".join(f"{share:.0%}" for share in layer) for layer in r["routing"]["usage"])])
@@ -660,8 +663,6 @@ def draw_study(path: Path, rows: list[dict], results: list[dict], seeds: int):
 
     compared = [row for row in rows if row["kind"] == "variant" and row["variant"] != BASELINE and "difference" in row]
     compared.sort(key=lambda row: row["difference"]["mean"][0], reverse=True)
-    if not compared:
-        return
     figure = Figure(figsize=(11, 2.2 + 0.42 * len(compared)), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     factor = T95[seeds - 2] if seeds > 1 else 0.0
@@ -675,14 +676,15 @@ def draw_study(path: Path, rows: list[dict], results: list[dict], seeds: int):
     left.set_yticks(range(len(compared)), [row["variant"] for row in compared])
     left.set_xlabel(f"bits per byte, less those of {BASELINE}; lower is better")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-    usage = [r["routing"]["usage"] for r in results if (r["kind"], r["variant"]) == ("variant", ROUTED)]
-    for run, layers in enumerate(map(np.array, usage)):  # [n_layer, K]
-        at = np.arange(len(layers)) + 0.8 * (run + 0.5) / len(usage) - 0.4
-        for k, name in enumerate(POLYGLU):
-            label = None if run else name
-            right.bar(at, layers[:, k], 0.7 / len(usage), bottom=layers[:, :k].sum(1), color=f"C{k}", label=label)
-    if usage:
-        right.set(xlabel="layer; a bar a seed", ylabel=f"usage, {ROUTED}", ylim=(0, 1), xticks=range(len(usage[0])))
+    routed = [result for result in results if (result["kind"], result["variant"]) == ("variant", ROUTED)]
+    for i, result in enumerate(routed):
+        usage = np.array(result["routing"]["usage"])  # [n_layer, K]
+        at, width = np.arange(len(usage)) + 0.8 * (i + 0.5) / len(routed) - 0.4, 0.7 / len(routed)
+        for k, name in enumerate(result["activations"]):
+            label = None if i else name
+            right.bar(at, usage[:, k], width, bottom=usage[:, :k].sum(1), color=f"C{k}", label=label)
+    if routed:
+        right.set(xlabel="layer; a bar a seed", ylabel=f"usage, {ROUTED}", ylim=(0, 1), xticks=range(len(usage)))
         right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     title = f"{seeds} seeds, paired; bars: 95% intervals"
     for row in compared:
@@ -700,6 +702,7 @@ def study(cfg: StudyConfig):
     runs = planned_runs(cfg)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
     except OSError as e:
         config.fail(f"cannot write to {out}: {e.strerror}")
     for run in runs:  # what is wrong is said before the first hour, not after it
@@ -709,7 +712,10 @@ def study(cfg: StudyConfig):
         else:
             Corpus(run.settings)
     with config.claimed(out):
-        train_runs(runs, cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1), device.type == "cpu")
+        try:
+            train_runs(runs, cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1), device.type == "cpu")
+        except KeyboardInterrupt:
+            config.fail("stopped; the same command goes on from here")
         results = collect(runs, device)
         rows = summarize(results)
         write_json(out / "study.json", {
@@ -717,6 +723,8 @@ def study(cfg: StudyConfig):
         })  # fmt: skip
     print_study(rows, results, cfg.seeds)
     print(f"numbers: {out / 'study.json'}")
+    if not any("difference" in row for row in rows if row["variant"] != BASELINE):
+        return print(f"no picture: it compares variants with {BASELINE}")
     try:
         draw_study(out / "study.png", rows, results, cfg.seeds)
         print(f"picture: {out / 'study.png'}")

@@ -2580,7 +2580,7 @@ def study_files(folder: Path, corpus_dir: Path, chat_dir: Path) -> list[str]:
     return [
         f"--base={folder / 'base.py'}", f"--sft={folder / 'sft.py'}", f"--out_dir={folder / 'out'}", "--sft_steps=2",
         "--seeds=1", "--max_steps=3", "--eval_tokens=256", "--device=cpu", "--variants=swiglu,prefix,sequence",
-        "--check_lr=False",
+        "--check_lr=0",
     ]  # fmt: skip
 
 

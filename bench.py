@@ -26,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -465,7 +466,7 @@ def is_done(run: Run) -> bool:
 
 def train_runs(runs: list[Run], jobs: int, on_cpu: bool):
     """Train what is not finished, `jobs` at a time, each resumed where it was; a line for each that ends."""
-    waiting, processes = [run for run in runs if not is_done(run)], []
+    waiting, processes, stopping = [run for run in runs if not is_done(run)], [], threading.Event()
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done before; {jobs} at a time", flush=True)
     # One thread a run: what it computes does not depend on how many cores there are, or run beside it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if on_cpu else None
@@ -477,6 +478,8 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool):
             command = [sys.executable, str(Path(__file__).with_name(run.script)), *run.arguments, *resume]
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             processes.append(process)
+            if stopping.is_set():  # while it was started
+                process.terminate()
             process.wait()
         return time.monotonic() - start
 
@@ -493,10 +496,10 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool):
                     bits = "  ".join(f"{domain} {scores['bits_per_byte']:.3f}" for domain, scores in val.items())
                     print(f"[{i}/{len(futures)}] {run.name}: {bits} bits per byte, {seconds:.0f} s", flush=True)
         except BaseException:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)  # it finishes its step and saves
+                process.terminate()  # if it runs, it finishes its step and saves
             raise
 
 

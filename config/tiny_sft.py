@@ -5,14 +5,15 @@ data_dir = "data/tiny_sft"
 out_dir = "out/tiny_sft"
 init_from = "out/tiny"
 
-# run: 2.5M tokens
-max_steps = 2400
+# run: 2.8M tokens
+max_steps = 2700
 batch_size = 4
 micro_batch_size = 4
-lr = 2e-3
+lr = 1e-3
+weight_decay = 0.0  # no row is seen twice
 warmup_steps = 50
 
-eval_interval = 400
+eval_interval = 900
 eval_tokens = 32_768
-save_interval = 400
+save_interval = 450
 compile = True

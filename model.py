@@ -268,7 +268,7 @@ def softmax_over_sum(static: Tensor, dynamic: Tensor) -> tuple[list[Tensor], Ten
     exp(s + d) is a factor per neuron times a factor per token, so none of the B * T * F * K exponentials is needed.
     With the largest of each subtracted, all factors are at most 1, and the sum is at least e^-40 unless a neuron and a
     token both put more than 40 nats between two activations. For those, the factors are n-th roots, and the n-th power
-    is taken once the largest is 1: with n = 16 that is exact up to 1280 nats. Eager on a CPU, where every operation is
+    is taken once they sum to 1: with n = 16 that is exact up to 1280 nats. Eager on a CPU, where every operation is
     a pass over memory, n is as small as the numbers allow; with n = 1 the sum over K is a product of matrices.
     """
     static, dynamic = (x - x.amax(0) for x in (static, dynamic))
@@ -281,7 +281,7 @@ def softmax_over_sum(static: Tensor, dynamic: Tensor) -> tuple[list[Tensor], Ten
     if not doublings:
         by_row = dynamic.squeeze(-1).permute(1, 2, 0), static.squeeze(-2).transpose(0, 1)  # [B, T, K], [B, K, F]
         return powers, torch.bmm(*(x.contiguous() for x in by_row))
-    scale = functools.reduce(torch.maximum, powers).reciprocal()
+    scale = functools.reduce(torch.add, powers).reciprocal()
     powers = [x.mul_(scale) for x in powers]
     for _ in range(doublings):
         powers = [x.square_() for x in powers]
@@ -360,23 +360,28 @@ class MixedGLU(torch.autograd.Function):
             x, dy, u = (at_least_fp32(t[:, part]) for t in (gate, d_y, up))
             powers, total = softmax_over_sum(static, dynamic[:, :, part])
             values, slope = values_and_slope(activations, x, powers)
-            mixed = weighted_sum(powers, values).div_(total)
-            torch.mul(dy, mixed, out=d_up[:, part])
-            d_mixed = (dy * u).div_(total)  # divided by what the powers lack
-            torch.mul(slope, d_mixed, out=d_gate[:, part])
-            # d_logit_k = g_k * (sigma_k - mixed) * d_mixed. Over k they sum to 0, which gives the last one.
-            d_logits = [(value - mixed).mul_(weight.mul_(d_mixed)) for weight, value in zip(powers[:-1], values)]
-            d_dynamic.append(torch.stack([d.sum(-1, keepdim=True) for d in d_logits]))
+            # d_logit_k = g_k * (sigma_k - mixed) * dy * u. Over k they sum to 0, which gives the last one.
             if torch.compiler.is_compiling():
+                # The powers are divided already. Values times dy first, as then the two loops share d_up alone.
+                du = weighted_sum(powers, [value * dy for value in values])
+                d_up[:, part] = du
+                torch.mul(slope, dy * u, out=d_gate[:, part])
+                d_logits = [weight * (value * dy - du) * u for weight, value in zip(powers[:-1], values)]
                 # To sum over T too, the compiler would write the d_logits to memory. From transposed inputs it computes
                 # them again, in the order of that sum; of 8 tokens first, as each token is another page of memory.
                 rows = 8 if x.size(1) % 8 == 0 else x.size(1)
-                x, dy, u, du = (t.unflatten(1, (-1, rows)).mT for t in (x, dy, u, dy * mixed))
+                x, dy, u, du = (t.unflatten(1, (-1, rows)).mT for t in (x, dy, u, du))
                 g = softmax(static[:, :, None].mT, dynamic.unflatten(2, (-1, rows)).mT)
-                d_logits = [weight * (f(x) * dy - du) * u for weight, f in zip(g[:-1], activations)]
-                d_static = torch.stack([d.sum(-1).sum(1)[:, None] for d in d_logits])
+                again = [weight * (f(x) * dy - du) * u for weight, f in zip(g[:-1], activations)]
+                d_static = torch.stack([d.sum(-1).sum(1)[:, None] for d in again])
             else:
+                mixed = weighted_sum(powers, values).div_(total)
+                torch.mul(dy, mixed, out=d_up[:, part])
+                d_mixed = (dy * u).div_(total)  # divided by what the powers lack
+                torch.mul(slope, d_mixed, out=d_gate[:, part])
+                d_logits = [(value - mixed).mul_(weight.mul_(d_mixed)) for weight, value in zip(powers[:-1], values)]
                 d_static += torch.stack([d.sum(1, keepdim=True) for d in d_logits])
+            d_dynamic.append(torch.stack([d.sum(-1, keepdim=True) for d in d_logits]))
         d_static, d_dynamic = (torch.cat((d, -d.sum(0, keepdim=True))) for d in (d_static, joined(d_dynamic, 2)))
         return d_gate, d_up, d_static, d_dynamic, None
 

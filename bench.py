@@ -371,9 +371,9 @@ class StudyConfig:
     base: str = "config/tiny.py"  # override file that all variants share
     variants: tuple[str, ...] = ()  # names of files in config/study/; none named: all of them
     seeds: int = 3  # runs of each variant, of the seeds 1, 2, ...
-    max_steps: int = 800  # optimizer steps of a run
+    max_steps: int = 600  # optimizer steps of a run
     eval_tokens: int = 131_072  # tokens of each domain's val.bin on which a run is scored, at most
-    check_lr: int = 1  # seeds of which swiglu and prefix are trained at half and at twice the learning rate too
+    check_lr: int | None = None  # seeds of which swiglu and prefix also run at half and twice the lr; None: all of them
     sft: str | None = "config/tiny_sft.py"  # override file of a fine-tuning of the prefix runs; None: without
     sft_steps: int = 400  # optimizer steps of that
     out_dir: str = "out/study"  # where the runs, study.json and study.png go
@@ -382,6 +382,7 @@ class StudyConfig:
 
     def __post_init__(self):
         config.check_range(self, 1, len(T95) + 1, "seeds")
+        self.check_lr = self.seeds if self.check_lr is None else self.check_lr
         config.check_range(self, 0, self.seeds, "check_lr")
         config.check_range(self, 1, 10**8, "max_steps", "sft_steps", "eval_tokens")
         if self.jobs is not None:

@@ -280,7 +280,8 @@ def softmax_over_sum(static: Tensor, dynamic: Tensor) -> tuple[list[Tensor], Ten
     powers = [s * d for s, d in zip(static, dynamic)]
     if not doublings:
         by_row = dynamic.squeeze(-1).permute(1, 2, 0), static.squeeze(-2).transpose(0, 1)  # [B, T, K], [B, K, F]
-        return powers, torch.bmm(*(x.contiguous() for x in by_row))
+        with torch.autocast("cpu", enabled=False):  # which would take this product in bfloat16
+            return powers, torch.bmm(*(x.contiguous() for x in by_row))
     scale = functools.reduce(torch.add, powers).reciprocal()
     powers = [x.mul_(scale) for x in powers]
     for _ in range(doublings):

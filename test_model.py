@@ -537,6 +537,15 @@ def test_routing_weights_are_a_softmax_however_far_apart_the_logits(tau, compile
         torch.testing.assert_close(weights, exact, rtol=0, atol=atol)
 
 
+def test_routing_weights_are_float32_and_sum_to_1_under_bfloat16_autocast():
+    torch.manual_seed(0)
+    static, dynamic = torch.randn(4, 2, 1, 50), torch.randn(4, 2, 7, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = torch.stack(model_module.softmax(static, dynamic))
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(0), torch.ones(2, 7, 50), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_polyglu_has_the_gradients_of_its_equation_when_logits_conflict(compiled):
     """Against autograd in float64: neurons and tokens that want contrary activations, by 200 nats, at tau 0.1."""

@@ -58,7 +58,7 @@ class TrainConfig(ModelConfig):
     batch_size: int = 128  # sequences of block_size tokens in a step
     micro_batch_size: int = 8  # sequences in one forward pass; divides batch_size; the data stay the same
     lr: float = 1e-4  # peak learning rate
-    routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr
+    routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr; decay stays
     frozen: tuple[str, ...] = ()  # parameters that stay as they are, by a part of their names, for example alpha
     warmup_steps: int = 2000  # linear warm-up, then a cosine to 0
     beta1: float = 0.9  # AdamW
@@ -562,6 +562,9 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
     model.recompute = cfg.recompute
     freeze(model, cfg.frozen)
     optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    for group in optimizer.param_groups:
+        if group["routing"] and cfg.routing_lr:
+            group["weight_decay"] /= cfg.routing_lr  # AdamW multiplies the two: to learn faster is not to forget faster
     first_step, skipped, resumed = 0, 0, checkpoint is not None
     try:
         if weights:

@@ -43,7 +43,7 @@ from eval import print_table
 from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype, load_checkpoint
 from prepare_data import code_documents, encode, open_tokenizer, write_json
 from sft import Conversations, SFTConfig
-from train import PEAK_FLOPS, Corpus, Ranks, TrainConfig, compiler_works, pick_device, pick_dtype, read_log
+from train import PEAK_FLOPS, Corpus, Ranks, TrainConfig, compiler_works, freeze, pick_device, pick_dtype, read_log
 
 ROWS = ("ffn", "loss", "step", "decode", "prepare")
 POLYGLU, SWIGLU = ("relu", "tanh", "silu", "gelu"), ("silu",)
@@ -360,7 +360,7 @@ def bench_prepare(cfg: BenchConfig, table: Table, device: torch.device, _autocas
 VARIANTS = Path("config/study")  # an override file each; a new one is a new variant
 BASELINE, ROUTED = "swiglu", "prefix"  # what the others are compared with; PolyGLU as it is meant
 CHECKED_RATES = (0.5, 2.0)  # multiples of the learning rate at which these two are trained as well
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95% quantile of Student's t, of 1 to 9 degrees
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95% lie within: Student's t of 1 to 9 degrees
 MEASURES = ("static_entropy_share", "dynamic_entropy_share", "input_dependence", "agreement")
 
 
@@ -387,7 +387,9 @@ class StudyConfig:
         if self.jobs is not None:
             config.check_range(self, 1, 1024, "jobs")
         there = sorted(path.stem for path in VARIANTS.glob("*.py"))
-        self.variants = self.variants or tuple(there)
+        if not there:
+            raise ValueError(f"there is no {VARIANTS}/ here; run it in the folder of bench.py")
+        self.variants = tuple(dict.fromkeys(self.variants)) or tuple(there)
         for name in self.variants:
             if name not in there:
                 raise ValueError(f"there is no {VARIANTS / name}.py; there are {', '.join(there)}")
@@ -416,7 +418,7 @@ class Run:
     def evaluations(self) -> list[dict]:
         """The evaluations in its log, from that at step 0 to that at the last step; none if it is not finished."""
         found = [line for line in read_log(self.folder) if "val" in line]
-        return found if found and found[-1]["step"] == self.settings.max_steps else []
+        return found if found and (found[0]["step"], found[-1]["step"]) == (0, self.settings.max_steps) else []
 
 
 def planned_runs(cfg: StudyConfig) -> list[Run]:
@@ -452,55 +454,96 @@ def is_done(run: Run) -> bool:
     if not (run.folder / "ckpt.pt").exists():
         return False
     try:
-        theirs = load_checkpoint(run.folder)["settings"]
+        checkpoint = load_checkpoint(run.folder)
+        theirs, step = checkpoint["settings"], checkpoint["step"]
     except (OSError, ValueError, KeyError) as e:
         config.fail(f"{e}; remove {run.folder} to train it again")
+    free = {"resume", "overwrite", "out_dir", "init_from", "device"}  # where it is, not what it is
+    if run.kind == "sft":
+        free |= {field.name for field in dataclasses.fields(ModelConfig)}  # they are those of the model it starts from
     for name, ours in dataclasses.asdict(run.settings).items():
-        if name in run.settings.overridden and theirs.get(name) != ours:
+        if name not in free and theirs.get(name, ours) != ours:
             config.fail(
-                f"{run.folder} was trained with {name}={theirs.get(name)!r}, not {ours!r}; remove it, or choose "
+                f"{run.folder} was trained with {name}={theirs[name]!r}, not {ours!r}; remove it, or choose "
                 "another --out_dir"
             )
+    if step == run.settings.max_steps and not run.evaluations():
+        config.fail(f"{run.folder / 'log.jsonl'} lacks evaluations; remove {run.folder} to train it again")
     return bool(run.evaluations())
 
 
-def train_runs(runs: list[Run], jobs: int, on_cpu: bool):
-    """Train what is not finished, `jobs` at a time, each resumed where it was; a line for each that ends."""
-    waiting, processes, stopping = [run for run in runs if not is_done(run)], [], threading.Event()
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done before; {jobs} at a time", flush=True)
+def check_runs(runs: list[Run]):
+    """Say what is wrong before the first hour, not after it; ends the script."""
+    first = runs[0].settings
+    given = {flag[2:].split("=")[0] for flag in runs[0].arguments if flag.startswith("--")}
+    for variant in dict.fromkeys(run.variant for run in runs):
+        names = [name for _, name, _ in config.read_overrides(VARIANTS / f"{variant}.py") if name in given]
+        if names:
+            config.fail(f"{VARIANTS / variant}.py sets {names[0]}, which is the same for all runs of a study")
+    for run in runs:
+        cfg = run.settings
+        if run.kind == "sft":
+            Conversations(dataclasses.replace(cfg, **dataclasses.asdict(first.model_config())))
+            continue
+        Corpus(cfg)
+        if set(cfg.mixture) != set(first.mixture):
+            config.fail(f"{run.name} is of the domains {', '.join(cfg.mixture)}, {runs[0].name} of others")
+        with torch.device("meta"):  # shapes, no numbers
+            freeze(PolychromaticLM(cfg.model_config()), cfg.frozen)
+
+
+def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
+    """Train what is not finished, `jobs` at a time, each resumed where it was; a line for each that ends.
+
+    Returns what became of those that failed, a line each.
+    """
+    done, failed = {run.name for run in runs if is_done(run)}, []
+    for run in runs:
+        if run.kind == "sft" and (run.folder / "ckpt.pt").exists() and f"{run.variant}-{run.seed}" not in done:
+            config.fail(f"{run.folder} was fine-tuned from an earlier {run.variant}-{run.seed}; remove it")
+    waiting, processes, stopping = [run for run in runs if run.name not in done], [], threading.Event()
+    print(f"{len(runs)} runs, {len(done)} of them done before; {jobs} at a time", flush=True)
     # One thread a run: what it computes does not depend on how many cores there are, or run beside it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if on_cpu else None
 
-    def work(run: Run) -> float:
+    def work(run: Run) -> tuple[float, str]:
+        """Seconds, and what went wrong."""
         start, resume = time.monotonic(), ["--resume"] * (run.folder / "ckpt.pt").exists()
         run.folder.mkdir(parents=True, exist_ok=True)
-        with open(run.folder / "output.txt", "a") as output:
+        with open(run.folder / "output.txt", "a+") as output:
+            before = output.tell()
             command = [sys.executable, str(Path(__file__).with_name(run.script)), *run.arguments, *resume]
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             processes.append(process)
             if stopping.is_set():  # while it was started
                 process.terminate()
             process.wait()
-        return time.monotonic() - start
+            output.seek(before)
+            said = output.read().strip().splitlines() or ["no word"]
+        errors = [line for line in said if line.startswith("error: ")] or said
+        return time.monotonic() - start, "" if process.returncode == 0 and run.evaluations() else errors[-1]
 
+    count = itertools.count(1)
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for kinds in (lambda run: run.kind != "sft", lambda run: run.kind == "sft"):  # that starts from the others
                 futures = {pool.submit(work, run): run for run in filter(kinds, waiting)}
-                for i, future in enumerate(as_completed(futures), 1):
-                    run, seconds = futures[future], future.result()
-                    if not run.evaluations():
-                        said = (run.folder / "output.txt").read_text().strip().splitlines() or ["no word"]
-                        config.fail(f"{run.name} did not finish ({said[-1]}); see {run.folder / 'output.txt'}")
-                    val = run.evaluations()[-1]["val"]
-                    bits = "  ".join(f"{domain} {scores['bits_per_byte']:.3f}" for domain, scores in val.items())
-                    print(f"[{i}/{len(futures)}] {run.name}: {bits} bits per byte, {seconds:.0f} s", flush=True)
+                for future in as_completed(futures):
+                    run, (seconds, error) = futures[future], future.result()
+                    if error:
+                        failed.append(f"{run.name} did not finish ({error}); see {run.folder / 'output.txt'}")
+                    else:
+                        val = run.evaluations()[-1]["val"]
+                        bits = "  ".join(f"{domain} {scores['bits_per_byte']:.3f}" for domain, scores in val.items())
+                    said = failed[-1] if error else f"{bits} bits per byte"
+                    print(f"[{next(count)}/{len(waiting)}] {run.name}: {said}, {seconds:.0f} s", flush=True)
         except BaseException:
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()  # if it runs, it finishes its step and saves
             raise
+    return failed
 
 
 @torch.no_grad()
@@ -554,7 +597,8 @@ def collect(runs: list[Run], device: torch.device) -> list[dict]:
             path = run.folder / "causal.json"  # minutes of work
             if not path.exists():
                 write_json(path, causal_losses(run, device))
-            causal = {"variant": f"{run.variant}, causal", "bits_per_byte": json.loads(path.read_text()), "routing": {}}
+            causal = {name: f"{result[name]}, causal" for name in ("name", "variant")}
+            causal |= {"bits_per_byte": json.loads(path.read_text()), "routing": {}}
             results.append({**result, **causal})
     return results
 
@@ -590,6 +634,7 @@ def summarize(results: list[dict]) -> list[dict]:
             "bits_per_byte": {d: mean_and_error(bits[d] for bits in by_seed.values()) for d in domains},
         }  # fmt: skip
         paired = [seed for seed in by_seed if seed in baseline]
+        row["pairs"] = len(paired)
         if paired:
             differences = {d: [by_seed[seed][d] - baseline[seed][d] for seed in paired] for d in domains}
             row["difference"] = {d: mean_and_error(values) for d, values in differences.items()}
@@ -622,16 +667,22 @@ def plus_minus(pair: tuple[float, float | None], form: str) -> str:
     return format(mean, form) + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
+def half_interval(row: dict, domain: str) -> float:
+    """Half the width of the 95% interval of a row's difference to the baseline; 0 of one pair, which has none."""
+    return T95[row["pairs"] - 2] * row["difference"][domain][1] if row["pairs"] > 1 else 0.0
+
+
 def print_study(rows: list[dict], results: list[dict], seeds: int):
     """The tables of a study."""
     domains = list(rows[0]["bits_per_byte"])
-    note = f"; a 95% interval is {T95[seeds - 2]} of them wide to either side" if seeds > 1 else ""
-    print(f"\nBits per byte of held-out text; ± is the standard error over {seeds} seeds{note}")
-    table = [["variant", *domains, f"mean - {BASELINE}", "parameters", "tokens/s"]]
+    note = f"; of {seeds} a 95% interval is {T95[seeds - 2]} of them wide to either side" if seeds > 1 else ""
+    print(f"\nBits per byte of held-out text; ± is the standard error over the seeds{note}. Mean: of the domains.")
+    table = [["variant", "seeds", *domains, f"mean - {BASELINE}", "parameters", "tokens/s, beside others"]]
     for row in sorted(rows, key=lambda row: row["bits_per_byte"]["mean"][0]):
         bits = (plus_minus(row["bits_per_byte"][domain], ".4f") for domain in domains)
         difference = plus_minus(row["difference"]["mean"], "+.4f") if "difference" in row else "-"
-        table.append([name_of(row), *bits, difference, f"{row['parameters']:,}", f"{row['tokens_per_second']:,.0f}"])
+        name, runs, speed = name_of(row), str(row["runs"]), f"{row['tokens_per_second']:,.0f}"
+        table.append([name, runs, *bits, difference, f"{row['parameters']:,}", speed])
     print_table(table)
 
     routed = [row for row in rows if "routing" in row]
@@ -641,13 +692,13 @@ def print_study(rows: list[dict], results: list[dict], seeds: int):
         "Routing at the end, means over the layers; entropies as shares of ln K, the static one is the paper's measure"
     )
     names = {tuple(result["activations"]) for result in results if result["kind"] == "variant" and result["routing"]}
-    usage = "usage" if len(names) > 1 else f"usage: {' / '.join(*names)}"
+    usage = "usage, as its activations are listed" if len(names) > 1 else f"usage: {' / '.join(*names)}"
     header = ["", "static entropy", "dynamic entropy", "input dependence, nats", "agreement", usage]
     print_table([header, *(routing_line(name_of(row), row["routing"], row["usage"]) for row in routed)])
 
     print("Usage by layer, each run by itself, in the same order")
     of = [r for r in results if r["kind"] == "variant" and r["routing"]]
-    table = [["run", *(f"layer {i}" for i in range(len(of[0]["routing"]["usage"])))]]
+    table = [["run", *(f"layer {i}" for i in range(len(routed[0]["usage"])))]]
     for r in of:
         table.append([r["name"], *(" / ".join(f"{share:.0%}" for share in layer) for layer in r["routing"]["usage"])])
     print_table(table)
@@ -669,33 +720,33 @@ def draw_study(path: Path, rows: list[dict], results: list[dict], seeds: int):
     compared = [row for row in rows if row["kind"] == "variant" and row["variant"] != BASELINE and "difference" in row]
     compared.sort(key=lambda row: row["difference"]["mean"][0], reverse=True)
     figure = Figure(figsize=(11, 2.2 + 0.42 * len(compared)), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    factor = T95[seeds - 2] if seeds > 1 else 0.0
+    routed = [result for result in results if (result["kind"], result["variant"]) == ("variant", ROUTED)]
+    left, *right = figure.subplots(1, 2, width_ratios=(3, 2)) if routed else (figure.subplots(),)
     for k, domain in enumerate(compared[0]["difference"]):
-        means, errors = zip(*(row["difference"][domain] for row in compared))
+        means = [row["difference"][domain][0] for row in compared]
         heights = np.arange(len(compared)) + (0.27 - 0.18 * k)
         color = "k" if domain == "mean" else f"C{k + 4}"
-        widths = [factor * (error or 0) for error in errors]
+        widths = [half_interval(row, domain) for row in compared]
         left.errorbar(means, heights, xerr=widths, fmt="o", color=color, markersize=4, capsize=2, label=domain)
     left.axvline(0, color="gray", linewidth=1)
     left.set_yticks(range(len(compared)), [row["variant"] for row in compared])
     left.set_xlabel(f"bits per byte, less those of {BASELINE}; lower is better")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-    routed = [result for result in results if (result["kind"], result["variant"]) == ("variant", ROUTED)]
     for i, result in enumerate(routed):
         usage = np.array(result["routing"]["usage"])  # [n_layer, K]
         at, width = np.arange(len(usage)) + 0.8 * (i + 0.5) / len(routed) - 0.4, 0.7 / len(routed)
         for k, name in enumerate(result["activations"]):
             label = None if i else name
-            right.bar(at, usage[:, k], width, bottom=usage[:, :k].sum(1), color=f"C{k}", label=label)
+            right[0].bar(at, usage[:, k], width, bottom=usage[:, :k].sum(1), color=f"C{k}", label=label)
     if routed:
-        right.set(xlabel="layer; a bar a seed", ylabel=f"usage, {ROUTED}", ylim=(0, 1), xticks=range(len(usage)))
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-    title = f"{seeds} seeds, paired; bars: 95% intervals"
+        right[0].set(xlabel="layer; a bar a seed", ylabel=f"usage, {ROUTED}", ylim=(0, 1), xticks=range(len(usage)))
+        right[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    title = f"{seeds} seeds, paired; bars: 95% intervals" if seeds > 1 else "1 seed, so no intervals"
     for row in compared:
         if row["variant"] == ROUTED:
-            mean, error = row["difference"]["mean"]
-            title = f"PolyGLU ({ROUTED}) less SwiGLU: {mean:+.4f} ± {factor * (error or 0):.4f} bits per byte; {title}"
+            (mean, _), half = row["difference"]["mean"], half_interval(row, "mean")
+            within = f" (95%: {mean - half:+.4f} to {mean + half:+.4f})" if half else ""
+            title = f"PolyGLU ({ROUTED}) less SwiGLU: {mean:+.4f}{within} bits per byte; {title}"
     figure.suptitle(title)
     figure.savefig(path)
 
@@ -710,31 +761,37 @@ def study(cfg: StudyConfig):
         (out / ".lock").touch()
     except OSError as e:
         config.fail(f"cannot write to {out}: {e.strerror}")
-    for run in runs:  # what is wrong is said before the first hour, not after it
-        if run.kind == "sft":
-            shape = dataclasses.asdict(runs[0].settings.model_config())
-            Conversations(dataclasses.replace(run.settings, **shape))
-        else:
-            Corpus(run.settings)
+    check_runs(runs)
+    torch.set_flush_denormal(True)  # as train.py does
+    jobs = cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1)
+    machine = describe_machine(device) + (", one for each run" if device.type == "cpu" else "")
     with config.claimed(out):
         try:
-            train_runs(runs, cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1), device.type == "cpu")
+            failed = train_runs(runs, jobs, device.type == "cpu")
         except KeyboardInterrupt:
             config.fail("stopped; the same command goes on from here")
-        results = collect(runs, device)
+        results = collect([run for run in runs if run.evaluations()], device)
         rows = summarize(results)
-        write_json(out / "study.json", {
-            "machine": describe_machine(device), "settings": dataclasses.asdict(cfg), "summary": rows, "runs": results,
-        })  # fmt: skip
-    print_study(rows, results, cfg.seeds)
-    print(f"numbers: {out / 'study.json'}")
-    if not any("difference" in row for row in rows if row["variant"] != BASELINE):
-        return print(f"no picture: it compares variants with {BASELINE}")
-    try:
-        draw_study(out / "study.png", rows, results, cfg.seeds)
-        print(f"picture: {out / 'study.png'}")
-    except ImportError:
-        print("no picture: it needs a package: pip install matplotlib")
+        if not rows:
+            config.fail(failed[0])
+        print_study(rows, results, cfg.seeds)
+        try:
+            write_json(out / "study.json", {
+                "machine": machine, "settings": dataclasses.asdict(cfg), "summary": rows, "runs": results,
+            })  # fmt: skip
+            print(f"numbers: {out / 'study.json'}")
+            others = [row for row in rows if row["kind"] == "variant" and row["variant"] != BASELINE]
+            if any("difference" in row for row in others):
+                draw_study(out / "study.png", rows, results, cfg.seeds)
+                print(f"picture: {out / 'study.png'}")
+            else:
+                print(f"no picture: it compares variants with {BASELINE}")
+        except OSError as e:
+            config.fail(f"cannot write to {out}: {e.strerror}")
+        except ImportError:
+            print("no picture: it needs a package: pip install matplotlib")
+    if failed:
+        config.fail(f"{len(failed)} of {len(runs)} runs: {failed[0]}")
 
 
 def describe_machine(device: torch.device) -> str:

@@ -2571,7 +2571,16 @@ def test_bench_answers_bad_input_in_one_line(tmp_path):
 
 
 def test_the_studys_variants_differ_in_routing_alone():
-    routing = {"activations", "router_context", "router_hidden", "gumbel", "frozen", "routing_lr", "tau_end"}
+    routing = {
+        "activations",
+        "router_context",
+        "router_hidden",
+        "gumbel",
+        "frozen",
+        "routing_lr",
+        "tau_start",
+        "tau_end",
+    }
     files = sorted((ROOT / "config" / "study").glob("*.py"))
     assert len(files) >= 11
     for path in files:
@@ -2618,6 +2627,29 @@ def test_study_trains_each_cell_once_and_again_to_the_last_digit(corpus_dir, cha
 
     done = run_script("bench.py", "study", *flags, "--max_steps=4")
     assert_one_line(done, "swiglu-1 was trained with max_steps=3, not 4; remove it, or choose another --out_dir")
+    shutil.move(tmp_path / "out", tmp_path / "moved")  # where a study lies is not what it is
+    flags[flags.index(f"--out_dir={tmp_path / 'out'}")] = f"--out_dir={tmp_path / 'moved'}"
+    assert "4 runs, 4 of them done before" in run_script("bench.py", "study", *flags).stdout
+    shutil.rmtree(tmp_path / "moved" / "prefix-1")
+    done = run_script("bench.py", "study", *flags)
+    assert_one_line(done, "prefix-sft-1 was fine-tuned from an earlier prefix-1; remove it")
+    base = (tmp_path / "base.py").read_text()
+    (tmp_path / "base.py").write_text(base.replace("lr = ", "# lr = "))  # a setting that is no longer given
+    assert_one_line(run_script("bench.py", "study", *flags), "swiglu-1 was trained with lr=")
+    (tmp_path / "base.py").write_text(base + "frozen = ('alhpa',)\n")
+    done = run_script("bench.py", "study", *flags, f"--out_dir={tmp_path / 'other'}")
+    assert_one_line(done, "frozen: no parameter has 'alhpa' in its name")
+
+
+def test_a_study_finishes_the_other_runs_when_one_fails(corpus_dir, tmp_path, capsys):
+    runs = []
+    for name, lr in {"bad": 1e12, "good": 1e-3}.items():
+        given = run_settings(corpus_dir, tmp_path / name, max_steps=2, lr=lr, routing_lr=lr)
+        (tmp_path / f"{name}.py").write_text("".join(f"{key} = {value!r}\n" for key, value in given.items()))
+        runs.append(bench.Run(name, "variant", name, 1, [str(tmp_path / f"{name}.py")], tmp_path / name))
+    (failed,) = bench.train_runs(runs, 1, True)
+    assert failed.startswith("bad did not finish (error: ") and "[2/2] good: math" in capsys.readouterr().out
+    assert runs[1].evaluations() and bench.is_done(runs[1])
 
 
 def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):

@@ -547,19 +547,19 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
 
 
 @torch.no_grad()
-def causal_losses(run: Run, device: torch.device, n_positions: int = 32) -> dict[str, float]:
+def causal_losses(run: Run, device: torch.device, first: int = 32, others: int = 8) -> dict[str, float]:
     """What a "sequence" model is worth when it must write, in bits per byte of each domain.
 
     There the routing cannot read later tokens, so each token is predicted by a forward pass on what precedes it alone.
-    That costs a pass a token, so it is done at the first n_positions of every row, where most of the difference is, and
-    at about as many of the others, evenly spaced, in every batch other ones. The mean difference to the losses of the
-    same tokens as trained, each weighted by how many it stands for, is added to the score as trained.
+    That costs a pass a token, so it is done at the `first` tokens of every row, where most of the difference is, and at
+    about `others` of the rest, evenly spaced, in every batch other ones. The mean difference to the losses of the same
+    tokens as trained, each weighted by how many it stands for, is added to the score as trained.
     """
     cfg = run.settings
     model, corpus = PolychromaticLM.from_pretrained(run.folder).to(device).eval(), Corpus(cfg)
     dtype = pick_dtype(cfg.dtype, device)
-    first, losses = min(n_positions, cfg.block_size), {}
-    stride = max(1, (cfg.block_size - first) // n_positions)
+    first, losses = min(first, cfg.block_size), {}
+    stride = max(1, (cfg.block_size - first) // others)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for domain in cfg.mixture:
             more, count = 0.0, 0

@@ -2657,7 +2657,7 @@ def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
     train.train(cfg)
     run = bench.Run("x", "variant", "sequence", 1, [], tmp_path)
     run.settings = cfg
-    found = bench.causal_losses(run, torch.device("cpu"), n_positions=cfg.block_size)
+    found = bench.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
     model, corpus = PolychromaticLM.from_pretrained(tmp_path).eval(), train.Corpus(cfg)
     for domain in cfg.mixture:
         nats = []

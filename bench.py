@@ -547,16 +547,19 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
 
 
 @torch.no_grad()
-def causal_losses(run: Run, device: torch.device, first: int = 32, others: int = 8) -> dict[str, float]:
+def causal_losses(
+    run: Run, device: torch.device, rows: int = 128, first: int = 32, others: int = 8
+) -> dict[str, float]:
     """What a "sequence" model is worth when it must write, in bits per byte of each domain.
 
     There the routing cannot read later tokens, so each token is predicted by a forward pass on what precedes it alone.
-    That costs a pass a token, so it is done at the `first` tokens of every row, where most of the difference is, and at
-    about `others` of the rest, evenly spaced, in every batch other ones. The mean difference to the losses of the same
-    tokens as trained, each weighted by how many it stands for, is added to the score as trained.
+    That costs a pass a token, so it is done in `rows` of the rows alone, at the `first` tokens, where most of the
+    difference is, and at about `others` of the rest, evenly spaced, in every batch other ones. The mean difference to
+    the losses of the same tokens as trained, each weighted by how many it stands for, is added to the score as trained.
     """
     cfg = run.settings
-    model, corpus = PolychromaticLM.from_pretrained(run.folder).to(device).eval(), Corpus(cfg)
+    model = PolychromaticLM.from_pretrained(run.folder).to(device).eval()
+    corpus = Corpus(dataclasses.replace(cfg, eval_tokens=min(cfg.eval_tokens, rows * cfg.block_size)))
     dtype = pick_dtype(cfg.dtype, device)
     first, losses = min(first, cfg.block_size), {}
     stride = max(1, (cfg.block_size - first) // others)

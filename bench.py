@@ -683,7 +683,8 @@ def print_study(rows: list[dict], results: list[dict], seeds: int):
     table = [["variant", "seeds", *domains, f"mean - {BASELINE}", "parameters", "tokens/s, beside others"]]
     for row in sorted(rows, key=lambda row: row["bits_per_byte"]["mean"][0]):
         bits = (plus_minus(row["bits_per_byte"][domain], ".4f") for domain in domains)
-        difference = plus_minus(row["difference"]["mean"], "+.4f") if "difference" in row else "-"
+        other = "difference" in row and (row["kind"], row["variant"]) != ("variant", BASELINE)
+        difference = plus_minus(row["difference"]["mean"], "+.4f") if other else "-"
         name, runs, speed = name_of(row), str(row["runs"]), f"{row['tokens_per_second']:,.0f}"
         table.append([name, runs, *bits, difference, f"{row['parameters']:,}", speed])
     print_table(table)

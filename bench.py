@@ -768,7 +768,7 @@ def study(cfg: StudyConfig):
     check_runs(runs)
     torch.set_flush_denormal(True)  # as train.py does
     jobs = cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1)
-    machine = describe_machine(device) + (", one for each run" if device.type == "cpu" else "")
+    machine = describe_machine(device) + ("; one thread for each run" if device.type == "cpu" else "")
     with config.claimed(out):
         try:
             failed = train_runs(runs, jobs, device.type == "cpu")

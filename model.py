@@ -25,21 +25,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-
-def tanh(x: Tensor) -> Tensor:
-    """torch.tanh(x); compiled, by the sigmoid, which takes a third of the time on a CPU."""
-    return 2 * torch.sigmoid(2 * x) - 1 if torch.compiler.is_compiling() else torch.tanh(x)
-
+Activation = Callable[[Tensor], Tensor]  # of each number by itself
 
 # The registry of activations: a new one is one line here, and a name in ModelConfig.activations.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
-    "tanh": tanh,
+    "tanh": torch.tanh,
     "silu": F.silu,
     "gelu": F.gelu,  # the exact one, by erf
 }
@@ -260,32 +255,27 @@ def gumbel_noise(*shape: int, like: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(like.dtype).tiny)))
 
 
-def softmax_over_sum(static: Tensor, dynamic: Tensor) -> tuple[list[Tensor], Tensor]:
+def softmax_over_sum(static: Tensor, dynamic: Tensor, doublings: int) -> tuple[list[Tensor], Tensor]:
     """Softmax over the first dimension of static [K, B, 1, F] + dynamic [K, B, T, 1], as K tensors [B, T, F] and a sum.
 
     The weights are the tensors divided by their sum: what is to be weighted is divided once, after it is summed.
 
-    exp(s + d) is a factor per neuron times a factor per token, so none of the B * T * F * K exponentials is needed.
-    With the largest of each subtracted, all factors are at most 1, and the sum is at least e^-40 unless a neuron and a
-    token both put more than 40 nats between two activations. For those, the factors are n-th roots, and the n-th power
-    is taken once they sum to 1: with n = 16 that is exact up to 1280 nats. Eager on a CPU, where every operation is
-    a pass over memory, n is as small as the numbers allow; with n = 1 the sum over K is a product of matrices.
+    exp(s + d) is a factor per neuron times a factor per token, so none of the B * T * F * K exponentials is needed. The
+    largest of each must be 0: then all factors are at most 1, and the sum is at least e^-40 unless a neuron and a token
+    both put more than 40 nats between two activations. For those, the factors are n-th roots, and the n-th power is
+    taken once they sum to 1: with n = 2**doublings = 16 that is exact up to 1280 nats.
     """
-    static, dynamic = (x - x.amax(0) for x in (static, dynamic))
-    doublings = 4
-    if static.device.type == "cpu" and not torch.compiler.is_compiling():
-        nats = -max(static.min().item(), dynamic.min().item())
-        doublings = min(4, math.ceil(math.log2(max(nats, 40) / 40)))
     static, dynamic = ((x / 2**doublings).clamp_min(-80).exp() for x in (static, dynamic))
     powers = [s * d for s, d in zip(static, dynamic)]
-    if not doublings:
+    if not doublings and not torch.compiler.is_compiling():  # the sum is a product of matrices, one pass over memory
         by_row = dynamic.squeeze(-1).permute(1, 2, 0), static.squeeze(-2).transpose(0, 1)  # [B, T, K], [B, K, F]
         with torch.autocast("cpu", enabled=False):  # which would take this product in bfloat16
             return powers, torch.bmm(*(x.contiguous() for x in by_row))
-    scale = functools.reduce(torch.add, powers).reciprocal()
-    powers = [x.mul_(scale) for x in powers]
-    for _ in range(doublings):
-        powers = [x.square_() for x in powers]
+    if doublings:
+        scale = functools.reduce(torch.add, powers).reciprocal()
+        powers = [x.mul_(scale) for x in powers]
+        for _ in range(doublings):
+            powers = [x.square_() for x in powers]
     total = functools.reduce(torch.add, powers)
     if torch.compiler.is_compiling():  # divided already: else the compiler would keep the sum for the backward pass
         scale = total.reciprocal()
@@ -295,7 +285,7 @@ def softmax_over_sum(static: Tensor, dynamic: Tensor) -> tuple[list[Tensor], Ten
 
 def softmax(static: Tensor, dynamic: Tensor) -> list[Tensor]:
     """The weights themselves: softmax over the K of static [K, B, 1, F] + dynamic [K, B, T, 1], K tensors [B, T, F]."""
-    powers, total = softmax_over_sum(static, dynamic)
+    powers, total = softmax_over_sum(static - static.amax(0), dynamic - dynamic.amax(0), doublings=4)
     return [x.div_(total) for x in powers]
 
 
@@ -307,15 +297,8 @@ def weighted_sum(weights: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def values_and_slope(
-    functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor, weights: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Tensor]:
+def values_and_slope(functions: Sequence[Activation], x: Tensor, weights: Sequence[Tensor]) -> tuple[list, Tensor]:
     """Pointwise functions of x, and the sum of their derivatives times the weights, all of the shape of x."""
-    if torch.compiler.is_compiling():  # in the forward mode, as the compiler cannot trace the other here
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(x, torch.ones_like(x))
-            values, slopes = zip(*(forward_ad.unpack_dual(function(dual)) for function in functions))
-        return values, weighted_sum(weights, slopes)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         values = [function(x) for function in functions]
@@ -323,75 +306,140 @@ def values_and_slope(
     return [value.detach() for value in values], slope
 
 
-def joined(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
-    """The parts along a dimension as one tensor, without a copy if there is one part."""
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
+def values_and_slopes(functions: Sequence[Activation], x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Pointwise functions of x and their derivatives, all of the shape of x, for compiled code.
+
+    In float32, tanh, silu and gelu are written out together: two exponentials and two divisions serve all three and
+    their derivatives. One by one they take five and four, which is what PolyGLU costs a CPU most. (The exponentials are
+    powers of 2: a result of exp that is used twice, the compiler would write to memory.)
+    """
+    known = {}
+    if x.dtype == torch.float32:
+        e = torch.exp2(x.clamp_min(-28) * -math.log2(math.e))  # exp(-x); beyond, silu is 0 and e**4 too large
+        a, b = 1 + e, 1 + e * e
+        r = 1 / (a * b)
+        sigmoid, tanh = b * r, 2 * a * r - 1  # 1 / a, and 2 / b - 1
+        silu = x * sigmoid
+        density = torch.exp2(x * x * (-0.5 * math.log2(math.e))) / math.sqrt(2 * math.pi)  # of the normal distribution
+        t = 1 / (1 + 0.2316419 * x.abs())  # its tail beyond |x|, within 7.5e-8 (Abramowitz and Stegun, 26.2.17)
+        series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
+        tail = density * series
+        known = {
+            F.relu: (F.relu(x), (x > 0).to(x.dtype)),
+            torch.tanh: (tanh, 1 - tanh * tanh),
+            F.silu: (silu, sigmoid + silu * (1 - sigmoid)),
+            F.gelu: (F.relu(x) - x.abs() * tail, torch.where(x < 0, tail, 1 - tail) + x * density),
+        }
+    pairs = [known[f] if f in known else torch.func.jvp(f, (x,), (torch.ones_like(x),)) for f in functions]
+    values, slopes = zip(*pairs)
+    return values, slopes
 
 
 class MixedGLU(torch.autograd.Function):
-    """up * sum_k g_k * sigma_k(gate), with g = softmax(static + dynamic): it remembers its inputs and nothing else.
+    """up * sum_k g_k * sigma_k(gate), with g = softmax(static + dynamic).
 
     gate, up [B, T, F], static [K, B, 1, F], dynamic [K, B, T, 1], names of the K activations -> [B, T, F], dtype of up.
 
-    Left to itself, autograd would keep K tensors [B, T, F] for the backward pass. Here that computes them again: eager,
-    for some tokens at a time, so that they stay in a CPU's cache; compiled, in registers. What the compiler was seen to
-    make of it (torch 2.13, C++): forward, one loop over [B, T, F]; backward, one that writes d_gate and d_up and sums
-    over F, and one that sums over T; neither writes a tensor of K * B * T * F numbers.
+    Left to itself, autograd would keep K tensors [B, T, F] and more for the backward pass. Here that computes them
+    again. Eager: for some tokens at a time, so that they stay in a CPU's cache; what is kept is the sum over k, as a
+    plain GLU keeps its activated gate. Compiled: in registers, and nothing is kept but the inputs. What the compiler
+    was seen to make of it (torch 2.13, C++): forward, one loop over [B, T, F]; backward, one that writes d_gate and
+    d_up and sums over F, and one that sums over T; neither writes a tensor of K * B * T * F numbers.
     """
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor, names: tuple[str, ...]) -> Tensor:
-        ctx.save_for_backward(gate, up, static, dynamic)
-        ctx.names, y = names, torch.empty_like(up)
-        for part in MixedGLU.parts(gate):
-            x = at_least_fp32(gate[:, part])
-            powers, total = softmax_over_sum(static, dynamic[:, :, part])
-            mixed = weighted_sum(powers, [ACTIVATIONS[name](x) for name in names]).div_(total)
-            torch.mul(mixed, up[:, part], out=y[:, part])
+        static, dynamic = (x - x.amax(0) for x in (static, dynamic))  # which changes no softmax
+        near = torch.maximum(static.amin(), dynamic.amin()) >= -40  # whether softmax_over_sum needs no roots
+        ctx.functions = tuple(ACTIVATIONS[name] for name in names)
+        mix = mix_compiled if torch.compiler.is_compiling() else mix_in_parts
+        y, *kept = MixedGLU.run(mix, ctx.functions, near, gate, up, static, dynamic)
+        ctx.save_for_backward(near, gate, up, static, dynamic, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor):
-        gate, up, static, dynamic = ctx.saved_tensors
-        activations = [ACTIVATIONS[name] for name in ctx.names]
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        d_dynamic, d_static = [], torch.zeros_like(static[:-1])
-        for part in MixedGLU.parts(gate):
-            x, dy, u = (at_least_fp32(t[:, part]) for t in (gate, d_y, up))
-            powers, total = softmax_over_sum(static, dynamic[:, :, part])
-            values, slope = values_and_slope(activations, x, powers)
-            # d_logit_k = g_k * (sigma_k - mixed) * dy * u. Over k they sum to 0, which gives the last one.
-            if torch.compiler.is_compiling():
-                # The powers are divided already. Values times dy first, as then the two loops share d_up alone.
-                du = weighted_sum(powers, [value * dy for value in values])
-                d_up[:, part] = du
-                torch.mul(slope, dy * u, out=d_gate[:, part])
-                d_logits = [weight * (value * dy - du) * u for weight, value in zip(powers[:-1], values)]
-                # To sum over T too, the compiler would write the d_logits to memory. From transposed inputs it computes
-                # them again, in the order of that sum; of 8 tokens first, as each token is another page of memory.
-                rows = 8 if x.size(1) % 8 == 0 else x.size(1)
-                x, dy, u, du = (t.unflatten(1, (-1, rows)).mT for t in (x, dy, u, du))
-                g = softmax(static[:, :, None].mT, dynamic.unflatten(2, (-1, rows)).mT)
-                again = [weight * (f(x) * dy - du) * u for weight, f in zip(g[:-1], activations)]
-                d_static = torch.stack([d.sum(-1).sum(1)[:, None] for d in again])
-            else:
-                mixed = weighted_sum(powers, values).div_(total)
-                torch.mul(dy, mixed, out=d_up[:, part])
-                d_mixed = (dy * u).div_(total)  # divided by what the powers lack
-                torch.mul(slope, d_mixed, out=d_gate[:, part])
-                d_logits = [(value - mixed).mul_(weight.mul_(d_mixed)) for weight, value in zip(powers[:-1], values)]
-                d_static += torch.stack([d.sum(1, keepdim=True) for d in d_logits])
-            d_dynamic.append(torch.stack([d.sum(-1, keepdim=True) for d in d_logits]))
-        d_static, d_dynamic = (torch.cat((d, -d.sum(0, keepdim=True))) for d in (d_static, joined(d_dynamic, 2)))
+        near, *kept = ctx.saved_tensors
+        d_mix = d_mix_compiled if torch.compiler.is_compiling() else d_mix_in_parts
+        d_gate, d_up, *d_logits = MixedGLU.run(d_mix, ctx.functions, near, d_y, *kept)
+        # The gradients of the logits sum to 0 over k, which gives the last one.
+        d_static, d_dynamic = (torch.cat((d, -d.sum(0, keepdim=True))) for d in d_logits)
         return d_gate, d_up, d_static, d_dynamic, None
 
     @staticmethod
-    def parts(gate: Tensor) -> list[slice]:
-        """Parts of the tokens to work on, one after another: of 2**19 numbers; 2**26 on a GPU; all if compiled."""
-        B, T, F = gate.shape
-        n = T if torch.compiler.is_compiling() else max(1, 2 ** (26 if gate.is_cuda else 19) // (B * F))
-        return [slice(i, i + n) for i in range(0, T, n)]
+    def run(work: Callable, functions: Sequence[Activation], near: Tensor, *tensors: Tensor):
+        """work(functions, doublings, *tensors), with the doublings of softmax_over_sum only if they are needed.
+
+        On a GPU always: memory is what it waits for there, and to look at `near` would be to wait for it.
+        """
+        if near.device.type != "cpu":
+            return work(functions, 4, *tensors)
+        if torch.compiler.is_compiling():
+            branches = (functools.partial(work, functions, doublings) for doublings in (0, 4))
+            return torch.cond(near, *branches, tensors)
+        return work(functions, 0 if near else 4, *tensors)
+
+
+def mix_compiled(functions, doublings: int, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor):
+    """MixedGLU's forward pass, as a tuple."""
+    g, _ = softmax_over_sum(static, dynamic, doublings)
+    values, _ = values_and_slopes(functions, at_least_fp32(gate))
+    return ((weighted_sum(g, values) * up).to(up.dtype),)
+
+
+def d_mix_compiled(functions, doublings: int, d_y: Tensor, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor):
+    """Gradients of gate, up, and of all but the last of the K static and dynamic logits."""
+    x, dy, u = (at_least_fp32(t) for t in (gate, d_y, up))
+    g, _ = softmax_over_sum(static, dynamic, doublings)
+    values, slopes = values_and_slopes(functions, x)
+    du = weighted_sum(g, [value * dy for value in values])
+    d_gate = weighted_sum(g, slopes) * (dy * u)
+    # d_logit_k = g_k * (sigma_k - sum_j g_j * sigma_j) * dy * u, written so that the two loops share du alone.
+    d_dynamic = [(weight * (value * dy - du) * u).sum(-1, keepdim=True) for weight, value in zip(g[:-1], values)]
+    # To sum over T too, the compiler would write the summands to memory. From transposed inputs it computes them again,
+    # in the order of that sum; of 8 tokens first, as each token is another page of memory.
+    rows = 8 if x.size(1) % 8 == 0 else x.size(1)
+    x, dy, u, d = (t.unflatten(1, (-1, rows)).mT for t in (x, dy, u, du))
+    g, _ = softmax_over_sum(static[:, :, None].mT, dynamic.unflatten(2, (-1, rows)).mT, doublings)
+    values, _ = values_and_slopes(functions[:-1], x)
+    d_static = [(weight * (value * dy - d) * u).sum(-1).sum(1)[:, None] for weight, value in zip(g[:-1], values)]
+    return d_gate.to(gate.dtype), du.to(up.dtype), torch.stack(d_static), torch.stack(d_dynamic)
+
+
+def parts(gate: Tensor) -> list[slice]:
+    """Parts of the tokens of gate [B, T, F] to work on, one after another: of 2**19 numbers, on a GPU 2**26."""
+    B, T, F = gate.shape
+    n = max(1, 2 ** (26 if gate.is_cuda else 19) // (B * F))
+    return [slice(i, i + n) for i in range(0, T, n)]
+
+
+def mix_in_parts(functions, doublings: int, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor):
+    """MixedGLU's forward pass, eager: y, and sum_k g_k * sigma_k(gate), both of the shape and dtype of up."""
+    y, mixed = torch.empty_like(up), torch.empty_like(up)
+    for part in parts(gate):
+        x = at_least_fp32(gate[:, part])
+        powers, total = softmax_over_sum(static, dynamic[:, :, part], doublings)
+        mix = weighted_sum(powers, [function(x) for function in functions]).div_(total)
+        mixed[:, part] = mix
+        torch.mul(mix, up[:, part], out=y[:, part])
+    return y, mixed
+
+
+def d_mix_in_parts(functions, doublings, d_y: Tensor, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor, mixed):
+    """d_mix_compiled(), eager."""
+    d_gate, d_up = torch.empty_like(gate), d_y * mixed
+    d_static, d_dynamic = torch.zeros_like(static[:-1]), torch.empty_like(dynamic[:-1])
+    for part in parts(gate):
+        x, dy, u, mix = (at_least_fp32(t[:, part]) for t in (gate, d_y, up, mixed))
+        powers, total = softmax_over_sum(static, dynamic[:, :, part], doublings)
+        values, slope = values_and_slope(functions, x, powers)
+        d_mix = (dy * u).div_(total)  # divided by what the powers lack
+        torch.mul(slope, d_mix, out=d_gate[:, part])
+        d_logits = [(value - mix).mul_(weight.mul_(d_mix)) for weight, value in zip(powers[:-1], values)]
+        d_static += torch.stack([d.sum(1, keepdim=True) for d in d_logits])
+        d_dynamic[:, :, part] = torch.stack([d.sum(-1, keepdim=True) for d in d_logits])
+    return d_gate, d_up, d_static, d_dynamic
 
 
 class PolyGLU(nn.Module):

@@ -43,7 +43,18 @@ from eval import print_table
 from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype, load_checkpoint
 from prepare_data import code_documents, encode, open_tokenizer, write_json
 from sft import Conversations, SFTConfig
-from train import PEAK_FLOPS, Corpus, Ranks, TrainConfig, compiler_works, freeze, pick_device, pick_dtype, read_log
+from train import (
+    PEAK_FLOPS,
+    Corpus,
+    Ranks,
+    TrainConfig,
+    compiler_works,
+    freeze,
+    pick_device,
+    pick_dtype,
+    prepare_cpu,
+    read_log,
+)
 
 ROWS = ("ffn", "loss", "step", "decode", "prepare")
 POLYGLU, SWIGLU = ("relu", "tanh", "silu", "gelu"), ("silu",)
@@ -766,7 +777,7 @@ def study(cfg: StudyConfig):
     except OSError as e:
         config.fail(f"cannot write to {out}: {e.strerror}")
     check_runs(runs)
-    torch.set_flush_denormal(True)  # as train.py does
+    prepare_cpu()
     jobs = cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1)
     machine = describe_machine(device) + ("; one thread for each run" if device.type == "cpu" else "")
     with config.claimed(out):
@@ -808,7 +819,7 @@ def main():
     if sys.argv[1:2] == ["study"]:
         return study(config.load(StudyConfig, sys.argv[2:]))
     cfg = config.load(BenchConfig)
-    torch.set_flush_denormal(True)  # as train.py does
+    prepare_cpu()
     device = pick_device(cfg.device)
     large = device.type == "cuda"
     defaults = {"n_embd": 1024 if large else 512, "batch_size": 8 if large else 4, "block_size": 4096 if large else 512}

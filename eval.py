@@ -44,7 +44,7 @@ from prepare_data import (
 )
 from sample import inference_dtype, load_model, newest_checkpoint
 from sft import Conversations
-from train import Corpus, Ranks, TrainConfig, pick_device, read_log
+from train import Corpus, Ranks, TrainConfig, pick_device, prepare_cpu, read_log
 
 ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 
@@ -657,7 +657,7 @@ def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dic
 
 def main():
     cfg = config.load(EvalConfig)
-    torch.set_flush_denormal(True)  # gates of 1e-40, at a low tau, would slow a CPU down
+    prepare_cpu()
     path, device = Path(cfg.init_from or newest_checkpoint()), pick_device(cfg.device)
     model = load_model(str(path), device, cfg.revision, cfg.router_context)
     folder, settings = path if path.is_dir() else path.parent if path.exists() else Path("out") / path, {}

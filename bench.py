@@ -44,6 +44,7 @@ from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_
 from prepare_data import code_documents, encode, open_tokenizer, write_json
 from sft import Conversations, SFTConfig
 from train import (
+    COMPILE_OPTIONS,
     PEAK_FLOPS,
     Corpus,
     Ranks,
@@ -194,7 +195,7 @@ def bench_ffn(cfg: BenchConfig, table: Table, device: torch.device, autocast):
         torch.manual_seed(0)
         module = PolyGLU(ModelConfig(**shape, activations=names)).to(device)
         if compiled:
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, options=COMPILE_OPTIONS)
         return module
 
     def step(module: nn.Module):
@@ -260,7 +261,7 @@ def bench_step(cfg: BenchConfig, table: Table, device: torch.device, _autocast):
         model = PolychromaticLM(settings.model_config()).to(device).train()
         if compiled:
             for block in model.blocks:
-                block.compile()
+                block.compile(options=COMPILE_OPTIONS)
         return model, model.configure_optimizer(settings.lr, settings.weight_decay, (settings.beta1, settings.beta2))
 
     def step(model: PolychromaticLM, optimizer: torch.optim.Optimizer):

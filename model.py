@@ -320,7 +320,7 @@ def values_and_slopes(functions: Sequence[Activation], x: Tensor) -> tuple[Seque
         r = 1 / (a * b)
         sigmoid, tanh = b * r, 2 * a * r - 1  # 1 / a, and 2 / b - 1
         silu = x * sigmoid
-        density = torch.exp2(x * x * (-0.5 * math.log2(math.e))) / math.sqrt(2 * math.pi)  # of the normal distribution
+        density = torch.exp2(x * x * (-0.5 * math.log2(math.e))) * (2 * math.pi) ** -0.5  # of the normal distribution
         t = 1 / (1 + 0.2316419 * x.abs())  # its tail beyond |x|, within 7.5e-8 (Abramowitz and Stegun, 26.2.17)
         series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
         tail = density * series
@@ -482,7 +482,7 @@ class PolyGLU(nn.Module):
 
     def logits(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None):
         """What the softmax of the routing is taken of, in two terms: [K, B, 1, d_ff] of the neurons, [K, B, T, 1]."""
-        static = self.alpha.t()[:, None, None, :].expand(-1, x.size(0), -1, -1)
+        static = self.alpha.t().contiguous()[:, None, None, :].expand(-1, x.size(0), -1, -1)
         if self.training and self.gumbel:
             static = static + gumbel_noise(*static.shape, like=static)
         dynamic = self.router(x, start, state).permute(2, 0, 1)[..., None]

@@ -420,25 +420,27 @@ def mix_in_parts(functions, doublings: int, gate: Tensor, up: Tensor, static: Te
     for part in parts(gate):
         x = at_least_fp32(gate[:, part])
         powers, total = softmax_over_sum(static, dynamic[:, :, part], doublings)
-        mix = weighted_sum(powers, [function(x) for function in functions]).div_(total)
-        mixed[:, part] = mix
-        torch.mul(mix, up[:, part], out=y[:, part])
+        torch.div(weighted_sum(powers, [function(x) for function in functions]), total, out=mixed[:, part])
+        torch.mul(mixed[:, part], up[:, part], out=y[:, part])
     return y, mixed
 
 
 def d_mix_in_parts(functions, doublings, d_y: Tensor, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor, mixed):
     """d_mix_compiled(), eager."""
-    d_gate, d_up = torch.empty_like(gate), d_y * mixed
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     d_static, d_dynamic = torch.zeros_like(static[:-1]), torch.empty_like(dynamic[:-1])
     for part in parts(gate):
         x, dy, u, mix = (at_least_fp32(t[:, part]) for t in (gate, d_y, up, mixed))
         powers, total = softmax_over_sum(static, dynamic[:, :, part], doublings)
         values, slope = values_and_slope(functions, x, powers)
+        torch.mul(dy, mix, out=d_up[:, part])
         d_mix = (dy * u).div_(total)  # divided by what the powers lack
         torch.mul(slope, d_mix, out=d_gate[:, part])
-        d_logits = [(value - mix).mul_(weight.mul_(d_mix)) for weight, value in zip(powers[:-1], values)]
-        d_static += torch.stack([d.sum(1, keepdim=True) for d in d_logits])
-        d_dynamic[:, :, part] = torch.stack([d.sum(-1, keepdim=True) for d in d_logits])
+        d_logit = slope  # the memory of one that is no longer needed
+        for k, (weight, value) in enumerate(zip(powers[:-1], values)):
+            torch.sub(value, mix, out=d_logit).mul_(weight.mul_(d_mix))
+            d_static[k] += d_logit.sum(1, keepdim=True)
+            torch.sum(d_logit, -1, keepdim=True, out=d_dynamic[k, :, part])
     return d_gate, d_up, d_static, d_dynamic
 
 
@@ -482,11 +484,11 @@ class PolyGLU(nn.Module):
 
     def logits(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None):
         """What the softmax of the routing is taken of, in two terms: [K, B, 1, d_ff] of the neurons, [K, B, T, 1]."""
-        static = self.alpha.t().contiguous()[:, None, None, :].expand(-1, x.size(0), -1, -1)
+        static = self.alpha.t().contiguous().expand(x.size(0), -1, -1)  # [B, K, d_ff]
         if self.training and self.gumbel:
             static = static + gumbel_noise(*static.shape, like=static)
-        dynamic = self.router(x, start, state).permute(2, 0, 1)[..., None]
-        return static / tau, dynamic / tau
+        dynamic = self.router(x, start, state)  # [B, T, K]
+        return (static / tau).transpose(0, 1)[:, :, None], (dynamic / tau).permute(2, 0, 1)[..., None]
 
     def routing(self, x: Tensor, tau: Tensor, start: Tensor | None = None, state: Tensor | None = None) -> list[Tensor]:
         """The weights g of each activation in each neuron: K tensors [B, T, d_ff] float32, summing to 1."""

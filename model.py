@@ -375,10 +375,18 @@ class MixedGLU(torch.autograd.Function):
         """
         if near.device.type != "cpu":
             return work(functions, 4, *tensors)
-        if torch.compiler.is_compiling():
-            branches = (functools.partial(work, functions, doublings) for doublings in (0, 4))
-            return torch.cond(near, *branches, tensors)
-        return work(functions, 0 if near else 4, *tensors)
+        if not torch.compiler.is_compiling():
+            return work(functions, 0 if near else 4, *tensors)
+
+        def branch(doublings: int, *tensors: Tensor):
+            *wide, static, dynamic = tensors
+            K, (B, T, F) = len(functions), wide[0].shape
+            return work(functions, doublings, *wide, static.view(K, B, 1, F), dynamic.view(K, B, T, 1))
+
+        # The logits flat, as the compiler may give them other strides than it has told the branches.
+        *wide, static, dynamic = tensors
+        branches = (functools.partial(branch, doublings) for doublings in (0, 4))
+        return torch.cond(near, *branches, [*wide, static.flatten(), dynamic.flatten()])
 
 
 def mix_compiled(functions, doublings: int, gate: Tensor, up: Tensor, static: Tensor, dynamic: Tensor):

@@ -274,7 +274,10 @@ class Corpus:
 
 def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, targets and doc_ids, each [B, block_size] int64, of rows [B, 3, block_size]."""
-    tokens, targets, doc_ids = (torch.from_numpy(rows[:, i].copy()).to(device, non_blocking=True) for i in range(3))
+    columns = (torch.from_numpy(rows[:, i].copy()) for i in range(3))
+    if device.type == "cuda":  # from pinned memory they are copied while the GPU computes
+        columns = (column.pin_memory() for column in columns)
+    tokens, targets, doc_ids = (column.to(device, non_blocking=True) for column in columns)
     return tokens, targets, doc_ids
 
 
@@ -362,7 +365,7 @@ def compiler_works(device: torch.device) -> bool:
         return True
     except Exception as e:  # no C++ compiler, no Python headers, no Triton: each raises its own kind
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f"training uncompiled, several times slower: torch.compile does not work here ({reason.strip()[:150]})")
+        print(f"going on uncompiled, several times slower: torch.compile does not work here ({reason.strip()[:150]})")
         return False
 
 

@@ -140,13 +140,17 @@ class LayerCache(NamedTuple):
 class KVCache:
     """The memory that makes a decoded token cost one token. Give it to forward(); it is filled up to `length`.
 
-    batch_size rows, room for max_length tokens each; dtype is that of keys and values.
+    batch_size rows, room for max_length tokens each; dtype is that of keys and values. compiled: a token that comes
+    alone goes through compiled blocks, which read all max_length places behind a mask: one graph, however many are
+    full.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32, compiled=False
+    ):
         if config.sees_future:
             raise ValueError('router_context="sequence" reads later tokens too, so no cache is exact; run without one')
-        self.length, self.max_length = 0, max_length
+        self.length, self.max_length, self.compiled = 0, max_length, compiled
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
         kv = (batch_size, config.n_kv_head, max_length, config.head_dim)
         self.layers = [
@@ -167,7 +171,8 @@ class BatchContext(NamedTuple):
     mask: Tensor | BlockMask | None  # who sees whom: [B, 1, T, S] bool, or a block mask; None: plain causal
     start: Tensor  # [B, T] int64: where each token's document starts, as prefix_mean counts
     tau: Tensor  # [] temperature of the routing
-    past: int  # tokens that were in the cache before this batch
+    positions: Tensor  # [T] int64: where the batch goes in the cache
+    seen: int  # places of the cache that the batch looks at
 
 
 def document_mask(q_docs: Tensor, kv_docs: Tensor, past: int = 0) -> Tensor:
@@ -217,9 +222,8 @@ class Attention(nn.Module):
         q = rotate(self.norm_q(q), ctx.cos, ctx.sin)
         k = rotate(self.norm_k(k), ctx.cos, ctx.sin)
         if cache is not None:
-            end = ctx.past + T
-            cache.k[:, :, ctx.past : end], cache.v[:, :, ctx.past : end] = k, v
-            k, v = cache.k[:, :, :end], cache.v[:, :, :end]
+            cache.k[:, :, ctx.positions], cache.v[:, :, ctx.positions] = k.to(cache.k.dtype), v.to(cache.v.dtype)
+            k, v = cache.k[:, :, : ctx.seen], cache.v[:, :, : ctx.seen]
         if isinstance(ctx.mask, BlockMask):
             attention = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
             y = attention(q, k, v, block_mask=ctx.mask, enable_gqa=True)
@@ -533,6 +537,12 @@ class Block(nn.Module):
         return x + self.ffn(self.norm_2(x), ctx.tau, ctx.start, cache.router if cache else None)
 
 
+@functools.cache
+def compiled_block() -> Callable:
+    """Block.forward(), compiled."""
+    return torch.compile(Block.forward)
+
+
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
     """Mean cross-entropy, in nats, of the logits hidden @ weight.T, which never exist all at once.
 
@@ -599,6 +609,7 @@ class PolychromaticLM(nn.Module):
         self.register_buffer("angles", angles, persistent=False)
         self.recompute = False  # whether the backward pass computes a block's activations again instead of keeping them
         self.flex: bool | None = None  # whether documents are kept apart by FlexAttention; None: on CUDA
+        self.compile_decode = False  # whether generate() compiles what makes a token
         torch.set_rng_state(rng)  # whatever the constructors drew: their number depends on the routing
         self.init_weights()
 
@@ -640,6 +651,8 @@ class PolychromaticLM(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, ctx, use_reentrant=False)
+            elif cache and cache.compiled and tokens.size(1) == 1:
+                x = compiled_block()(block, x, ctx, cache.layers[i])
             else:
                 x = block(x, ctx, cache.layers[i] if cache else None)
         if cache is not None:
@@ -652,6 +665,7 @@ class PolychromaticLM(nn.Module):
         B, T = tokens.shape
         past = cache.length if cache else 0
         end, room = past + T, cache.max_length if cache else self.config.block_size
+        seen = room if cache and cache.compiled and T == 1 else end
         if end > min(room, self.config.block_size):
             raise ValueError(f"{end} tokens in a row, but there is room for {room}")
         mask, start = None, torch.zeros(B, T, dtype=torch.int64, device=tokens.device)
@@ -664,12 +678,12 @@ class PolychromaticLM(nn.Module):
         if cache is not None:
             cache.doc_ids[:, past:end] = 0 if doc_ids is None else doc_ids
             if past or doc_ids is not None:
-                mask = document_mask(cache.doc_ids[:, past:end], cache.doc_ids[:, :end], past)
+                mask = document_mask(cache.doc_ids[:, past:end], cache.doc_ids[:, :seen], past)
         elif doc_ids is not None:
             flex = tokens.is_cuda if self.flex is None else self.flex
             mask = document_block_mask(doc_ids) if flex else document_mask(doc_ids, doc_ids)
-        angles = self.angles[past:end]
-        return BatchContext(angles.cos(), angles.sin(), mask, start, self.tau, past)
+        angles, positions = self.angles[past:end], torch.arange(past, end, device=tokens.device)
+        return BatchContext(angles.cos(), angles.sin(), mask, start, self.tau, positions, seen)
 
     # ------------------------------------------------------------------------------------------------- using the model
 
@@ -717,8 +731,9 @@ class PolychromaticLM(nn.Module):
                     doc_ids = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
                     doc_ids = doc_ids if any(padding) else None
                     if not self.config.sees_future:
-                        room = min(block_size, longest + max_new_tokens - step)
-                        cache = KVCache(self.config, len(rows), room, device, compute_dtype(self.embedding.weight))
+                        room = block_size if self.compile_decode else min(block_size, longest + max_new_tokens - step)
+                        dtype = compute_dtype(self.embedding.weight)
+                        cache = KVCache(self.config, len(rows), room, device, dtype, self.compile_decode)
                 logits = self(unread, doc_ids=doc_ids, cache=cache)
                 token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
                 yield torch.where(ended, -1, token)

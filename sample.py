@@ -19,7 +19,7 @@ import torch
 import config
 from model import PolychromaticLM
 from prepare_data import chat_ends, encode, encode_chat, open_tokenizer
-from train import pick_device, pick_dtype
+from train import compiler_works, pick_device, pick_dtype
 
 
 @dataclass
@@ -43,6 +43,7 @@ class SampleConfig:
     vocab: str | None = None  # vocab.json of a qwen3 model's tokenizer; None: from the hub, kept in its cache
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
+    compile: bool = False  # compile what makes a token: takes half a minute first, worth it for long texts
 
     def __post_init__(self):
         config.check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
@@ -231,6 +232,8 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     device = pick_device(cfg.device)
     model = load_model(cfg.init_from or cfg.out_dir, device, cfg.revision, cfg.router_context)
+    with contextlib.redirect_stdout(sys.stderr):
+        model.compile_decode = cfg.compile and compiler_works(device)
     encoding = open_tokenizer(model.config.tokenizer, cfg.vocab)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     try:

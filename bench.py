@@ -121,6 +121,15 @@ def race(contestants: dict, rounds: int, device: torch.device, warm_ups: int = 2
     }
 
 
+def fits(work: Callable[[], object]) -> bool:
+    """Whether the GPU's memory holds what work() needs."""
+    try:
+        work()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+
+
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     """The memory that work() takes at its peak, beyond what is held before it; None where that cannot be seen."""
     gc.collect()
@@ -246,7 +255,7 @@ def bench_loss(cfg: BenchConfig, table: Table, device: torch.device, autocast):
 
 
 def bench_step(cfg: BenchConfig, table: Table, device: torch.device, _autocast):
-    """A whole training step, compiled where that works: forward, backward, clipping and AdamW."""
+    """A whole training step, compiled where that works: forward, backward, clipping and AdamW; and with plain loss."""
     with contextlib.redirect_stderr(io.StringIO()):  # what the file overrides is in the file
         settings = config.load(TrainConfig, [cfg.settings])
     compiled, dtype = compiler_works(device), pick_dtype(cfg.dtype, device)
@@ -264,24 +273,30 @@ def bench_step(cfg: BenchConfig, table: Table, device: torch.device, _autocast):
                 block.compile(options=COMPILE_OPTIONS)
         return model, model.configure_optimizer(settings.lr, settings.weight_decay, (settings.beta1, settings.beta2))
 
-    def step(model: PolychromaticLM, optimizer: torch.optim.Optimizer):
+    def step(model: PolychromaticLM, optimizer: torch.optim.Optimizer, plain: bool = False):
         with autocast:
-            loss = model(tokens, targets, doc_ids)
+            if plain:
+                loss = F.cross_entropy(model(tokens, doc_ids=doc_ids).flatten(0, 1).float(), targets.flatten())
+            else:
+                loss = model(tokens, targets, doc_ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     runs = {"SwiGLU (K = 1)": prepared(SWIGLU), "PolyGLU (K = 4)": prepared(POLYGLU)}
-    results = race({name: functools.partial(step, *run) for name, run in runs.items()}, cfg.rounds, device)
+    steps = {name: functools.partial(step, *run) for name, run in runs.items()}
+    if fits(plain := functools.partial(step, *runs["PolyGLU (K = 4)"], plain=True)):
+        runs["the same, all logits at once"], steps["the same, all logits at once"] = runs["PolyGLU (K = 4)"], plain
+    results = race(steps, cfg.rounds, device)
     table.title(f"training step of {cfg.settings}: {B} x {T:,} tokens, {str(dtype)[6:]}{', compiled' * compiled}")
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     limit = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
     first = None
-    for name, (model, optimizer) in runs.items():
+    for name, (model, _) in runs.items():
         rate = B * T / results[name]["seconds"]
         mfu = f"{rate * model.flops_per_token() / limit:.1%}" if limit else None
-        peak = peak_bytes(functools.partial(step, model, optimizer), device)
+        peak = peak_bytes(steps[name], device)
         first = first or peak
         table.add("step", name, results[name], tokens_per_second=f"{rate:,.0f}", mfu=mfu, peak=mib(peak, first))
 

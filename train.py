@@ -365,7 +365,7 @@ def compiler_works(device: torch.device) -> bool:
         return True
     except Exception as e:  # no C++ compiler, no Python headers, no Triton: each raises its own kind
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f"going on uncompiled, several times slower: torch.compile does not work here ({reason.strip()[:150]})")
+        print(f"going on uncompiled, slower: torch.compile does not work here ({reason.strip()[:150]})")
         return False
 
 

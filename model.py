@@ -442,9 +442,11 @@ def d_mix_in_parts(functions, doublings, d_y: Tensor, gate: Tensor, up: Tensor, 
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     d_static, d_dynamic = torch.zeros_like(static[:-1]), torch.empty_like(dynamic[:-1])
     for part in parts(gate):
-        x, dy, u, mix = (at_least_fp32(t[:, part]) for t in (gate, d_y, up, mixed))
+        x, dy, u = (at_least_fp32(t[:, part]) for t in (gate, d_y, up))
         powers, total = softmax_over_sum(static, dynamic[:, :, part], doublings)
         values, slope = values_and_slope(functions, x, powers)
+        # Not as bfloat16 has rounded it: a logit that decides nothing would get the rounding as its gradient.
+        mix = mixed[:, part] if mixed.dtype == x.dtype else weighted_sum(powers, values).div_(total)
         torch.mul(dy, mix, out=d_up[:, part])
         d_mix = (dy * u).div_(total)  # divided by what the powers lack
         torch.mul(slope, d_mix, out=d_gate[:, part])

@@ -601,6 +601,18 @@ def test_activations_written_out_for_compiled_code_are_those_of_the_registry():
             assert ((value - exact).abs() <= atol).all() and ((slope - d).abs() <= atol).all()
 
 
+def test_a_choice_that_is_made_gives_its_logits_no_gradient_in_bfloat16():
+    """Where one activation has all the weight, rounding must not pass for a gradient: AdamW would make steps of it."""
+    torch.manual_seed(0)
+    gate, up, d_y = torch.randn(3, 2, 16, 24).bfloat16()
+    static = torch.tensor([30.0, 0.0, 0.0, 0.0]).view(4, 1, 1, 1).expand(4, 2, 1, 24).clone().requires_grad_()
+    dynamic = torch.zeros(4, 2, 16, 1, requires_grad=True)
+    names = ("gelu", "relu", "tanh", "silu")
+    y = model_module.MixedGLU.apply(gate, up, static, dynamic, names)
+    for gradient in torch.autograd.grad(y, (static, dynamic), d_y):
+        assert gradient.abs().max() < 1e-5
+
+
 def saved_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
     """What a forward pass keeps for the backward pass, its parameters aside."""
     parameters, kept = {p.untyped_storage().data_ptr() for p in layer.parameters()}, {}

@@ -308,16 +308,16 @@ def bench_decode(cfg: BenchConfig, table: Table, device: torch.device, autocast)
         try:
             model = PolychromaticLM.from_pretrained(cfg.init_from, cfg.revision)
         except (OSError, ValueError) as e:
-            config.fail(f"--init_from: {e}")
+            raise ValueError(f"--init_from: {e}") from None
         if model.config.sees_future:
-            config.fail(f"--init_from: {cfg.init_from} routes by the sequence, so no cache is exact")
+            raise ValueError(f"--init_from: {cfg.init_from} routes by the sequence, so no cache is exact")
     else:
         shape = {"n_layer": 4, "n_embd": cfg.n_embd, "d_ff": cfg.d_ff, "n_head": 8, "n_kv_head": 4, "head_dim": 64}
         model = PolychromaticLM(ModelConfig(vocab_size=4096, block_size=4096 + Decoder.TOKENS, **shape))
     model, shape = model.to(device).eval(), model.config
     lengths = [n for n in (128, 512, 2048, 4096) if n + Decoder.TOKENS <= shape.block_size]
     if not lengths:
-        config.fail(f"--init_from: a context of {shape.block_size} tokens leaves nothing to measure after 128")
+        raise ValueError(f"--init_from: a context of {shape.block_size} tokens leaves nothing to measure after 128")
     for rows in (1, 16):
         table.title(f"decoding a token, {rows} row{'s' * (rows > 1)}: {shape.n_layer} layers, {shape.n_embd} wide")
         with autocast:
@@ -484,18 +484,18 @@ def is_done(run: Run) -> bool:
         checkpoint = load_checkpoint(run.folder)
         theirs, step = checkpoint["settings"], checkpoint["step"]
     except (OSError, ValueError, KeyError) as e:
-        config.fail(f"{e}; remove {run.folder} to train it again")
+        raise ValueError(f"{e}; remove {run.folder} to train it again") from None
     free = {"resume", "overwrite", "out_dir", "init_from", "device"}  # where it is, not what it is
     if run.kind == "sft":
         free |= {field.name for field in dataclasses.fields(ModelConfig)}  # they are those of the model it starts from
     for name, ours in dataclasses.asdict(run.settings).items():
         if name not in free and theirs.get(name, ours) != ours:
-            config.fail(
+            raise ValueError(
                 f"{run.folder} was trained with {name}={theirs[name]!r}, not {ours!r}; remove it, or choose "
                 "another --out_dir"
             )
     if step == run.settings.max_steps and not run.evaluations():
-        config.fail(f"{run.folder / 'log.jsonl'} lacks evaluations; remove {run.folder} to train it again")
+        raise ValueError(f"{run.folder / 'log.jsonl'} lacks evaluations; remove {run.folder} to train it again")
     return bool(run.evaluations())
 
 
@@ -506,7 +506,7 @@ def check_runs(runs: list[Run]):
     for variant in dict.fromkeys(run.variant for run in runs):
         names = [name for _, name, _ in config.read_overrides(VARIANTS / f"{variant}.py") if name in given]
         if names:
-            config.fail(f"{VARIANTS / variant}.py sets {names[0]}, which is the same for all runs of a study")
+            raise ValueError(f"{VARIANTS / variant}.py sets {names[0]}, which is the same for all runs of a study")
     for run in runs:
         cfg = run.settings
         if run.kind == "sft":
@@ -514,7 +514,7 @@ def check_runs(runs: list[Run]):
             continue
         Corpus(cfg)
         if set(cfg.mixture) != set(first.mixture):
-            config.fail(f"{run.name} is of the domains {', '.join(cfg.mixture)}, {runs[0].name} of others")
+            raise ValueError(f"{run.name} is of the domains {', '.join(cfg.mixture)}, {runs[0].name} of others")
         with torch.device("meta"):  # shapes, no numbers
             freeze(PolychromaticLM(cfg.model_config()), cfg.frozen)
 
@@ -527,7 +527,7 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
     done, failed = {run.name for run in runs if is_done(run)}, []
     for run in runs:
         if run.kind == "sft" and (run.folder / "ckpt.pt").exists() and f"{run.variant}-{run.seed}" not in done:
-            config.fail(f"{run.folder} was fine-tuned from an earlier {run.variant}-{run.seed}; remove it")
+            raise ValueError(f"{run.folder} was fine-tuned from an earlier {run.variant}-{run.seed}; remove it")
     waiting, processes, stopping = [run for run in runs if run.name not in done], [], threading.Event()
     print(f"{len(runs)} runs, {len(done)} of them done before; {jobs} at a time", flush=True)
     # One thread a run: what it computes does not depend on how many cores there are, or run beside it.
@@ -791,20 +791,20 @@ def study(cfg: StudyConfig):
         out.mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
     except OSError as e:
-        config.fail(f"cannot write to {out}: {e.strerror}")
+        raise ValueError(f"cannot write to {out}: {e.strerror}") from None
     check_runs(runs)
     prepare_cpu()
     jobs = cfg.jobs or (os.cpu_count() if device.type == "cpu" else 1)
     machine = describe_machine(device) + ("; one thread for each run" if device.type == "cpu" else "")
-    with config.claimed(out):
+    with config.locked(out):
         try:
             failed = train_runs(runs, jobs, device.type == "cpu")
         except KeyboardInterrupt:
-            config.fail("stopped; the same command goes on from here")
+            raise ValueError("stopped; the same command goes on from here") from None
         results = collect([run for run in runs if run.evaluations()], device)
         rows = summarize(results)
         if not rows:
-            config.fail(failed[0])
+            raise ValueError(failed[0])
         print_study(rows, results, cfg.seeds)
         try:
             write_json(out / "study.json", {
@@ -818,11 +818,11 @@ def study(cfg: StudyConfig):
             else:
                 print(f"no picture: it compares variants with {BASELINE}")
         except OSError as e:
-            config.fail(f"cannot write to {out}: {e.strerror}")
+            raise ValueError(f"cannot write to {out}: {e.strerror}") from None
         except ImportError:
             print("no picture: it needs a package: pip install matplotlib")
     if failed:
-        config.fail(f"{len(failed)} of {len(runs)} runs: {failed[0]}")
+        raise ValueError(f"{len(failed)} of {len(runs)} runs: {failed[0]}")
 
 
 def describe_machine(device: torch.device) -> str:
@@ -856,9 +856,9 @@ def main():
     if cfg.json:
         text = json.dumps({"machine": machine, "rows": table.rows}, indent=1)
         try:
-            config.write_whole(Path(cfg.json), lambda file: file.write(text.encode()))
+            config.write_atomically(Path(cfg.json), lambda file: file.write(text.encode()))
         except OSError as e:
-            config.fail(f"cannot write {cfg.json}: {e.strerror}")
+            raise ValueError(f"cannot write {cfg.json}: {e.strerror}") from None
         print(f"\nnumbers: {cfg.json}")
 
 

@@ -107,7 +107,7 @@ class Batcher:
                 except torch.OutOfMemoryError:
                     out_of_memory = True  # cleared below: here the exception still holds the tensors
                 if out_of_memory and len(batch) == 1:
-                    config.fail("out of memory with one row at a time; a smaller model or --device=cpu may fit")
+                    raise ValueError("out of memory with one row at a time; a smaller model or --device=cpu may fit")
                 if out_of_memory:
                     self.size = len(batch) // 2
                     torch.cuda.empty_cache()
@@ -583,15 +583,15 @@ def run_tasks(
 
         asked = harness_model(model, encoding, Batcher(model, cfg.batch_size))
     except ImportError:
-        config.fail("--tasks needs a package: pip install lm-eval")
+        raise ValueError("--tasks needs a package: pip install lm-eval") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=cfg.task_dir)
     for name in cfg.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            config.fail(f"the harness has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"the harness has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if name in manager.all_tags:
-            config.fail(f"{name!r} is a tag that several tasks of the harness share; name the tasks")
+            raise ValueError(f"{name!r} is a tag that several tasks of the harness share; name the tasks")
     for name in cfg.tasks:
         settings = {"limit": cfg.limit, "chat": cfg.chat, "num_fewshot": SHOTS.get(name), "dtype": dtype}
         if name in done and done[name]["settings"] == settings:
@@ -603,7 +603,7 @@ def run_tasks(
                 apply_chat_template=cfg.chat, log_samples=False,
             )  # fmt: skip
         except OSError as e:
-            config.fail(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}")
+            raise ValueError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None
         metrics = {**found["results"], **found.get("groups", {})}[name]
         n = sum(counts["effective"] for counts in found["n-samples"].values())
         done[name] = {"settings": settings, "n": n, "metrics": metrics, "lm_eval": lm_eval.__version__}
@@ -668,7 +668,7 @@ def main():
     if asked_for_report and data_dir:
         corpus = open_corpus(model, cfg, data_dir)
     elif asked_for_report:
-        config.fail(f"{path} does not say what it was trained on; name a corpus, --data_dir=, or --report=False")
+        raise ValueError(f"{path} does not say what it was trained on; name a corpus, --data_dir=, or --report=False")
     encoding = open_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
     results, file = {"weights": weights_digest(model)}, folder / "eval.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
@@ -680,7 +680,7 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(file, results)
         except OSError as e:
-            config.fail(f"cannot write {file}: {e.strerror}")
+            raise ValueError(f"cannot write {file}: {e.strerror}") from None
 
     dtype = inference_dtype(cfg.dtype, device)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

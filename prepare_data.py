@@ -393,19 +393,19 @@ def commit(files: Iterable[BinaryIO], progress: dict, path: Path):
 
 
 def write_json(path: Path, value: dict):
-    config.write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    config.write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]]):
     """Write every domain, then meta.json: without it a corpus does not count as prepared."""
     folder.mkdir(parents=True, exist_ok=True)
-    with config.claimed(folder):
+    with config.locked(folder):
         counts = {name: write() for name, write in domains.items()}
         for count in counts.values():
             if not count["train_tokens"] or not count["val_tokens"]:
                 notes = "".join(f"; {n:,} {note}" for note, n in count.get("notes", {}).items())
                 split = "val: raise --val_fraction=, or add text" if count["train_tokens"] else "training"
-                config.fail(f"nothing of {count['source']} is left for {split}{notes}")
+                raise ValueError(f"nothing of {count['source']} is left for {split}{notes}")
         meta = {
             "tokenizer": encoding.name,
             "vocab_size": encoding.n_vocab,
@@ -803,20 +803,25 @@ def open_dataset(source: str | HubData):
             )
         except datasets.exceptions.DatasetNotFoundError as e:
             if "gated" in str(e):
-                config.fail(f"{source.dataset} is gated: accept its terms on its page, then log in: hf auth login")
-            config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
+                raise ValueError(
+                    f"{source.dataset} is gated: accept its terms on its page, then log in: hf auth login"
+                ) from None
+            raise ValueError(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}") from None
         except ConnectionError:
-            config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help")
+            raise ValueError(
+                f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help"
+            ) from None
         except ValueError as e:  # no such subset or split
-            config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
+            raise ValueError(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}") from None
     files = sorted(glob.glob(source, recursive=True))
     if not files:
-        config.fail(f"no file matches {source}")
+        raise ValueError(f"no file matches {source}")
     reader = READERS.get(Path(files[0]).suffix)
     if reader is None or any(READERS.get(Path(file).suffix) != reader for file in files):
-        config.fail(f"{source}: files of one kind are needed, {', '.join(READERS)}")
+        raise ValueError(f"{source}: files of one kind are needed, {', '.join(READERS)}")
     options = {"sample_by": "document"} if reader == "text" else {}
-    return datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+    with reading(source):
+        return datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
 
 
 def pinned(source: HubData, progress: Path) -> HubData:
@@ -831,9 +836,11 @@ def pinned(source: HubData, progress: Path) -> HubData:
     try:
         return source._replace(revision=HfApi().dataset_info(source.dataset).sha)
     except RepositoryNotFoundError as e:  # gated ones, without a login, among them
-        config.fail(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}")
+        raise ValueError(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}") from None
     except Exception:  # of the hub's own HTTP library, whichever that is
-        config.fail(f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help")
+        raise ValueError(
+            f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -843,7 +850,9 @@ def reading(where: str) -> Iterator[None]:
         yield
     except Exception as e:  # a lost connection or a damaged file: each library has its own kinds
         reason = " ".join(str(e).split())[:200] or type(e).__name__
-        config.fail(f"cannot read {where}: {reason}; if it was the network, run the command again to go on")
+        raise ValueError(
+            f"cannot read {where}: {reason}; if it was the network, run the command again to go on"
+        ) from None
 
 
 def streamed(source: str | HubData, column: str, kind: type, state: dict | None, size: int = 256) -> Batches:
@@ -852,8 +861,8 @@ def streamed(source: str | HubData, column: str, kind: type, state: dict | None,
     Ends the script with one line if there is no such field, or if the data cannot be read on.
     """
     where = source.dataset if isinstance(source, HubData) else source
+    stream = open_dataset(source)
     with reading(where):
-        stream = open_dataset(source)
         if state:
             stream.load_state_dict(state)
         batches = stream.iter(batch_size=size)
@@ -864,7 +873,7 @@ def streamed(source: str | HubData, column: str, kind: type, state: dict | None,
             return
         if column not in batch:
             setting = "--text_field.<domain>=" if kind is str else "--messages_field="
-            config.fail(f"{where} has no field {column!r} but {', '.join(batch)}; name one: {setting}")
+            raise ValueError(f"{where} has no field {column!r} but {', '.join(batch)}; name one: {setting}")
         yield [value for value in batch[column] if kind is list or isinstance(value, kind)], stream.state_dict()
 
 
@@ -893,7 +902,7 @@ def open_tokenizer(name: str, vocab: str | None) -> tiktoken.Encoding:
     try:
         return get_tokenizer(name, vocab)
     except ValueError as e:
-        config.fail(str(e))
+        raise ValueError(str(e)) from None
 
 
 def prepare_pretrain(cfg: PretrainConfig):
@@ -938,15 +947,15 @@ def main():
         return
     if name not in CORPORA:
         given = f"not {name!r}" if name else "none was named"
-        config.fail(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} ({given})")
+        raise ValueError(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} ({given})")
     settings, write = CORPORA[name]
     cfg = config.load(settings, sys.argv[2:])
     try:
         write(cfg)
     except KeyboardInterrupt:
-        config.fail("stopped; run the command again to go on")
+        raise ValueError("stopped; run the command again to go on") from None
     except OSError as e:
-        config.fail(f"cannot write the corpus: {e}; mend that and run the command again to go on")
+        raise ValueError(f"cannot write the corpus: {e}; mend that and run the command again to go on") from None
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def newest_checkpoint(root: Path = Path("out")) -> Path:
     """The checkpoint under root that was written last."""
     found = sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        config.fail(
+        raise ValueError(
             f"no checkpoint under {root}; train one (python train.py config/tiny.py) or name it with --init_from="
         )
     return found[-1]
@@ -77,7 +77,7 @@ def load_model(
     try:
         model = PolychromaticLM.from_pretrained(path, revision, router_context)
     except (OSError, ValueError) as e:
-        config.fail(str(e))
+        raise ValueError(str(e)) from None
     print(f"model: {path}", file=sys.stderr)
     if model.config.sees_future:
         print(
@@ -100,7 +100,7 @@ def read_prompt(text: str) -> str:
     try:
         return Path(text[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        config.fail(f"cannot read the prompt from {text[1:]!r}: {e}")
+        raise ValueError(f"cannot read the prompt from {text[1:]!r}: {e}") from None
 
 
 def until(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
@@ -246,7 +246,7 @@ def main():
     except KeyboardInterrupt:
         print()
     except ValueError as e:
-        config.fail(str(e))
+        raise ValueError(str(e)) from None
 
 
 if __name__ == "__main__":

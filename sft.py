@@ -55,21 +55,23 @@ class Conversations(Corpus):
         length, key = self.domains[domain][f"{split}_tokens"], (domain, split)
         tokens = self.open_file(domain, f"{split}.bin", length, self.dtype, again)
         if not (self.folder / domain / f"{split}.mask").exists():
-            config.fail(f"{self.folder} is no corpus of conversations; make one: python prepare_data.py tiny_sft")
+            raise ValueError(f"{self.folder} is no corpus of conversations; make one: python prepare_data.py tiny_sft")
         self.masks[key] = self.open_file(domain, f"{split}.mask", length, np.dtype(np.uint8), again)
         pieces = range(0, length, 2**24)
         ends = [start + np.flatnonzero(tokens[start : start + 2**24] == self.end_of_text) for start in pieces]
         self.ends[key] = np.concatenate([[-1], *ends])  # of conversation i - 1 at i
         lengths = np.diff(self.ends[key]) - 1  # <|endoftext|> predicts nothing and is not read
         if not len(lengths):
-            config.fail(f"{self.folder / domain / split}.bin has no conversation; make it again: {again}")
+            raise ValueError(f"{self.folder / domain / split}.bin has no conversation; make it again: {again}")
         if lengths.max() > self.cfg.block_size:
-            config.fail(
+            raise ValueError(
                 f"{self.folder} has a conversation of {lengths.max() + 1:,} tokens, too many for block_size "
                 f"{self.cfg.block_size:,}; prepare it again with --max_length={self.cfg.block_size + 1}"
             )
         if not self.masks[key].any():
-            config.fail(f"{self.folder / domain / split}.mask is damaged: it takes no loss; make it again: {again}")
+            raise ValueError(
+                f"{self.folder / domain / split}.mask is damaged: it takes no loss; make it again: {again}"
+            )
         order = np.random.default_rng(self.cfg.seed).permutation(len(lengths))
         self.packed[key] = [order[row] for row in pack(lengths[order], self.cfg.block_size)]
         return tokens
@@ -87,7 +89,7 @@ class Conversations(Corpus):
             start, end = self.ends[key][i] + 1, self.ends[key][i + 1]
             tokens = self.tokens[domain][split][start : end + 1].astype(np.int64)
             if tokens.max() >= self.cfg.vocab_size:
-                config.fail(f"{self.folder / domain / split}.bin is damaged: it has a token {tokens.max()}")
+                raise ValueError(f"{self.folder / domain / split}.bin is damaged: it has a token {tokens.max()}")
             targets = np.where(self.masks[key][start + 1 : end + 1] == 1, tokens[1:], -1)
             row[:, at : at + end - start] = np.stack((tokens[:-1], targets, np.full_like(targets, document)))
             at += end - start

@@ -50,6 +50,7 @@ from model import (
 )
 
 ROOT = Path(__file__).parent
+ERRORS = (ValueError, OSError)  # config.run() prints them in one line
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported: no test waits for a network
 SMALL = dict(
     block_size=64, vocab_size=259, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, d_ff=48,
@@ -1187,7 +1188,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(tmp_path):
         def __reduce__(self):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(SystemExit, match="cannot write .*No space left.*intact"):
+    with pytest.raises(ERRORS, match="cannot write .*No space left.*intact"):
         train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2, "model": torch.zeros(9), "bad": Unsavable()})
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
@@ -1270,7 +1271,7 @@ def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
     settings = run_settings(corpus_dir, tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "tiny").mkdir()
-    with config.claimed(tmp_path / "run"), config.claimed(tmp_path / "tiny"):
+    with config.locked(tmp_path / "run"), config.locked(tmp_path / "tiny"):
         assert_one_line(run_train(settings), "another process is writing to", "run; wait")
         command = [sys.executable, "prepare_data.py", "tiny", f"--data_dir={tmp_path}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -1306,10 +1307,10 @@ def test_a_run_goes_on_in_its_own_wandb_run(corpus_dir, tmp_path, monkeypatch):
         raise RuntimeError("no API key\nlog in")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
-    with pytest.raises(SystemExit, match="cannot log to Weights & Biases: no API key log in; without --wandb"):
+    with pytest.raises(ERRORS, match="cannot log to Weights & Biases: no API key log in; without --wandb"):
         train.train(train.TrainConfig(**settings, overwrite=True))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match="--wandb needs a package: pip install wandb"):
+    with pytest.raises(ERRORS, match="--wandb needs a package: pip install wandb"):
         train.train(train.TrainConfig(**settings, overwrite=True))
 
 
@@ -2099,7 +2100,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved():
     def never(batch):
         raise torch.OutOfMemoryError("of our making")
 
-    with pytest.raises(SystemExit, match="^error: out of memory with one row at a time"):
+    with pytest.raises(ERRORS, match="^out of memory with one row at a time"):
         batcher(never, range(10), "test")
     assert evaluate.Batcher(small_model(router_context="sequence"), "auto").size == 1  # no row beside it to read
 
@@ -2330,7 +2331,7 @@ def test_settings_come_from_defaults_then_files_then_flags(override):
 )
 def test_a_bad_setting_is_one_line(arguments, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ERRORS) as error:
         load(*arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -2348,7 +2349,7 @@ def test_a_bad_setting_is_one_line(arguments, message, monkeypatch):
     ],
 )
 def test_a_bad_override_file_is_one_line(override, text, message):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ERRORS) as error:
         load(override(text))
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -2372,7 +2373,7 @@ def damage_corpus(source: Path, target: Path, **meta) -> Path:
 
 
 def corpus_error(data_dir: Path, **overrides) -> str:
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ERRORS) as error:
         train.Corpus(train.TrainConfig(**run_settings(data_dir, "x", **overrides)))
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -2380,7 +2381,7 @@ def corpus_error(data_dir: Path, **overrides) -> str:
 
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert corpus_error(Path("data/tiny")) == "error: no data in data/tiny; make it: python prepare_data.py tiny"
+    assert corpus_error(Path("data/tiny")) == "no data in data/tiny; make it: python prepare_data.py tiny"
     assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in corpus_error(tmp_path / "absent")
     assert "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259" in corpus_error(
         corpus_dir, tokenizer="qwen3"
@@ -2400,13 +2401,13 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     foreign = damage_corpus(corpus_dir, tmp_path / "foreign")
     tokens = np.memmap(foreign / "math" / "train.bin", dtype=np.uint16, mode="r+")
     tokens[:] = 60_000
-    with pytest.raises(SystemExit, match="train.bin is damaged: it has a token 60000"):
+    with pytest.raises(ERRORS, match="train.bin is damaged: it has a token 60000"):
         train.Corpus(train.TrainConfig(**run_settings(foreign, "x"))).batch(0)
 
 
 def run_error(settings: dict, *extra: str) -> str:
     cfg = config.load(train.TrainConfig, [*flags(settings), *extra])
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ERRORS) as error:
         train.find_checkpoint(cfg)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -2423,7 +2424,7 @@ def test_a_bad_run_folder_is_one_line_and_nothing_is_lost(unbroken, corpus_dir, 
     (tmp_path / "file").write_text("")
     assert_one_line(run_train(run_settings(corpus_dir, tmp_path / "file" / "run")), "cannot be written")
     (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
-    with pytest.raises(SystemExit, match="cannot write to .*: Is a directory"):
+    with pytest.raises(ERRORS, match="cannot write to .*: Is a directory"):
         train.begin_run(train.TrainConfig(**run_settings(corpus_dir, tmp_path)), None)
 
 
@@ -2449,21 +2450,21 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path, damage
     if damage == "code":
         torch.save({"model": os.system}, path)
     assert str(path) in run_error(run_settings(corpus_dir, tmp_path), "--resume")
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ERRORS) as error:
         sample.load_model(str(path), torch.device("cpu"))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_sampling_errors_are_one_line(unbroken, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="no checkpoint under out; train one"):
+    with pytest.raises(ERRORS, match="no checkpoint under out; train one"):
         sample.newest_checkpoint()
-    with pytest.raises(SystemExit, match="no checkpoint at .*absent"):
+    with pytest.raises(ERRORS, match="no checkpoint at .*absent"):
         sample.load_model("absent", torch.device("cpu"))
-    with pytest.raises(SystemExit, match="cannot read the prompt from 'absent.txt'"):
+    with pytest.raises(ERRORS, match="cannot read the prompt from 'absent.txt'"):
         sample.read_prompt("@absent.txt")
     assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
-    with pytest.raises(SystemExit, match="device 'abacus' cannot be used here"):
+    with pytest.raises(ERRORS, match="device 'abacus' cannot be used here"):
         train.pick_device("abacus")
     model = small_model()
     with pytest.raises(ValueError, match="an empty prompt"):
@@ -2506,7 +2507,7 @@ def test_a_bad_source_is_one_line_and_leaves_nothing_that_looks_whole(
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     flags = [f"--data_dir={tmp_path}/data", f"--vocab={small_vocab}", *(a.format(folder=tmp_path) for a in arguments)]
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "pretrain", *flags])
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ERRORS) as error:
         prepare_data.main()
     assert message.format(folder=tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert not list((tmp_path / "data").rglob("*.bin")) and not list((tmp_path / "data").rglob("meta.json"))
@@ -2561,7 +2562,7 @@ def test_a_full_disk_is_one_line_and_preparation_goes_on_when_there_is_room(smal
 
 def test_preparing_an_unknown_corpus_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "tinny"])
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ERRORS) as error:
         prepare_data.main()
     assert "which corpus? python prepare_data.py tiny | tiny_sft | pretrain | sft (not 'tinny')" in str(error.value)
 

@@ -174,18 +174,18 @@ class Corpus:
             for d, counts in meta["domains"].items():  # of chat, only some of the tokens are predicted
                 self.domains[d]["val_targets"] = int(counts.get("val_targets", counts["val_tokens"]))
         except OSError:
-            config.fail(f"no data in {self.folder}; make it: {again}")
+            raise ValueError(f"no data in {self.folder}; make it: {again}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            config.fail(f"{self.folder / 'meta.json'} is damaged ({e!r}); make it again: {again}")
+            raise ValueError(f"{self.folder / 'meta.json'} is damaged ({e!r}); make it again: {again}") from None
         if name != cfg.tokenizer or size > cfg.vocab_size:
             way_out = "prepare" if cfg.init_from else f"train with --tokenizer={name} --vocab_size={size} or on"
-            config.fail(
+            raise ValueError(
                 f"{self.folder} has tokenizer {name!r} with {size:,} tokens, the model {cfg.tokenizer!r} with "
                 f"{cfg.vocab_size:,}; {way_out} other data"
             )
         for domain in cfg.mixture:
             if domain not in self.domains:
-                config.fail(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.domains)}")
+                raise ValueError(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.domains)}")
         self.tokens = {d: {s: self.open_tokens(d, s, again) for s in ("train", "val")} for d in cfg.mixture}
         self.quotas = quotas(cfg)
         self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
@@ -194,7 +194,7 @@ class Corpus:
     def open_tokens(self, domain: str, split: str, again: str) -> np.ndarray:
         tokens = self.open_file(domain, f"{split}.bin", self.domains[domain][f"{split}_tokens"], self.dtype, again)
         if len(tokens) <= self.cfg.block_size:
-            config.fail(
+            raise ValueError(
                 f"{self.folder / domain / split}.bin has {len(tokens):,} tokens, fewer than a window of block_size "
                 f"{self.cfg.block_size} + 1"
             )
@@ -204,7 +204,7 @@ class Corpus:
         path = self.folder / domain / name
         size, whole = path.stat().st_size if path.is_file() else 0, length * dtype.itemsize
         if size != whole:
-            config.fail(f"{path} holds {size:,} bytes, not the {whole:,} of meta.json; make it again: {again}")
+            raise ValueError(f"{path} holds {size:,} bytes, not the {whole:,} of meta.json; make it again: {again}")
         return np.memmap(path, dtype=dtype, mode="r")
 
     def n_rows(self, domain: str, split: str) -> int:
@@ -215,7 +215,9 @@ class Corpus:
         T = self.cfg.block_size
         window = self.tokens[domain][split][index * T : index * T + T + 1].astype(np.int64)
         if window.max() >= self.cfg.vocab_size:
-            config.fail(f"{self.folder / domain / split}.bin is damaged: it has a token {window.max()}; make it again")
+            raise ValueError(
+                f"{self.folder / domain / split}.bin is damaged: it has a token {window.max()}; make it again"
+            )
         ends = window[:-1] == self.end_of_text  # <|endoftext|> is the last token of its document
         return np.stack((window[:-1], window[1:], ends.cumsum() - ends))
 
@@ -329,7 +331,7 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("it must be auto, cpu, cuda or mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        config.fail(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}")
+        raise ValueError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return device
 
 
@@ -375,11 +377,11 @@ def compiler_works(device: torch.device) -> bool:
 def save_checkpoint(path: Path, checkpoint: dict):
     """Write a checkpoint; until it is whole, `path` is the one before it."""
     try:
-        config.write_whole(path, functools.partial(torch.save, checkpoint))
+        config.write_atomically(path, functools.partial(torch.save, checkpoint))
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
-        config.fail(
+        raise ValueError(
             f"cannot write {path}: {str(e).splitlines()[0]}; an earlier checkpoint, if there was one, is intact"
-        )
+        ) from None
 
 
 def find_checkpoint(cfg: TrainConfig) -> dict | None:
@@ -388,7 +390,7 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     ckpt = folder / "ckpt.pt"
     if not cfg.resume:
         if ckpt.exists() and not cfg.overwrite:
-            config.fail(f"{ckpt} exists; --resume goes on with that run, --overwrite starts anew in its place")
+            raise ValueError(f"{ckpt} exists; --resume goes on with that run, --overwrite starts anew in its place")
         return None
     if not ckpt.exists():
         print(f"nothing to resume in {folder} yet: starting at step 0")
@@ -396,19 +398,19 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     try:
         checkpoint = load_checkpoint(ckpt)
     except (OSError, ValueError) as e:
-        config.fail(f"{e}; start anew with --overwrite or another --out_dir=")
+        raise ValueError(f"{e}; start anew with --overwrite or another --out_dir=") from None
     if not {"model_config", "optimizer", "settings", "step", "skipped", "run_id"} <= checkpoint.keys():
-        config.fail(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
+        raise ValueError(f"{ckpt} holds weights alone and cannot be resumed; start anew with --overwrite")
     if cfg.init_from:
         adopt(cfg, checkpoint["model_config"], ckpt)
     for name, ours in dataclasses.asdict(cfg).items():
         theirs = checkpoint["settings"].get(name, ours)
         if ours != theirs and name in checkpoint["model_config"]:
-            config.fail(f"{ckpt} was trained with {name}={theirs!r}, not {ours!r}; resume it with its own model")
+            raise ValueError(f"{ckpt} was trained with {name}={theirs!r}, not {ours!r}; resume it with its own model")
         if ours != theirs and name not in ("resume", "overwrite"):
             print(f"resuming with {name}={ours!r}; it was {theirs!r}")
     if checkpoint["step"] > cfg.max_steps:
-        config.fail(f"{ckpt} is at step {checkpoint['step']} already, beyond max_steps, {cfg.max_steps}")
+        raise ValueError(f"{ckpt} is at step {checkpoint['step']} already, beyond max_steps, {cfg.max_steps}")
     return checkpoint
 
 
@@ -425,7 +427,7 @@ def adopt(cfg: TrainConfig, shape: dict, source: str | Path):
         if name not in cfg.overridden:
             setattr(cfg, name, theirs)
         elif ours != theirs and name not in free:
-            config.fail(f"{source} has {name}={theirs!r}, not {ours!r}")
+            raise ValueError(f"{source} has {name}={theirs!r}, not {ours!r}")
 
 
 def begin_run(cfg: TrainConfig, step: int | None):
@@ -438,9 +440,9 @@ def begin_run(cfg: TrainConfig, step: int | None):
         lines = read_log(folder) if step is not None else []
         keep = [line for line in lines if line["step"] < step or (line["step"] == step and "loss" in line)]
         text = "".join(json.dumps(line) + "\n" for line in keep)
-        config.write_whole(folder / "log.jsonl", lambda file: file.write(text.encode()))
+        config.write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
     except OSError as e:
-        config.fail(f"cannot write to {folder}: {e.strerror}")
+        raise ValueError(f"cannot write to {folder}: {e.strerror}") from None
 
 
 def open_log(cfg: TrainConfig, ranks: Ranks, run_id: str) -> Callable[[dict], None]:
@@ -453,13 +455,15 @@ def open_log(cfg: TrainConfig, ranks: Ranks, run_id: str) -> Callable[[dict], No
         try:
             import wandb
         except ImportError:
-            config.fail("--wandb needs a package: pip install wandb")
+            raise ValueError("--wandb needs a package: pip install wandb") from None
         try:
             settings = dataclasses.asdict(cfg)
             wandb_run = wandb.init(project=cfg.wandb, id=run_id, name=cfg.out_dir, resume="allow", config=settings)
             wandb_run.define_metric("*", step_metric="step")  # its own count would drop steps done again after a kill
         except Exception as e:  # no login, no network, no such project: each of its own kind
-            config.fail(f"cannot log to Weights & Biases: {' '.join(str(e).split())[:200]}; without --wandb it works")
+            raise ValueError(
+                f"cannot log to Weights & Biases: {' '.join(str(e).split())[:200]}; without --wandb it works"
+            ) from None
 
     def log(line: dict):
         if ranks.rank == 0:
@@ -467,7 +471,7 @@ def open_log(cfg: TrainConfig, ranks: Ranks, run_id: str) -> Callable[[dict], No
                 with open(path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as e:
-                config.fail(f"cannot write {path}: {e.strerror}")
+                raise ValueError(f"cannot write {path}: {e.strerror}") from None
         if wandb_run:
             wandb_run.log(line)
 
@@ -495,11 +499,11 @@ def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
     for part in parts:
         if not any(part in name for name in names):
             kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", name) for name in names)
-            config.fail(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
+            raise ValueError(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
     for name, p in model.named_parameters():
         p.requires_grad_(not any(part in name for part in parts))
     if not any(p.requires_grad for p in model.parameters()):
-        config.fail(f"frozen: {','.join(parts)} leaves nothing to train")
+        raise ValueError(f"frozen: {','.join(parts)} leaves nothing to train")
 
 
 def noise_seed(*key: int) -> int:
@@ -541,9 +545,11 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         if ranks.rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(config.claimed(folder))
+                stack.enter_context(config.locked(folder))
             except OSError as e:
-                config.fail(f"the run folder {folder} cannot be written: {e.strerror}; choose another with --out_dir=")
+                raise ValueError(
+                    f"the run folder {folder} cannot be written: {e.strerror}; choose another with --out_dir="
+                ) from None
         run(cfg, corpus_type, ranks, stop)
     if ranks.count > 1:
         torch.distributed.destroy_process_group()
@@ -553,7 +559,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
     """train() on one of the ranks."""
     device, n_micro = ranks.device, cfg.batch_size // cfg.micro_batch_size
     if n_micro < ranks.count:
-        config.fail(f"a step has {n_micro} micro-batches for {ranks.count} processes; lower --micro_batch_size")
+        raise ValueError(f"a step has {n_micro} micro-batches for {ranks.count} processes; lower --micro_batch_size")
     checkpoint, weights = find_checkpoint(cfg), None
     if checkpoint:
         weights = checkpoint["model"]
@@ -561,7 +567,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
         try:
             source = PolychromaticLM.from_pretrained(cfg.init_from, cfg.revision)
         except (OSError, ValueError) as e:
-            config.fail(f"--init_from: {e}")
+            raise ValueError(f"--init_from: {e}") from None
         adopt(cfg, dataclasses.asdict(source.config), cfg.init_from)
         weights = source.state_dict()
         if cfg.activations != source.config.activations:
@@ -595,7 +601,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
         elif weights:
             print(f"starting from the model of {cfg.init_from}")
     except (RuntimeError, ValueError, KeyError) as e:
-        config.fail(f"{ckpt} does not fit its own settings: {' '.join(str(e).split())[:200]}")
+        raise ValueError(f"{ckpt} does not fit its own settings: {' '.join(str(e).split())[:200]}") from None
     checkpoint = weights = source = None  # they hold as much memory as the model
     compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and compiler_works(device)
     if compiled:
@@ -637,7 +643,9 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
             print_evaluation(step, measured)
         if step == cfg.max_steps:
             if saved < step:
-                config.fail(f"the run ended in non-finite updates; {ckpt} is at step {saved}; resume with a lower --lr")
+                raise ValueError(
+                    f"the run ended in non-finite updates; {ckpt} is at step {saved}; resume with a lower --lr"
+                )
             command = shlex.join(["python", "sample.py", f"--out_dir={cfg.out_dir}"])
             print(f"done; {ckpt} is at step {step}. Read what it writes: {command}")
             break
@@ -662,7 +670,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             print(f"step {step}: loss {loss}, gradient norm {norm}; update skipped ({skipped} so far)")
             if skipped_in_a_row == MAX_SKIPPED:
-                config.fail(f"{MAX_SKIPPED} non-finite updates in a row; {ckpt} is at step {saved}; lower --lr")
+                raise ValueError(f"{MAX_SKIPPED} non-finite updates in a row; {ckpt} is at step {saved}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1

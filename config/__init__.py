@@ -1,8 +1,7 @@
-"""What every script needs: its settings, errors of one line, and files that are whole or not there.
+"""Settings, one-line errors and safe file writing, for every script.
 
-Settings are a dataclass of defaults, then override files, then --name=value flags; later ones win. An override file is
-lines of `name = value`, nothing else: values are literals, and nothing in it is run. All of it goes through load(),
-which answers a mistake with one line and exit status 1.
+Settings are a dataclass of defaults, overridden by files and then by --name=value flags; later ones win. An override
+file holds lines of `name = value`. The values are literals: nothing in the file is executed.
 """
 
 import ast
@@ -14,32 +13,38 @@ import math
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def fail(message: str) -> typing.NoReturn:
-    """End the script with one line for the person at the keyboard, exit status 1."""
-    raise SystemExit(f"error: {message}")
-
-
 def run(main: Callable[[], None]):
-    """Run a script's main(); Ctrl-C ends it with one line, and a reader that goes away (`| head`) without a word."""
+    """Run a script's main(). An error of the user's is printed as one line, exit status 1; a bug keeps its traceback.
+
+    The functions of this project raise ValueError or OSError with the whole message. A ValueError that no `raise` of
+    ours made, such as numpy's for a wrong shape, is a bug.
+    """
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        fail("stopped")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+    except BrokenPipeError:  # the reader went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit("error: stopped") from None
+    except (OSError, ValueError) as e:
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        raised_by_us = "site-packages" not in frame.filename and (frame.line or "raise").startswith("raise")
+        if isinstance(e, ValueError) and not raised_by_us:
+            raise
+        raise SystemExit(f"error: {e}") from None
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to this folder meanwhile; ends the script if one does so already."""
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to this folder. Raises ValueError if one already does."""
     with open(folder / ".lock", "w") as file:
         with contextlib.suppress(ImportError):  # Windows has no such locks
             import fcntl
@@ -47,14 +52,16 @@ def claimed(folder: Path) -> Iterator[None]:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                fail(f"another process is writing to {folder}; wait for it, or choose another folder")
+                raise ValueError(
+                    f"another process is writing to {folder}; wait for it, or choose another folder"
+                ) from None
             except OSError:  # a file system without locks
                 pass
         yield
 
 
-def write_whole(path: Path, write: Callable[[typing.BinaryIO], object]):
-    """Let write(file) fill a file that is at `path` whole or not at all: flushed to disk first, then renamed."""
+def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]):
+    """Replace `path` by what write(file) writes, or leave it as it was: write beside it, flush to disk, rename."""
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
@@ -68,46 +75,33 @@ def write_whole(path: Path, write: Callable[[typing.BinaryIO], object]):
 
 
 def load(cls: type, argv: list[str] | None = None):
-    """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints what was overridden.
+    """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints each override.
 
-    Its attribute `overridden` is the set of the settings that argv gave.
     argv: paths of override files (ending in .py), --name=value flags, --name for a bool, --name.key=value for an entry
-    of a dict, --help. Raises SystemExit with one line that names the file or flag, the nearest valid name and the type.
+    of a dict, --help. The result's attribute `overridden` is the set of names that argv set. Raises ValueError with
+    the file or flag at fault, the type that was expected, and for an unknown name the nearest valid one.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(describe(cls))
         raise SystemExit(0)
     values = {f.name: default(f) for f in dataclasses.fields(cls)}
-    hints, given = {name: typing.get_type_hints(cls)[name] for name in values}, set()
+    hints, overridden = {name: typing.get_type_hints(cls)[name] for name in values}, set()
     for arg in argv:
         if arg.startswith("-"):
-            name, equals, text = arg.lstrip("-").partition("=")
-            name, _, key = name.partition(".")
-            check_name(name, hints, where=f"--{name}")
-            if key and not isinstance(values[name], dict):
-                fail(f"--{name}.{key}: {name} is one value, without entries")
-            if not equals and hints[name] not in (bool, bool | None):
-                fail(f"--{name} needs a value: --{name}=<{type_name(hints[name])}>")
-            where, value = f"--{name}", parse(text, hints[name]) if equals else True
-            if key:
-                where, value = f"--{name}.{key}", {**values[name], key: parse(text, typing.get_args(hints[name])[1])}
-            overrides = [(where, name, value)]
+            overrides = [read_flag(arg, values, hints)]
         elif arg.endswith(".py"):
             overrides = [(f"{arg}:{line}", name, value) for line, name, value in read_overrides(Path(arg))]
         else:
-            fail(f"{arg!r} is neither a .py file of settings nor a --name=value flag")
+            raise ValueError(f"{arg!r} is neither a .py file of settings nor a --name=value flag")
         for where, name, value in overrides:
             check_name(name, hints, where)
             values[name] = convert(value, hints[name], where, name)
-            given.add(name)
-        changed = ", ".join(f"{name}={values[name]!r}" for _, name, _ in overrides)
+            overridden.add(name)
+        changed = ", ".join(f"{name}={values[name]!r}" for _, name, _ in overrides) or "the defaults"
         print(f"override: {changed}" if arg.startswith("-") else f"{arg}: {changed}", file=sys.stderr)
-    try:
-        settings = cls(**values)
-    except ValueError as e:
-        fail(str(e))
-    settings.overridden = frozenset(given)
+    settings = cls(**values)
+    settings.overridden = frozenset(overridden)
     return settings
 
 
@@ -116,17 +110,31 @@ def default(field: dataclasses.Field):
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
+def read_flag(arg: str, values: dict, hints: dict) -> tuple[str, str, object]:
+    """(flag, name, value) of a --name=value, --name or --name.key=value."""
+    name, equals, text = arg.lstrip("-").partition("=")
+    name, _, key = name.partition(".")
+    check_name(name, hints, where=f"--{name}")
+    if key:
+        if not isinstance(values[name], dict):
+            raise ValueError(f"--{name}.{key}: {name} is one value, without entries")
+        return f"--{name}.{key}", name, {**values[name], key: parse(text, typing.get_args(hints[name])[1])}
+    if not equals and hints[name] not in (bool, bool | None):
+        raise ValueError(f"--{name} needs a value: --{name}=<{type_name(hints[name])}>")
+    return f"--{name}", name, parse(text, hints[name]) if equals else True
+
+
 def read_overrides(path: Path) -> list[tuple[int, str, object]]:
     """The (line, name, value) assignments of an override file; values are Python literals."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     except IsADirectoryError:
-        fail(f"{path} is a folder, not a file of settings")
+        raise ValueError(f"{path} is a folder, not a file of settings") from None
     except OSError:
         near = difflib.get_close_matches(str(path), [str(p) for p in Path("config").rglob("*.py")], n=1)
-        fail(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else "")) from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        fail(f"{path}: not lines of `name = value` ({e})")
+        raise ValueError(f"{path}: not lines of `name = value` ({e})") from None
     found = []
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -136,26 +144,29 @@ def read_overrides(path: Path) -> list[tuple[int, str, object]]:
             found.append((node.lineno, target.id, ast.literal_eval(node.value)))
         except (AttributeError, ValueError, TypeError, MemoryError, RecursionError):
             line = ast.unparse(node).splitlines()[0][:60]
-            fail(f"{path}:{node.lineno}: expected `name = value` with a literal value, found `{line}`")
+            raise ValueError(
+                f"{path}:{node.lineno}: expected `name = value` with a literal value, found `{line}`"
+            ) from None
     return found
 
 
 def check_range(settings, low: float, high: float, *names: str):
-    """Raise ValueError, naming the first, if one of these settings does not lie in low..high, both included."""
+    """Raise ValueError, naming the first, if one of these settings lies outside low..high, both included."""
     for name in names:
         if not low <= getattr(settings, name) <= high:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must lie in {low:g}..{high:g}")
 
 
 def check_name(name: str, known: dict, where: str):
+    """Raise ValueError for an unknown setting, with the nearest known name."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
-        fail(f"{where}: there is no setting {name!r}; {hint}")
+        raise ValueError(f"{where}: there is no setting {name!r}; {hint}")
 
 
 def parse(text: str, hint) -> object:
-    """The value that a flag's text stands for: the text itself for str, else a Python literal where it is one."""
+    """The value of a flag's text: the text itself for str, else a Python literal where it is one."""
     if hint is str or (hint == str | None and text != "None"):
         return text
     if text.lower() in ("true", "false", "none"):
@@ -167,7 +178,7 @@ def parse(text: str, hint) -> object:
 
 
 def convert(value, hint, where: str, name: str):
-    """value as the field's type, or one line that says what was expected."""
+    """value as the field's type. Raises ValueError with the type that was expected."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -187,11 +198,11 @@ def convert(value, hint, where: str, name: str):
     out_of_range = (type(value) is int and abs(value) >= 2**63) or (type(value) is float and not math.isfinite(value))
     if isinstance(hint, type) and type(value) is hint and not out_of_range:
         return value
-    fail(f"{where}: {name} takes {type_name(hint)}, not {repr(value)[:60]}")
+    raise ValueError(f"{where}: {name} takes {type_name(hint)}, not {repr(value)[:60]}")
 
 
 def type_name(hint) -> str:
-    """How a person would write the type."""
+    """The type as a person would write it."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(type_name(a) for a in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

@@ -40,17 +40,18 @@ from torch import Tensor, nn
 
 import config
 from eval import print_table
-from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype, load_checkpoint
+from extras.weights import from_pretrained
+from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype
 from prepare_data import code_documents, encode, open_tokenizer, write_json
 from sft import Conversations, SFTConfig
 from train import (
-    COMPILE_OPTIONS,
     PEAK_FLOPS,
     Corpus,
     Ranks,
     TrainConfig,
     compiler_works,
     freeze,
+    load_checkpoint,
     pick_device,
     pick_dtype,
     prepare_cpu,
@@ -196,20 +197,19 @@ def mib(n: int | None, of: int | None = None) -> str | None:
 
 def bench_ffn(cfg: BenchConfig, table: Table, device: torch.device, autocast):
     """The feed-forward layer alone, forward and backward."""
-    shape = {"n_embd": cfg.n_embd, "d_ff": cfg.d_ff, "block_size": cfg.block_size}
     x = torch.randn(cfg.batch_size, cfg.block_size, cfg.n_embd, device=device, requires_grad=True)
-    d_y, tau = torch.randn_like(x), torch.tensor(0.5, device=device)
+    d_y = torch.randn_like(x)
 
     def layer(names: tuple[str, ...], compiled: bool) -> Callable:
         torch.manual_seed(0)
-        module = PolyGLU(ModelConfig(**shape, activations=names)).to(device)
+        module = PolyGLU(cfg.n_embd, cfg.d_ff, names).to(device)
         if compiled:
-            module.compile(dynamic=False, options=COMPILE_OPTIONS)
+            module.compile(dynamic=False)
         return module
 
     def step(module: nn.Module):
         with autocast:
-            y = module(x, tau)
+            y = module(x)
         y.backward(d_y.to(y.dtype))
         module.zero_grad(set_to_none=True)
         x.grad = None
@@ -224,7 +224,7 @@ def bench_ffn(cfg: BenchConfig, table: Table, device: torch.device, autocast):
         saved, peak = {}, {}
         for name, module in layers.items():
             with autocast:
-                saved[name] = saved_bytes(module, x, tau)
+                saved[name] = saved_bytes(module, x)
             peak[name] = peak_bytes(functools.partial(step, module), device)
             kept, top = mib(saved[name], saved["SwiGLU"]), mib(peak[name], peak["SwiGLU"])
             table.add(f"ffn, {'compiled' if compiled else 'eager'}", name, results[name], kept=kept, peak=top)
@@ -270,7 +270,7 @@ def bench_step(cfg: BenchConfig, table: Table, device: torch.device, _autocast):
         model = PolychromaticLM(settings.model_config()).to(device).train()
         if compiled:
             for block in model.blocks:
-                block.compile(options=COMPILE_OPTIONS)
+                block.compile()
         return model, model.configure_optimizer(settings.lr, settings.weight_decay, (settings.beta1, settings.beta2))
 
     def step(model: PolychromaticLM, optimizer: torch.optim.Optimizer, plain: bool = False):
@@ -306,7 +306,7 @@ def bench_decode(cfg: BenchConfig, table: Table, device: torch.device, autocast)
     """A decoded token after 128 to 4,096 others, with the cache and without, and the time to the first one."""
     if cfg.init_from:
         try:
-            model = PolychromaticLM.from_pretrained(cfg.init_from, cfg.revision)
+            model = from_pretrained(cfg.init_from, cfg.revision)
         except (OSError, ValueError) as e:
             raise ValueError(f"--init_from: {e}") from None
         if model.config.sees_future:
@@ -585,7 +585,7 @@ def causal_losses(
     the losses of the same tokens as trained, each weighted by how many it stands for, is added to the score as trained.
     """
     cfg = run.settings
-    model = PolychromaticLM.from_pretrained(run.folder).to(device).eval()
+    model = from_pretrained(run.folder).to(device).eval()
     corpus = Corpus(dataclasses.replace(cfg, eval_tokens=min(cfg.eval_tokens, rows * cfg.block_size)))
     dtype = pick_dtype(cfg.dtype, device)
     first, losses = min(first, cfg.block_size), {}
@@ -614,7 +614,7 @@ def collect(runs: list[Run], device: torch.device) -> list[dict]:
         bits = {domain: scores["bits_per_byte"] for domain, scores in last["val"].items()}
         speeds = [line["tokens_per_second"] for line in read_log(run.folder) if "tokens_per_second" in line]
         checkpoint = load_checkpoint(run.folder)
-        size = sum(weight.numel() for name, weight in checkpoint["model"].items() if name != "tau")
+        size = sum(weight.numel() for name, weight in checkpoint["model"].items() if not name.endswith("tau"))
         result = {
             "name": run.name, "kind": run.kind, "variant": run.variant, "seed": run.seed,
             "command": shlex.join(["python", run.script, *run.arguments]), "parameters": size,

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from model import PolychromaticLM, chunked_cross_entropy, entropy, load_checkpoint
+from model import PolychromaticLM, chunked_cross_entropy, entropy, routing_stats
 from prepare_data import (
     CHAT_SPECIALS,
     FAMILIES,
@@ -44,7 +44,7 @@ from prepare_data import (
 )
 from sample import inference_dtype, load_model, newest_checkpoint
 from sft import Conversations
-from train import Corpus, Ranks, TrainConfig, pick_device, prepare_cpu, read_log
+from train import Corpus, Ranks, TrainConfig, load_checkpoint, pick_device, prepare_cpu, read_log
 
 ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 
@@ -90,7 +90,7 @@ class Batcher:
     """Does work on a batch of items at a time; a batch that the GPU's memory does not hold is halved, for good."""
 
     def __init__(self, model: PolychromaticLM, size: int | str):
-        tokens = 2**18 if model.tau.is_cuda else 2**14
+        tokens = 2**18 if model.device.type == "cuda" else 2**14
         self.size = max(8, tokens // model.config.block_size) if size == "auto" else size
         if model.config.sees_future:
             self.size = 1  # its routing would read the padding too
@@ -158,7 +158,7 @@ def joined(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 def window_losses(model: PolychromaticLM, rows: list[Row]) -> list[tuple[float, int]]:
     """Of each row: the sum of its losses, in nats, and the number of its targets."""
-    tokens, targets, doc_ids = joined(rows, model.tau.device)
+    tokens, targets, doc_ids = joined(rows, model.device)
     hidden, counts = model.hidden(tokens, doc_ids), (targets >= 0).sum(1)
     means = [chunked_cross_entropy(h, model.head_weight, t) for h, t in zip(hidden, targets)]
     return list(zip((torch.stack(means) * counts).tolist(), counts.tolist()))
@@ -226,8 +226,8 @@ def measure_routing(model: PolychromaticLM, corpus: Corpus, samples: dict[str, l
     together = [row for rows in samples.values() for row in rows[:: len(samples)]]
     stats = {}
     for name, rows in {"all": together, **samples}.items():
-        tokens, targets, doc_ids = joined(rows, model.tau.device)
-        stats[name] = model.routing_stats(tokens, doc_ids, corpus.is_text(tokens, targets), neurons=name == "all")
+        tokens, targets, doc_ids = joined(rows, model.device)
+        stats[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets), neurons=name == "all")
     return stats if stats["all"] else {}
 
 
@@ -395,7 +395,7 @@ def write_texts(
     """How the model continues each prompt (token ids), up to a token in `ends` or to where a text of `until` begins."""
     stops = [text.encode() for text in until if text]
     written, going = [b""] * len(prompts), set(range(len(prompts)))
-    for tokens in model.generate(prompts, max_new_tokens, temperature, stop=ends):
+    for tokens in model.generate(prompts, max_new_tokens, temperature, stop_tokens=ends):
         for i, token in enumerate(tokens.tolist()):
             if i not in going:
                 continue
@@ -484,7 +484,7 @@ def log_likelihoods(model: PolychromaticLM, requests: list[tuple[list[int], list
 
     What is longer than block_size is cut on the left.
     """
-    T, device = model.config.block_size, model.tau.device
+    T, device = model.config.block_size, model.device
     rows = [tuple((context + continuation)[-T - 1 : -1]) for context, continuation in requests]
     unique = list(dict.fromkeys(rows))  # answers of one token share a row
     longest = max(map(len, unique))

@@ -75,7 +75,9 @@ def load_model(
     """What from_pretrained() loads (None: the newest checkpoint), for evaluation; ends the script if there is none."""
     path = source or newest_checkpoint()
     try:
-        model = PolychromaticLM.from_pretrained(path, revision, router_context)
+        from extras.weights import from_pretrained
+
+        model = from_pretrained(path, revision, router_context)
     except (OSError, ValueError) as e:
         raise ValueError(str(e)) from None
     print(f"model: {path}", file=sys.stderr)
@@ -124,8 +126,8 @@ def stream(
     """Continue token ids up to <|endoftext|>, in a chat <|im_end|>; yields text as soon as its bytes are whole."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = chat_ends(encoding) if cfg.chat else {encoding.eot_token}
-    dtype = inference_dtype(cfg.dtype, model.tau.device)
-    with torch.autocast(model.tau.device.type, dtype, enabled=dtype != torch.float32):
+    dtype = inference_dtype(cfg.dtype, model.device)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         for step in model.generate([ids], max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, ends, generator):
             if step.item() not in ends:
                 yield decoder.decode(encoding.decode_single_token_bytes(step.item()))
@@ -233,7 +235,9 @@ def main():
     device = pick_device(cfg.device)
     model = load_model(cfg.init_from or cfg.out_dir, device, cfg.revision, cfg.router_context)
     with contextlib.redirect_stdout(sys.stderr):
-        model.compile_decode = cfg.compile and compiler_works(device)
+        if cfg.compile and compiler_works(device):
+            for block in model.blocks:
+                block.compile()
     encoding = open_tokenizer(model.config.tokenizer, cfg.vocab)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     try:

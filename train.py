@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from model import ModelConfig, PolychromaticLM, load_checkpoint, upcycle
+from model import ModelConfig, PolychromaticLM, routing_stats, set_tau
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MAX_SKIPPED = 5  # non-finite updates in a row before the run gives up
@@ -345,10 +346,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_amx else torch.float32
 
 
-# For torch.compile: its C++ may compute a * b + c as one instruction, which it does not ask for by itself.
-COMPILE_OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
-
-
 def prepare_cpu():
     """Settings of this process with which a CPU is faster."""
     torch.set_flush_denormal(True)  # at a low tau, gates of 1e-40 would halve its speed
@@ -382,6 +379,46 @@ def save_checkpoint(path: Path, checkpoint: dict):
         raise ValueError(
             f"cannot write {path}: {str(e).splitlines()[0]}; an earlier checkpoint, if there was one, is intact"
         ) from None
+
+
+def load_checkpoint(source: str | Path) -> dict:
+    """Read a torch checkpoint, or the one in a run folder: tensors and plain values on the CPU, never code.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or holds no model.
+    """
+    path = Path(source)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"bad checksum of {damaged}")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own kind
+        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise ValueError(f"{path} is not a checkpoint of a model")
+    return saved
+
+
+def build_model(model_config: ModelConfig, state: dict[str, Tensor], path: Path) -> PolychromaticLM:
+    """A model with these weights. Raises ValueError, naming the file, for a tensor that does not fit."""
+    try:
+        model = PolychromaticLM(model_config)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: {e}") from None
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if name not in expected:
+            raise ValueError(f"{path} has an unexpected tensor: {name}")
+        if state[name].shape != expected[name].shape:
+            theirs, ours = list(state[name].shape), list(expected[name].shape)
+            raise ValueError(f"{path}: the tensor {name} has the shape {theirs}, not {ours}")
+    model.load_state_dict(state)
+    return model
 
 
 def find_checkpoint(cfg: TrainConfig) -> dict | None:
@@ -532,7 +569,7 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
     routing = {}
     if ranks.rank == 0:
         with autocast:
-            routing = model.routing_stats(*map(torch.stack, zip(*shown)))
+            routing = routing_stats(model, *map(torch.stack, zip(*shown)))
     model.train()
     return {"val": val, "routing": routing}
 
@@ -565,7 +602,9 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
         weights = checkpoint["model"]
     elif cfg.init_from:
         try:
-            source = PolychromaticLM.from_pretrained(cfg.init_from, cfg.revision)
+            from extras.weights import from_pretrained, upcycle
+
+            source = from_pretrained(cfg.init_from, cfg.revision)
         except (OSError, ValueError) as e:
             raise ValueError(f"--init_from: {e}") from None
         adopt(cfg, dataclasses.asdict(source.config), cfg.init_from)
@@ -573,8 +612,10 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
         if cfg.activations != source.config.activations:
             print(f"upcycling {'/'.join(source.config.activations)} to {'/'.join(cfg.activations)}: the same function")
             weights = upcycle(source, cfg.model_config(), cfg.tau_start)
-        if len(source.config.activations) > 1 and abs(source.tau.item() - cfg.tau_start) > 1e-6:
-            print(f"the routing goes from tau {source.tau.item():g} of {cfg.init_from} to {cfg.tau_start:g}")
+        if len(source.config.activations) > 1 and abs(source.blocks[0].ffn.tau.item() - cfg.tau_start) > 1e-6:
+            print(
+                f"the routing goes from tau {source.blocks[0].ffn.tau.item():g} of {cfg.init_from} to {cfg.tau_start:g}"
+            )
     corpus = corpus_type(cfg)
     run_id = checkpoint["run_id"] if checkpoint else uuid.uuid4().hex[:8]
     log = open_log(cfg, ranks, run_id)
@@ -584,7 +625,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
 
     torch.manual_seed(cfg.seed)
     model = PolychromaticLM(cfg.model_config()).to(device)
-    model.recompute = cfg.recompute
+    model.activation_checkpointing = cfg.recompute
     freeze(model, cfg.frozen)
     optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
     for group in optimizer.param_groups:
@@ -606,7 +647,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
     compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and compiler_works(device)
     if compiled:
         for block in model.blocks:  # one graph serves all blocks: compiling takes as long for 28 as for one
-            block.compile(options=COMPILE_OPTIONS)
+            block.compile()
     forward = model
     if ranks.count > 1:
         forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -635,7 +676,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
     model.train()
     for step in range(first_step, cfg.max_steps + 1):
         lr, tau = lr_at(step, cfg), tau_at(step, cfg)
-        model.tau.fill_(tau)
+        set_tau(model, tau)
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
             with meter.paused():
                 measured = evaluate(model, corpus, ranks, autocast)
@@ -685,7 +726,7 @@ def run(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks, stop: "StopSi
             print_step(record, cfg)
         due = stopping or done % cfg.save_interval == 0 or done == cfg.max_steps
         if due and not skipped_in_a_row:  # weights that make no finite step are not worth keeping
-            model.tau.fill_(tau_at(done, cfg))
+            set_tau(model, tau_at(done, cfg))
             save(done)
         if stopping:
             print(f"stopped; {ckpt} is at step {saved}. Go on with: {resume_command()}")

@@ -1,0 +1,263 @@
+"""Weights in other layouts: the paper's release, Qwen3, and model folders with a card, on disk or on the hub.
+
+from extras.weights import from_pretrained
+model = from_pretrained("Qwen/Qwen3-0.6B-Base")
+"""
+
+import dataclasses
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import ACTIVATIONS, ModelConfig, PolychromaticLM
+from train import build_model, load_checkpoint
+
+# Tensor names of other layouts: (pattern of their name, our name).
+RELEASED_NAMES = (
+    (r"embeddings\.weight", "embedding.weight"),
+    (r"output_head\.weight", "head.weight"),
+    (r"rmsnorm\.gama", "norm.weight"),
+    (r"model_core\.(\d+)\.rmsnorm_([12])\.gama", r"blocks.\1.norm_\2.weight"),
+    (r"model_core\.(\d+)\.gqa\.W_([qkvo])\.weight", r"blocks.\1.attn.w_\2.weight"),
+    (r"model_core\.(\d+)\.gqa\.rmsnorm_([qk])\.gama", r"blocks.\1.attn.norm_\2.weight"),
+    (r"model_core\.(\d+)\.polyglu\.W_(gate|up|down)\.weight", r"blocks.\1.ffn.w_\2.weight"),
+    (r"model_core\.(\d+)\.polyglu\.(alpha|beta)", r"blocks.\1.ffn.\2"),
+    (r"model_core\.(\d+)\.polyglu\.gate_net\.0\.(weight|bias)", r"blocks.\1.ffn.router_in.\2"),
+    (r"model_core\.(\d+)\.polyglu\.gate_net\.2\.(weight|bias)", r"blocks.\1.ffn.router_out.\2"),
+)
+QWEN3_NAMES = (
+    (r"model\.embed_tokens\.weight", "embedding.weight"),
+    (r"lm_head\.weight", "head.weight"),
+    (r"model\.norm\.weight", "norm.weight"),
+    (r"model\.layers\.(\d+)\.input_layernorm\.weight", r"blocks.\1.norm_1.weight"),
+    (r"model\.layers\.(\d+)\.post_attention_layernorm\.weight", r"blocks.\1.norm_2.weight"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight", r"blocks.\1.attn.w_\2.weight"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm\.weight", r"blocks.\1.attn.norm_\2.weight"),
+    (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight", r"blocks.\1.ffn.w_\2.weight"),
+)
+
+
+def from_pretrained(
+    source: str | Path, revision: str | None = None, router_context: str | None = None
+) -> PolychromaticLM:
+    """A float32 model on the CPU, from any of four layouts, told apart by their tensor names.
+
+    - a checkpoint of train.py or sft.py, or a run folder that holds one
+    - config.json and model.safetensors of save_pretrained()
+    - the paper's released weights: .safetensors, or their training checkpoint. They have a "sequence" router and no
+      noise; tau is the file's, or 0.1
+    - a Qwen3 (config.json, .safetensors, sharded or not): a model with one activation, K = 1
+    source: a local path, or the name of a model on the hub, at a revision. router_context replaces the model's own.
+    Raises FileNotFoundError if there is nothing, else ValueError with the file and what is wrong.
+    """
+    config, state, path = load_weights(source, revision)
+    if router_context:
+        config = dataclasses.replace(config, router_context=router_context)
+    return build_model(config, state, path)
+
+
+def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path]:
+    """Configuration, tensors under our names, and file of a model; arguments and errors as from_pretrained()'s."""
+    path = Path(source) if Path(source).exists() else download(str(source), revision)
+    if revision and path == Path(source):
+        raise ValueError(f"{source} is a local path, which has no revisions")
+    path = find_weights(path) if path.is_dir() else path
+    settings = read_json(path.parent / "config.json")
+    if path.name.endswith((".safetensors", ".index.json")):
+        saved = {"model": load_safetensors(path), "model_config": settings}
+    else:
+        saved = load_checkpoint(path)
+    try:
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in saved["model"].items()}
+        if "embedding.weight" in state:
+            config, tau = ModelConfig(**saved.get("model_config", settings)), state.pop("tau", None)
+        elif "embeddings.weight" in state:  # the paper's release; its rotary tables are computed anew
+            state = renamed({name: t for name, t in state.items() if not name.startswith("rope.")}, RELEASED_NAMES)
+            config = ModelConfig(**shape_of(state), router_context="sequence", gumbel=False)
+            tau = state.pop("tau", saved.get("tau", 0.1))
+        elif "model.embed_tokens.weight" in state:
+            if not settings.get("tie_word_embeddings", True):
+                state["lm_head.weight"]  # a KeyError if it is missing
+            state = renamed(state, QWEN3_NAMES)
+            config, tau = ModelConfig(**shape_of(state), **qwen3_settings(settings, path.parent / "config.json")), 1.0
+        else:
+            raise ValueError(f"no known layout; its first tensor is {next(iter(state), 'missing')}")
+        if tau is not None:  # elsewhere one number of the model, here a buffer of each layer
+            state |= {f"blocks.{i}.ffn.tau": torch.tensor(float(tau)) for i in range(config.n_layer)}
+        return config, state, path
+    except KeyError as e:
+        raise ValueError(f"{path} lacks the tensor {e.args[0]}") from None
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise ValueError(f"{path} does not hold a model of this project: {' '.join(str(e).split())[:300]}") from None
+
+
+def find_weights(folder: Path) -> Path:
+    """The file of weights in a folder."""
+    candidates = [folder / name for name in ("ckpt.pt", "model.safetensors.index.json", "model.safetensors")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no checkpoint at {candidates[0]}, and no model.safetensors beside it")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; empty if there is no file."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e})") from None
+
+
+def renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """state under our names; other names stay. A head equal to the embedding is left out."""
+    found = {}
+    for theirs, tensor in state.items():
+        ours = (re.sub(pattern, name, theirs) for pattern, name in names if re.fullmatch(pattern, theirs))
+        found[next(ours, theirs)] = tensor
+    if "head.weight" in found and torch.equal(found["head.weight"], found["embedding.weight"]):
+        del found["head.weight"]
+    return found
+
+
+def shape_of(state: dict[str, Tensor]) -> dict:
+    """The settings of ModelConfig that follow from the tensors. Raises KeyError for a missing tensor."""
+    head_dim = state["blocks.0.attn.norm_q.weight"].numel()
+    shape = {
+        "vocab_size": state["embedding.weight"].size(0),
+        "n_embd": state["embedding.weight"].size(1),
+        "n_layer": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "n_head": state["blocks.0.attn.w_q.weight"].size(0) // head_dim,
+        "n_kv_head": state["blocks.0.attn.w_k.weight"].size(0) // head_dim,
+        "head_dim": head_dim,
+        "d_ff": state["blocks.0.ffn.w_gate.weight"].size(0),
+        "tied_head": "head.weight" not in state,
+    }
+    if "blocks.0.ffn.router_in.weight" in state:
+        shape["router_hidden"] = state["blocks.0.ffn.router_in.weight"].size(0)
+    return shape
+
+
+def qwen3_settings(settings: dict, path: Path) -> dict:
+    """Settings of ModelConfig in a Qwen3's config.json; raises ValueError for what this model does not have."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    unsupported = {
+        f"model_type {settings.get('model_type')!r}": settings.get("model_type") != "qwen3",
+        "attention_bias": settings.get("attention_bias", False),
+        "use_sliding_window": settings.get("use_sliding_window", False),
+        f"rope scaling {rope.get('rope_type', rope.get('type'))!r}": rope.get("rope_type", "default") != "default"
+        or rope.get("type", "default") != "default",
+        f"hidden_act {settings.get('hidden_act')!r}": settings.get("hidden_act", "silu") not in ACTIVATIONS,
+    }
+    if named := [name for name, is_so in unsupported.items() if is_so]:
+        raise ValueError(f"{path} asks for {', '.join(named)}, which this model does not have")
+    return {
+        "block_size": settings.get("max_position_embeddings", 32_768),
+        "rope_theta": float(settings.get("rope_theta") or rope.get("rope_theta", 1_000_000.0)),
+        "norm_eps": settings.get("rms_norm_eps", 1e-6),
+        "activations": (settings.get("hidden_act", "silu"),),
+    }
+
+
+def download(name: str, revision: str | None) -> Path:
+    """The folder of a model on the hub, in the hub's cache."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"no checkpoint at {name}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as e:  # the package, the model, the revision or the network is missing: each raises its own kind
+        reason = " ".join(str(e).split())[:150]
+        raise FileNotFoundError(f"no checkpoint at {name}, and no such model on the hub ({reason})") from None
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of all files that an index.json names."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError("reading .safetensors needs a package: pip install safetensors") from None
+    try:
+        names = [path.name]
+        if path.suffix == ".json":
+            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"it names {outside[0]!r}, a file outside its folder")
+        tensors = {}
+        for name in names:
+            path = path.with_name(name)  # an error names the file that failed
+            tensors.update(load_file(path))
+        return tensors
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no weights at {path}") from None
+    except Exception as e:
+        raise ValueError(f"{path} is damaged ({e})") from None
+
+
+def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, Tensor]:
+    """Weights of a model with several activations that at temperature tau is the same function as the plain GLU `old`.
+
+    The activation of `old` gets e^10 times the weight of each other one, in every neuron; the router starts at zero.
+    With noise, which a low tau does not reduce, alpha is at least 10, so that training starts from that function too.
+    """
+    alpha = 10 * (max(tau, 1.0) if config.gumbel else tau)
+    state = PolychromaticLM(config).state_dict()
+    state.update(old.state_dict())
+    for name, tensor in state.items():
+        if name.endswith(".alpha"):
+            tensor.zero_()[:, config.activations.index(old.config.activations[0])] = alpha
+        elif ".router_out." in name:
+            tensor.zero_()
+    return state
+
+
+def save_pretrained(model: PolychromaticLM, directory: str | Path, settings: dict | None = None):
+    """Write config.json, model.safetensors and a model card, README.md, with the settings of the training.
+
+    from_pretrained() reads it back bit for bit. Raises ValueError if the safetensors package is not installed.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("writing .safetensors needs a package: pip install safetensors") from None
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
+    (directory / "README.md").write_text(model_card(model, settings or {}))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, directory / "model.partial")
+    (directory / "model.partial").replace(directory / "model.safetensors")
+
+
+def model_card(model: PolychromaticLM, settings: dict) -> str:
+    """Markdown: what the model is, how it was trained, how to load it."""
+    c, size = model.config, sum(p.numel() for p in model.parameters())
+    rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+    return (
+        "---\nlicense: apache-2.0\nlibrary_name: pytorch\ntags: [polyglu]\n---\n"
+        f"# PolychromaticLM, {size:,} parameters\n\nA decoder-only transformer with PolyGLU feed-forward layers "
+        f"(arXiv 2603.13347) of {', '.join(c.activations)}; router context {c.router_context}, "
+        f"tau {model.blocks[0].ffn.tau.item():g}, tokenizer {c.tokenizer}.\n\n"
+        "    from extras.weights import from_pretrained\n"
+        '    model = from_pretrained("this folder")\n\n'
+        + (f"Trained with:\n\n| setting | value |\n|---|---|\n{rows}" if settings else "")
+    )
+
+
+def push_to_hub(model: PolychromaticLM, name: str, settings: dict | None = None, private: bool = False):
+    """save_pretrained() to the model repository "owner/name" on the hub, which is created if it does not exist.
+
+    Raises ValueError if huggingface_hub is not installed, and that package's own errors without a login or network.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ValueError("the hub needs a package: pip install huggingface_hub") from None
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, settings)
+        HfApi().create_repo(name, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder)

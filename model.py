@@ -1,10 +1,9 @@
 """PolychromaticLM: a decoder-only transformer with PolyGLU feed-forward layers (arXiv 2603.13347).
 
 An ordinary feed-forward neuron has one fixed activation. A PolyGLU neuron mixes K of them, by a learned preference of
-its own and a router that reads the context. In reading order: PolyGLU and what its router reads, configuration, RMSNorm
-and RoPE, attention with its masks and cache, loss, model, text generation.
+its own and a router that reads the context. In reading order: PolyGLU and what its router reads, configuration,
+attention with its masks and cache, loss, model. Besides PolyGLU, what differs from a plain GPT:
 
-What else differs from a plain GPT:
 - grouped-query attention, RMSNorm on every query and key head (QK-norm), rotary positions, no biases, tied embedding
 - documents packed into one row do not see each other; padding is one more document
 - the loss is computed in chunks and never holds all logits
@@ -230,7 +229,7 @@ class ModelConfig:
         return self.router_context == "sequence" and self.router_hidden > 0 and len(self.activations) > 1
 
 
-# ------------------------------------------------------------------------------------------------------- norm and RoPE
+# ----------------------------------------------------------------------------------------------------------- attention
 
 
 class RMSNorm(nn.Module):
@@ -246,19 +245,44 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
-def rope_angles(length: int, head_dim: int, theta: float) -> Tensor:
-    """Rotary angles, in radians: [length, head_dim / 2] float32 (arXiv 2104.09864, eq. 15)."""
-    wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return torch.arange(length, dtype=torch.float32)[:, None] / wavelengths
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by angles [T, head_dim / 2], as Llama does."""
+    """RoPE (arXiv 2104.09864): rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by [T, head_dim / 2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245), RMSNorm on every query and key head before RoPE (QK-norm)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.w_q = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
+        self.w_k = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.w_v = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.w_o = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
+        self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
+        self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, layout: "Layout", cache: "LayerCache | None" = None) -> Tensor:
+        """x [B, T, n_embd] -> [B, T, n_embd]; appends keys and values to the cache, and reads it if layout says so."""
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q, k, v = (w(x).view(heads).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))  # [B, H, T, head_dim]
+        q = rotate(self.norm_q(q), layout.cos, layout.sin)
+        k = rotate(self.norm_k(k), layout.cos, layout.sin)
+        if cache is not None:
+            cache.k[:, :, layout.positions] = k.to(cache.k.dtype)
+            cache.v[:, :, layout.positions] = v.to(cache.v.dtype)
+        if layout.read_cache:
+            k, v = cache.k, cache.v
+        if isinstance(layout.mask, BlockMask):
+            attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+            y = attend(q, k, v, block_mask=layout.mask, enable_gqa=True)
+        else:
+            is_causal = layout.mask is None
+            y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=is_causal, enable_gqa=True)
+        return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class Layout(NamedTuple):
@@ -323,40 +347,6 @@ def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Ten
 def compiled_flex_attention() -> Callable:
     """FlexAttention for an eager model: uncompiled, it would hold the [T, T] scores."""
     return torch.compile(flex_attention)  # not at import: loading the compiler takes seconds
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv 2305.13245), RMSNorm on every query and key head before RoPE (QK-norm)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.w_q = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
-        self.w_k = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
-        self.w_v = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
-        self.w_o = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
-        self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
-        self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
-
-    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """x [B, T, n_embd] -> [B, T, n_embd]; appends keys and values to the cache, and reads it if layout says so."""
-        B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q, k, v = (w(x).view(heads).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))  # [B, H, T, head_dim]
-        q = rotate(self.norm_q(q), layout.cos, layout.sin)
-        k = rotate(self.norm_k(k), layout.cos, layout.sin)
-        if cache is not None:
-            cache.k[:, :, layout.positions] = k.to(cache.k.dtype)
-            cache.v[:, :, layout.positions] = v.to(cache.v.dtype)
-        if layout.read_cache:
-            k, v = cache.k, cache.v
-        if isinstance(layout.mask, BlockMask):
-            attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-            y = attend(q, k, v, block_mask=layout.mask, enable_gqa=True)
-        else:
-            is_causal = layout.mask is None
-            y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=is_causal, enable_gqa=True)
-        return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class Block(nn.Module):
@@ -452,8 +442,6 @@ class PolychromaticLM(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        angles = rope_angles(config.block_size, config.head_dim, config.rope_theta)
-        self.register_buffer("angles", angles, persistent=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.flex: bool | None = None  # whether FlexAttention keeps documents apart; None: on CUDA
         torch.set_rng_state(rng)  # forget what the constructors drew: how much depends on the routing
@@ -512,9 +500,9 @@ class PolychromaticLM(nn.Module):
 
     def layout(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Layout:
         """Positions, documents and attention mask of a batch. Arguments as forward()'s."""
-        (B, T), device = tokens.shape, tokens.device
-        past, room = (cache.length, cache.max_length) if cache is not None else (0, self.config.block_size)
-        if past + T > min(room, self.config.block_size):
+        (B, T), device, c = tokens.shape, tokens.device, self.config
+        past, room = (cache.length, cache.max_length) if cache is not None else (0, c.block_size)
+        if past + T > min(room, c.block_size):
             raise ValueError(f"{past + T} tokens in a row, but there is room for {room}")
         if doc_ids is None and past:
             doc_ids = cache.doc_ids[:, past - 1 : past].expand(B, T)  # the document under way goes on
@@ -531,7 +519,8 @@ class PolychromaticLM(nn.Module):
         elif doc_ids is not None:
             flex = cache is None and (tokens.is_cuda if self.flex is None else self.flex)
             mask = document_mask(doc_ids, positions, flex)
-        angles = self.angles[past : past + T]
+        wavelengths = c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
+        angles = positions[:, None] / wavelengths  # [T, head_dim / 2]
         return Layout(angles.cos(), angles.sin(), mask, doc_start, positions, read_cache=past > 0)
 
     @torch.no_grad()
@@ -543,10 +532,9 @@ class PolychromaticLM(nn.Module):
         """Continue prompts, one token of every row at a time: yields [B] int64, -1 in rows that have ended.
 
         tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
-        k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_tokens. A row that
-        outgrows block_size goes on from its last block_size / 2 tokens; so does a longer prompt.
-        `torch.stack(list(model.generate(...)), 1)` collects [B, steps].
-        Raises ValueError for an empty prompt, and for a "sequence" router with prompts of different lengths.
+        k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_tokens. A row longer
+        than block_size goes on from its last block_size / 2 tokens. Raises ValueError for an empty prompt, and for a
+        "sequence" router with prompts of different lengths.
         """
         rows, block_size = [list(map(int, row)) for row in tokens], self.config.block_size
         check_generation(self.config, rows, temperature, top_k, top_p)
@@ -606,9 +594,6 @@ class PolychromaticLM(nn.Module):
         return 6 * (sum(p.numel() for p in self.parameters()) - lookup) + attention
 
 
-# ---------------------------------------------------------------------------------------------------------- generation
-
-
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -635,14 +620,14 @@ def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def check_generation(config: ModelConfig, rows: list[list[int]], temperature: float, top_k, top_p):
-    """Raise ValueError for prompts or settings with which generate() cannot work."""
+    """Raise ValueError for what generate() cannot continue."""
     if not rows or not all(rows):
         raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
     if not all(0 <= token < config.vocab_size for row in rows for token in row):
         raise ValueError(f"a token that is not in 0..{config.vocab_size - 1}")
     if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
-    if config.sees_future and any(len(row) != len(rows[0]) for row in rows):
+    if config.sees_future and len(set(map(len, rows))) > 1:
         raise ValueError('router_context="sequence" would read the padding too; give prompts of one length')
 
 
@@ -656,11 +641,7 @@ def entropy(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def routing_stats(
-    model: PolychromaticLM,
-    tokens: Tensor,
-    doc_ids: Tensor | None = None,
-    mask: Tensor | None = None,
-    neurons: bool = False,
+    model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None = None, mask: Tensor | None = None, neurons=False
 ) -> dict[str, list]:
     """Measures of the routing on tokens [B, T], without noise: {measure: one value a layer}; empty for a plain GLU.
 
@@ -673,36 +654,29 @@ def routing_stats(
     - static_entropy_share, dynamic_entropy_share: the entropies as shares of ln K
     - neuron_usage, with neurons=True: usage of every neuron, [K, d_ff]
     """
-    K = len(model.config.activations)
-    if K == 1:
+    if len(model.config.activations) == 1:
         return {}
-    names = ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement")
-    stats = {name: [] for name in (*names, "neuron_usage")[: None if neurons else len(names)]}
-    was_training = model.training
+    was_training, max_entropy, layers = model.training, math.log(len(model.config.activations)), []
     model.eval()
     layout, x = model.layout(tokens, doc_ids), model.embedding(tokens)
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    n = mask.sum()
     for block in model.blocks:  # as Block.forward(), but it keeps h, the input of PolyGLU
         x = x + block.attn(block.norm_1(x), layout)
         h = block.norm_2(x)
         x = x + block.ffn(h, layout.doc_start)
-        entropy_of_g, agreement, mean_g = 0.0, 0.0, 0.0
-        for i in range(len(tokens)):  # g has K * T * d_ff numbers a row
+        dynamic, agreement, mean_g = 0.0, 0.0, 0.0
+        for i in range(len(tokens)):  # a row at a time: g has K * T * d_ff numbers
             doc_start = None if layout.doc_start is None else layout.doc_start[i : i + 1]
             g = torch.stack(block.ffn.mixture(h[i : i + 1], doc_start))[:, 0, mask[i]]  # [K, tokens, d_ff]
             votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
-            entropy_of_g += entropy(g).mean(-1).sum() / n
-            agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / n
-            mean_g += g.sum(1) / n  # [K, d_ff]
-        stats["static_entropy"].append(entropy(block.ffn.alpha.t().softmax(0)).mean().item())
-        stats["dynamic_entropy"].append(entropy_of_g.item())
-        stats["usage"].append(mean_g.mean(-1).tolist())
-        stats["input_dependence"].append((entropy(mean_g).mean() - entropy_of_g).clamp_min(0).item())
-        stats["agreement"].append(agreement.item())
-        if neurons:
-            stats["neuron_usage"].append(mean_g.tolist())
+            agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / mask.sum()
+            dynamic += entropy(g).mean(-1).sum() / mask.sum()
+            mean_g += g.sum(1) / mask.sum()  # [K, d_ff]
+        static = entropy(block.ffn.alpha.t().softmax(0)).mean().item()
+        stats = {"static_entropy": static, "static_entropy_share": static / max_entropy}
+        stats |= {"dynamic_entropy": dynamic.item(), "dynamic_entropy_share": dynamic.item() / max_entropy}
+        stats |= {"usage": mean_g.mean(-1).tolist(), "agreement": agreement.item()}
+        stats["input_dependence"] = (entropy(mean_g).mean() - dynamic).clamp_min(0).item()
+        layers.append(stats | ({"neuron_usage": mean_g.tolist()} if neurons else {}))
     model.train(was_training)
-    for name in ("static_entropy", "dynamic_entropy"):
-        stats[f"{name}_share"] = [nats / math.log(K) for nats in stats[name]]
-    return stats
+    return {name: [stats[name] for stats in layers] for name in layers[0]}

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -56,6 +57,8 @@ from model import (
 
 ROOT = Path(__file__).parent
 ERRORS = (ValueError, OSError)  # config.run() prints them in one line
+os.environ["OMP_NUM_THREADS"] = "1"  # of scripts; the tests run in parallel
+torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported: no test waits for a network
 SMALL = dict(
     block_size=64, vocab_size=259, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, d_ff=48,
@@ -895,6 +898,14 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(small_vocab, tmp_path):
     assert meta["dtype"] == "uint16" and meta["domains"]["math"]["train_tokens"] >= 10_000
 
 
+def error_of(function, *arguments, **keywords) -> str:
+    """The one line that a failing call prints."""
+    with pytest.raises(ERRORS) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 # --------------------------------------------------------------------------------------------------- batches, schedules
 
 
@@ -915,53 +926,48 @@ def corpus_dir(tmp_path_factory) -> Path:
 def run_settings(corpus_dir: Path, out_dir: Path, **overrides) -> dict:
     return {
         **SMALL, "data_dir": str(corpus_dir), "out_dir": str(out_dir), "max_steps": 12, "batch_size": 8,
-        "micro_batch_size": 4,
-        "lr": 1e-2, "warmup_steps": 2, "eval_interval": 6, "eval_tokens": 256, "save_interval": 3, "log_interval": 1,
-        "device": "cpu", "dtype": "float32", "compile": False, **overrides,
+        "micro_batch_size": 4, "lr": 1e-2, "warmup_steps": 2, "eval_interval": 6, "eval_tokens": 256,
+        "save_interval": 3, "log_interval": 1, "device": "cpu", "dtype": "float32", "compile": False, **overrides,
     }  # fmt: skip
 
 
+def open_corpus(corpus_dir: Path, **overrides) -> train.Corpus:
+    return train.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", **overrides)))
+
+
 def test_every_window_is_visited_once_before_any_is_visited_twice(corpus_dir):
-    cfg = train.TrainConfig(**run_settings(corpus_dir, "x", max_steps=300, batch_size=8))
-    corpus = train.Corpus(cfg)
-    visits = {domain: [] for domain in cfg.mixture}
-    for step in range(cfg.max_steps):
-        for d, domain in enumerate(cfg.mixture):
-            visits[domain] += [
-                corpus.nth_row(domain, corpus.visited[step, d] + i) for i in range(corpus.quotas[step, d])
-            ]
-    for domain, order in visits.items():
+    corpus = open_corpus(corpus_dir, max_steps=300)
+    for d, domain in enumerate(corpus.cfg.mixture):
+        order = [corpus.nth_row(domain, n) for n in range(corpus.visited[-1, d])]
         n = corpus.n_rows(domain, "train")
         epochs = [order[i : i + n] for i in range(0, len(order), n)]
         assert len(epochs) > 1 and epochs[0] != epochs[1]
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs[:-1])
         assert len(set(epochs[-1])) == len(epochs[-1])
+    assert np.array_equal(np.diff(corpus.visited, axis=0), corpus.quotas)
+    rows = [corpus.row("math", "train", corpus.nth_row("math", corpus.visited[5, 0] + i)) for i in range(2)]
+    assert np.array_equal(corpus.batch(5)[:2], rows)
 
 
 @pytest.mark.parametrize("batch_size", [8, 32, 128])
 def test_every_step_is_within_one_sequence_of_its_mixture(batch_size):
     cfg = train.TrainConfig(max_steps=500, batch_size=batch_size)
     table = train.quotas(cfg)
-    ideal = np.array([list(train.mixture_at(s, cfg).values()) for s in range(500)]) * batch_size
+    ideal = np.array([list(train.get_mixture(s, cfg).values()) for s in range(500)]) * batch_size
     assert (table.sum(1) == batch_size).all() and (table >= 0).all()
     assert np.abs(table - ideal).max() <= 1
     assert np.abs((table - ideal).cumsum(0)).max() <= 2  # small shares are not starved
-    assert train.mixture_at(0, cfg) == train.mixture_at(399, cfg) == {"math": 0.7, "stem": 0.25, "code": 0.05}
-    assert train.mixture_at(499, cfg) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
 
 
 def test_batches_depend_on_seed_and_step_alone(corpus_dir):
-    one, two, other = (
-        train.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", seed=s, micro_batch_size=m)))
-        for s, m in [(1, 8), (1, 2), (2, 8)]
-    )
+    one, two, other = (open_corpus(corpus_dir, seed=s, micro_batch_size=m) for s, m in [(1, 8), (1, 2), (2, 8)])
     for step in (11, 0, 5):
         assert np.array_equal(one.batch(step), two.batch(step))
     assert not np.array_equal(one.batch(5), other.batch(5))
 
 
 def test_document_ids_end_with_end_of_text(corpus_dir):
-    corpus = train.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", block_size=6)))
+    corpus = open_corpus(corpus_dir, block_size=6)
     corpus.tokens["math"]["train"] = np.array([9] * 6 + [5, 6, 256, 7, 256, 256, 8])
     tokens, targets, doc_ids = corpus.row("math", "train", 1).tolist()
     assert tokens == [5, 6, 256, 7, 256, 256]
@@ -969,90 +975,93 @@ def test_document_ids_end_with_end_of_text(corpus_dir):
     assert doc_ids == [0, 0, 0, 1, 1, 2]
 
 
-def test_schedules_are_the_papers():
+def test_the_default_settings_and_schedules_are_the_papers():
     cfg = train.TrainConfig()
     assert cfg.model_config() == ModelConfig()
-    assert train.lr_at(1999, cfg) == pytest.approx(1e-4) and train.lr_at(999, cfg) == pytest.approx(5e-5)
-    assert train.lr_at(2000, cfg) == 1e-4 and train.lr_at(19_531, cfg) == pytest.approx(0, abs=1e-12)
-    assert train.tau_at(0, cfg) == 1 and train.tau_at(19_531, cfg) == pytest.approx(0.1)
-    assert train.tau_at(9765, cfg) == pytest.approx(max(0.1, 1 - 0.9 * 9765 / 19_531))
+    assert train.get_lr(1999, cfg) == pytest.approx(1e-4) and train.get_lr(999, cfg) == pytest.approx(5e-5)
+    assert train.get_lr(2000, cfg) == 1e-4 and train.get_lr(19_531, cfg) == pytest.approx(0, abs=1e-12)
+    assert train.get_tau(0, cfg) == 1 and train.get_tau(19_531, cfg) == pytest.approx(0.1)
+    assert train.get_tau(9765, cfg) == pytest.approx(max(0.1, 1 - 0.9 * 9765 / 19_531))
+    cfg = train.TrainConfig(max_steps=500)
+    assert train.get_mixture(0, cfg) == train.get_mixture(399, cfg) == {"math": 0.7, "stem": 0.25, "code": 0.05}
+    assert train.get_mixture(499, cfg) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
+    for path, cls in {"config/pretrain.py": train.TrainConfig, "config/sft.py": sft.SFTConfig}.items():
+        assert config.load(cls, [str(ROOT / path)]) == cls()
 
 
 def test_val_loss_counts_every_window_once_whatever_the_batch(corpus_dir):
-    results = []
-    for micro in (1, 8):
-        cfg = train.TrainConfig(**run_settings(corpus_dir, "x", eval_tokens=10**6, micro_batch_size=micro))
-        results.append(
-            train.evaluate(small_model(), train.Corpus(cfg), train.Ranks("cpu"), torch.autocast("cpu", enabled=False))
-        )
-    for domain in results[0]["val"]:
-        assert results[0]["val"][domain]["loss"] == pytest.approx(results[1]["val"][domain]["loss"], abs=1e-5)
-        val, counts = results[0]["val"][domain], train.Corpus(cfg).domains[domain]
-        assert val["bits_per_byte"] == pytest.approx(
-            val["loss"] / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
-        )
+    corpora = [open_corpus(corpus_dir, eval_tokens=10**6, micro_batch_size=micro) for micro in (1, 8)]
+    autocast = torch.autocast("cpu", enabled=False)
+    one, eight = (train.evaluate(small_model(), corpus, train.Ranks("cpu"), autocast)["val"] for corpus in corpora)
+    for domain, val in one.items():
+        assert val["loss"] == pytest.approx(eight[domain]["loss"], abs=1e-5)
+        counts = corpora[0].domains[domain]
+        bits = val["loss"] / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
+        assert val["bits_per_byte"] == pytest.approx(bits)
 
 
 # --------------------------------------------------------------------------------------------------- 8. kill and resume
 
 
 def flags(settings: dict) -> list[str]:
-    return [
-        f"--{name}={value if not isinstance(value, tuple) else ','.join(value)}" for name, value in settings.items()
-    ]
+    return [f"--{name}={','.join(v) if isinstance(v, tuple) else v}" for name, v in settings.items()]
+
+
+def command_of(settings: dict, *extra: str, processes: int = 1, script: str = "train.py") -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *torchrun, script, *flags(settings), *extra]
 
 
 def run_train(settings: dict, *extra: str, processes: int = 1, **kw) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *torchrun, "train.py", *flags(settings), *extra]
+    command = command_of(settings, *extra, processes=processes)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kw)
 
 
-def kill_at_step(
-    settings: dict, step: int, number: int, *extra: str, processes: int = 1, script: str = "train.py"
-) -> tuple[int, str]:
-    """Start a run, send it (or its torchrun) a signal once its log shows that step; exit status and output."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, script, *flags(settings), *extra],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def run_here(settings: dict, *extra: str, script=train) -> str:
+    """What a run prints, in this process, without its signal handlers."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags(settings), *extra])
+        patch.setattr(signal, "signal", lambda *_: None)
+        script.main()
+    return output.getvalue()
+
+
+def signal_at_step(command: list[str], step: int, number: int) -> tuple[int, str]:
+    """Start a run and send it (or its torchrun) a signal once it has logged that step; exit status and output."""
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = ""
-    for line in process.stdout:
-        output += line
-        if re.match(rf"step +{step}/", line):
-            process.send_signal(number)
-            break
-    rest, _ = process.communicate(timeout=120)
-    return process.returncode, output + rest
+    while not re.search(rf"^step +{step}/", output, re.M):
+        output += (line := process.stdout.readline())
+        assert line, output
+    process.send_signal(number)
+    output += process.communicate(timeout=120)[0]
+    return process.returncode, output
 
 
-def final_weights(out_dir: Path) -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
-    states = [v for s in checkpoint["optimizer"]["state"].values() for v in s.values()]
-    return {**checkpoint["model"], **{f"optimizer {i}": v for i, v in enumerate(states)}}
+def step_of(out_dir: Path) -> int:
+    return train.load_checkpoint(out_dir)["step"]
 
 
-def assert_bit_identical(one: dict, two: dict):
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
+def losses_of(out_dir: Path) -> list[dict]:
+    return [record for record in train.read_log(out_dir) if "loss" in record]
+
+
+def assert_same_run(*out_dirs: Path):
+    """Bit by bit, the state of the optimizer included."""
+    one, two = (train.load_checkpoint(out_dir) for out_dir in out_dirs)
+    torch.testing.assert_close(one["model"], two["model"], rtol=0, atol=0)
+    torch.testing.assert_close(one["optimizer"]["state"], two["optimizer"]["state"], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
 def unbroken(corpus_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("unbroken")
-    done = run_train(run_settings(corpus_dir, out_dir))
-    assert done.returncode == 0, done.stderr
+    assert f"done; {out_dir}/ckpt.pt is at step 12" in run_here(run_settings(corpus_dir, out_dir))
     return out_dir
 
 
 def test_a_run_logs_its_losses_evaluations_and_routing(unbroken):
-    log = train.read_log(unbroken)
-    steps, evaluations = [x for x in log if "loss" in x], [x for x in log if "val" in x]
+    steps, evaluations = losses_of(unbroken), [x for x in train.read_log(unbroken) if "val" in x]
     assert [x["step"] for x in steps] == list(range(1, 13))
     assert [x["step"] for x in evaluations] == [0, 6, 12]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
@@ -1064,65 +1073,54 @@ def test_a_run_logs_its_losses_evaluations_and_routing(unbroken):
 def test_sigkill_and_resume_end_bit_identical_to_an_unbroken_run(unbroken, corpus_dir, tmp_path):
     settings = run_settings(corpus_dir, tmp_path / "run")
     for step in (5, 7, 10):  # the checkpoints are of steps 3, 6 and 9
-        status, output = kill_at_step(settings, step, signal.SIGKILL, "--resume")
+        status, output = signal_at_step(command_of(settings, "--resume"), step, signal.SIGKILL)
         assert status == -signal.SIGKILL, output
-        assert train.load_checkpoint(tmp_path / "run")["step"] == step // 3 * 3
-    done = run_train(settings, "--resume")
-    assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
-    assert_bit_identical(final_weights(tmp_path / "run"), final_weights(unbroken))
-    steps = [x["step"] for x in train.read_log(tmp_path / "run") if "loss" in x]
-    assert steps == list(range(1, 13))  # nothing is logged twice
+        assert step_of(tmp_path / "run") == step // 3 * 3
+    assert "resumed" in run_here(settings, "--resume")
+    assert_same_run(tmp_path / "run", unbroken)
+    assert [x["step"] for x in losses_of(tmp_path / "run")] == list(range(1, 13))  # nothing is logged twice
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_signal_saves_and_exits_0(unbroken, corpus_dir, tmp_path, number):
-    settings = run_settings(corpus_dir, tmp_path / "run")
-    status, output = kill_at_step(settings, 4, number)
-    assert status == 0, output
-    command = re.search(r"Go on with: python (.*)", output)[1]
-    assert "--resume" in command and "finishing the step" in output
-    assert train.load_checkpoint(tmp_path / "run")["step"] in (5, 6)
-    assert subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, timeout=120).returncode == 0
-    assert_bit_identical(final_weights(tmp_path / "run"), final_weights(unbroken))
+def test_a_polite_signal_saves_and_exits_0(unbroken, corpus_dir, tmp_path):
+    """SIGTERM, then SIGINT to the command that the stopped run prints, then its own command again."""
+    command = command_of(run_settings(corpus_dir, tmp_path / "run"))
+    for step, number in [(4, signal.SIGTERM), (8, signal.SIGINT)]:
+        status, output = signal_at_step(command, step, number)
+        assert status == 0 and "finishing the step" in output, output
+        assert step_of(tmp_path / "run") in (step + 1, step + 2)
+        command = [sys.executable, *shlex.split(re.search(r"Go on with: python (.*)", output)[1])]
+        assert command[-1] == "--resume"
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
-    """With routing noise, an annealed mixture, several micro-batches a process; and one's run goes on in two."""
-    settings = {"max_steps": 20, "micro_batch_size": 2, "anneal_start": 0.5, "eval_interval": 10}
-    one, two, both = (run_settings(corpus_dir, tmp_path / name, **settings) for name in ("one", "two", "both"))
-    for done in (run_train(one), run_train(two, processes=2)):
-        assert done.returncode == 0, done.stderr
-    status, output = kill_at_step(both, 8, signal.SIGTERM)
-    assert status == 0, output
-    done = run_train(both, "--resume", processes=2)
-    assert done.returncode == 0 and done.stdout.count("resumed") == 1, done.stderr
-    logs = [train.read_log(tmp_path / name) for name in ("one", "two", "both")]
-    # A signal to torchrun reaches both: they stop after the same step, and say how to go on.
-    stopped = run_settings(corpus_dir, tmp_path / "stopped", **{**settings, "save_interval": 1000})
-    status, output = kill_at_step(stopped, 8, signal.SIGTERM, processes=2)
+    """With routing noise, an annealed mixture, several micro-batches a process; one's run goes on in two, and back."""
+    overrides = {"max_steps": 20, "micro_batch_size": 2, "anneal_start": 0.5, "eval_interval": 10, "save_interval": 99}
+    one, two, both = (run_settings(corpus_dir, tmp_path / name, **overrides) for name in ("one", "two", "both"))
+    run_here(one)
+    assert run_train(two, processes=2).returncode == 0
+    assert signal_at_step(command_of(both), 4, signal.SIGTERM)[0] == 0
+    # A signal to torchrun reaches both processes: they stop after the same step, and say how to go on.
+    _, output = signal_at_step(command_of(both, "--resume", processes=2), 11, signal.SIGTERM)
+    assert output.count("resumed") == 1
     assert re.search(r"stopped; .* Go on with: torchrun --nproc_per_node=2 train.py .*--resume", output), output
-    assert 8 < train.load_checkpoint(tmp_path / "stopped")["step"] < 20
-    assert run_train(stopped, "--resume").returncode == 0
-    logs.append(train.read_log(tmp_path / "stopped"))
-    for log in logs[1:]:
-        assert len(log) == len(logs[0]) == 23
-        for mine, theirs in zip(log, logs[0]):
-            assert mine["step"] == theirs["step"]
-            if "loss" in mine:
-                assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-            else:
-                for domain in mine["val"]:
-                    assert mine["val"][domain]["loss"] == pytest.approx(theirs["val"][domain]["loss"], abs=1e-5)
+    assert 11 < step_of(tmp_path / "both") < 20
+    run_here(both, "--resume")
+    expected, *logs = (train.read_log(tmp_path / name) for name in ("one", "two", "both"))
+    assert len(expected) == 23
+    for log in logs:
+        assert [line["step"] for line in log] == [line["step"] for line in expected]
+        for ours, theirs in zip(log, expected):
+            for mine, other in zip(*(line.get("val", {"": line}).values() for line in (ours, theirs))):
+                assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
 def test_accumulated_micro_batches_are_the_whole_batch(corpus_dir, tmp_path):
     """Without noise, the printed loss and the weights do not depend on how a step is cut."""
-    logs = []
     for micro in (8, 2):
-        settings = run_settings(corpus_dir, tmp_path / str(micro), micro_batch_size=micro, gumbel=False, max_steps=5)
-        assert run_train(settings).returncode == 0
-        logs.append([line for line in train.read_log(tmp_path / str(micro)) if "loss" in line])
-    for whole, cut in zip(*logs):
+        run_here(run_settings(corpus_dir, tmp_path / str(micro), micro_batch_size=micro, gumbel=False, max_steps=5))
+    for whole, cut in zip(losses_of(tmp_path / "8"), losses_of(tmp_path / "2")):
         assert cut["loss"] == pytest.approx(whole["loss"], abs=1e-5)
         assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
@@ -1141,17 +1139,18 @@ def test_recomputed_activations_give_the_same_gradients():
         torch.testing.assert_close(recomputed, kept)
 
 
-def test_a_failed_save_leaves_the_checkpoint_before_it(tmp_path):
-    train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
-
-    class Unsavable:
-        def __reduce__(self):
+def test_a_failed_save_leaves_the_checkpoint_before_it(corpus_dir, tmp_path, monkeypatch):
+    def save(checkpoint, file, save=torch.save):
+        if checkpoint["step"] == 2:
+            file.write(b"half a checkpoint")
             raise OSError(28, "No space left on device")
+        save(checkpoint, file)
 
-    with pytest.raises(ERRORS, match="cannot write .*No space left.*intact"):
-        train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2, "model": torch.zeros(9), "bad": Unsavable()})
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    monkeypatch.setattr(torch, "save", save)
+    message = error_of(run_here, run_settings(corpus_dir, tmp_path, save_interval=1))
+    assert re.match("cannot write .*ckpt.pt: No space left on device; an earlier checkpoint.* is intact", message)
+    assert step_of(tmp_path) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "log.jsonl", ".lock"}
 
 
 def assert_one_line(done: subprocess.CompletedProcess, *messages: str):
@@ -1161,36 +1160,33 @@ def assert_one_line(done: subprocess.CompletedProcess, *messages: str):
     assert all(message in errors[0] for message in ("error: ", *messages)), errors[0]
 
 
-def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path):
+def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path, capsys):
     """The first update of this run ruins the weights, and the second is the first to show it."""
-    settings = run_settings(corpus_dir, tmp_path / "run", lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
-    done = run_train(settings)
-    assert "update skipped (5 so far)" in done.stdout
-    assert_one_line(done, "5 non-finite updates in a row", "ckpt.pt is at step 0")
-    assert train.load_checkpoint(tmp_path / "run")["step"] == 0
-    done = run_train({**settings, "lr": 1e-3}, "--resume")
-    assert done.returncode == 0 and "skipped" not in done.stdout
-    assert_one_line(run_train({**settings, "max_steps": 3}, "--overwrite"), "ended in non-finite updates", "at step 0")
-    assert all(json.loads(line)["step"] >= 0 for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    settings = run_settings(corpus_dir, tmp_path, lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
+    assert re.match("5 non-finite updates in a row; .*ckpt.pt is at step 0; lower --lr", error_of(run_here, settings))
+    assert step_of(tmp_path) == 0 and train.read_log(tmp_path)[-1]["skipped"] == 4
+    assert all(json.loads(line)["step"] >= 0 for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert "skipped" not in run_here({**settings, "lr": 1e-3}, "--resume")
+    message = error_of(run_here, {**settings, "max_steps": 3}, "--overwrite")
+    assert re.match("the run ended in non-finite updates; .* at step 0; resume with a lower --lr", message)
 
 
 def test_frozen_parameters_stay_as_they_are(corpus_dir, tmp_path):
-    settings = run_settings(corpus_dir, tmp_path / "run", max_steps=4, frozen=("alpha", "norm_1"))
-    cfg = train.TrainConfig(**settings)
-    train.train(cfg)
-    torch.manual_seed(cfg.seed)
-    before, after = PolychromaticLM(cfg.model_config()).state_dict(), train.load_checkpoint(tmp_path / "run")["model"]
+    settings = run_settings(corpus_dir, tmp_path, max_steps=4, frozen=("alpha", "norm_1"))
+    run_here(settings)
+    torch.manual_seed(train.TrainConfig().seed)
+    before, after = PolychromaticLM(ModelConfig(**SMALL)).state_dict(), train.load_checkpoint(tmp_path)["model"]
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if "alpha" in name or "norm_1" in name}
-    assert run_train({**settings, "max_steps": 6}, "--resume").returncode == 0
-    done = run_train({**settings, "frozen": ("alhpa",)}, "--overwrite")
-    assert_one_line(done, "frozen: no parameter has 'alhpa' in its name; there are embedding, norm_1, ", "ffn.alpha")
-    assert_one_line(run_train({**settings, "frozen": ("",)}, "--overwrite"), "leaves nothing to train")
+    run_here({**settings, "max_steps": 6}, "--resume")
+    message = error_of(run_here, settings, "--overwrite", "--frozen=alhpa")
+    assert re.match("frozen: no parameter has 'alhpa' in its name; there are embedding, norm_1, .*ffn.alpha", message)
+    assert "leaves nothing to train" in error_of(run_here, settings, "--overwrite", "--frozen=,")
 
 
 def test_a_step_takes_the_scheduled_rate_temperature_clip_and_noise(corpus_dir, tmp_path, monkeypatch):
-    settings = run_settings(corpus_dir, tmp_path / "run", max_steps=5, grad_clip=0.01, save_interval=100)
-    cfg, seeds, norms = train.TrainConfig(**settings), [], []
+    settings = run_settings(corpus_dir, tmp_path, max_steps=5, grad_clip=0.01, save_interval=100)
+    cfg, seeds, norms, rates = train.TrainConfig(**settings), [], [], []
     real_seed, real_step = torch.manual_seed, torch.optim.AdamW.step
 
     def step(optimizer, *args):
@@ -1198,33 +1194,52 @@ def test_a_step_takes_the_scheduled_rate_temperature_clip_and_noise(corpus_dir, 
         rates.append([group["lr"] for group in optimizer.param_groups])
         return real_step(optimizer, *args)
 
-    rates = []
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real_seed(seed))
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own Ctrl-C
-    train.train(cfg)
-    assert rates == [[train.lr_at(s, cfg)] * 4 for s in range(5)]
+    run_here(settings)
+    assert rates == [[train.get_lr(s, cfg)] * 4 for s in range(5)]
     assert norms == pytest.approx([0.01] * 5, rel=1e-3)
-    assert seeds == [cfg.seed, *(train.noise_seed(cfg.seed, s, i) for s in range(5) for i in range(2))]
+    keys = [(cfg.seed, s, i) for s in range(5) for i in range(2)]
+    assert seeds == [cfg.seed, *(int(np.random.SeedSequence(k).generate_state(1, np.uint64)[0]) for k in keys)]
     assert len(set(seeds)) == 11
-    saved = train.load_checkpoint(tmp_path / "run")
-    assert saved["model"]["blocks.0.ffn.tau"].item() == pytest.approx(train.tau_at(5, cfg)) == pytest.approx(0.1)
-    taus = [line["tau"] for line in train.read_log(tmp_path / "run") if "loss" in line]
-    assert taus == [train.tau_at(s, cfg) for s in range(5)]
+    taus = {t.item() for name, t in train.load_checkpoint(tmp_path)["model"].items() if name.endswith("tau")}
+    assert taus == {np.float32(train.get_tau(5, cfg))} and train.get_tau(5, cfg) == pytest.approx(0.1)
+    assert [record["tau"] for record in losses_of(tmp_path)] == [train.get_tau(s, cfg) for s in range(5)]
+
+
+def test_a_setting_overridden_on_resume_takes_effect_or_is_refused(corpus_dir, tmp_path, monkeypatch):
+    settings, seen = run_settings(corpus_dir, tmp_path, max_steps=2, warmup_steps=0), []
+
+    def step(optimizer, *args, step=torch.optim.AdamW.step):
+        seen.append({(g["routing"], g["betas"], g["weight_decay"]) for g in optimizer.param_groups})
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run_here(settings)
+    new = {"max_steps": 3, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.5, "routing_lr": 4.0}
+    output = run_here({**settings, **new}, "--resume")
+    assert seen[1] == {(routing, (0.9, 0.95), decay) for routing in (False, True) for decay in (0.0, 0.1)}
+    expected = [(False, 0.5), (False, 0.0), (True, 0.5 / 4), (True, 0.0)]
+    assert seen[2] == {(routing, (0.5, 0.75), decay) for routing, decay in expected}
+    assert "resuming with routing_lr=4.0; it was 1.0" in output and step_of(tmp_path) == 3
+    for flag, message in [("--n_layer=3", "n_layer=2, not 3"), ("--frozen=beta", "frozen=(), not ('beta',)")]:
+        assert f"was trained with {message}; --resume cannot change" in error_of(run_here, settings, "--resume", flag)
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_until_it_starts_and_nothing_of_it_after(corpus_dir, tmp_path):
-    old = run_settings(corpus_dir, tmp_path / "run", max_steps=2)
-    assert run_train(old).returncode == 0
-    files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    assert set(files) == {"ckpt.pt", "log.jsonl", ".lock"}
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    old = run_settings(corpus_dir, tmp_path, max_steps=2)
+    run_here(old)
+    before = files()
+    assert set(before) == {"ckpt.pt", "log.jsonl", ".lock"}
     for wrong, message in [({"data_dir": "absent"}, "no data in absent"), ({"device": "meta"}, "cannot be used")]:
-        assert_one_line(run_train({**old, **wrong}, "--overwrite"), message)
-        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
-    train.begin_run(train.TrainConfig(**old), None)  # killed right here,
-    done = run_train({**old, "seed": 2}, "--resume")  # the new run starts from its own beginning
-    assert done.returncode == 0 and "nothing to resume" in done.stdout
-    assert [line["step"] for line in train.read_log(tmp_path / "run")] == [0, 1, 2, 2]
+        assert message in error_of(run_here, {**old, **wrong}, "--overwrite")
+        assert files() == before
+    train.begin_run(tmp_path, None)  # killed right here, the new run starts from its own beginning
+    assert "nothing to resume" in run_here({**old, "seed": 2}, "--resume")
+    assert [line["step"] for line in train.read_log(tmp_path)] == [0, 1, 2, 2]
 
 
 def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
@@ -1233,8 +1248,7 @@ def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
     (tmp_path / "tiny").mkdir()
     with config.locked(tmp_path / "run"), config.locked(tmp_path / "tiny"):
         assert_one_line(run_train(settings), "another process is writing to", "run; wait")
-        command = [sys.executable, "prepare_data.py", "tiny", f"--data_dir={tmp_path}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = run_script("prepare_data.py", "tiny", f"--data_dir={tmp_path}")
         assert_one_line(done, "another process is writing to", "tiny; wait")
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "tiny", ".lock"}
 
@@ -1243,35 +1257,29 @@ def test_a_run_goes_on_in_its_own_wandb_run(corpus_dir, tmp_path, monkeypatch):
     """A new run in the same folder gets another; what goes wrong at the start is one line."""
     started, logged = [], []
 
-    class Run:
-        def define_metric(self, name, step_metric):
-            assert (name, step_metric) == ("*", "step")
-
-        def log(self, line):
-            logged.append(line["step"])
-
     def init(**settings):
         started.append(settings["id"])
-        return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    settings = run_settings(corpus_dir, tmp_path / "run", max_steps=2, wandb="project")
-    train.train(train.TrainConfig(**settings))
-    assert logged == [0, 1, 2, 2]
-    train.train(train.TrainConfig(**settings, resume=True))
-    train.train(train.TrainConfig(**settings, overwrite=True))
-    assert started[0] == started[1] != started[2]
+        return SimpleNamespace(
+            define_metric=lambda name, step_metric: logged.append((name, step_metric)),
+            log=lambda line: logged.append(line["step"]),
+        )
 
     def fail(**settings):
         raise RuntimeError("no API key\nlog in")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
-    with pytest.raises(ERRORS, match="cannot log to Weights & Biases: no API key log in; without --wandb"):
-        train.train(train.TrainConfig(**settings, overwrite=True))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ERRORS, match="--wandb needs a package: pip install wandb"):
-        train.train(train.TrainConfig(**settings, overwrite=True))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = run_settings(corpus_dir, tmp_path, max_steps=2, wandb="project")
+    run_here(settings)
+    assert logged == [("*", "step"), 0, 1, 2, 2]
+    run_here(settings, "--resume")
+    run_here(settings, "--overwrite")
+    assert started[0] == started[1] != started[2]
+    for module, message in [
+        (SimpleNamespace(init=fail), "cannot log to Weights & Biases: no API key log in; without --wandb"),
+        (None, "--wandb needs a package: pip install wandb"),
+    ]:
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        assert message in error_of(run_here, settings, "--overwrite")
 
 
 def test_a_reader_that_goes_away_ends_a_script_without_a_word(unbroken):
@@ -1463,16 +1471,19 @@ def conversations(chat_dir) -> sft.Conversations:
 def test_rows_hold_whole_conversations_each_visited_once_in_an_epoch(conversations, chat_dir):
     ids = np.fromfile(chat_dir / "chat" / "train.bin", np.uint16)
     expected = sorted(tuple(said[:-1]) for said in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1])
-    found, padding = [], 0
-    for n in range(conversations.n_rows("chat", "train")):
+    found, padding, n_rows = [], 0, conversations.n_rows("chat", "train")
+    for n in range(n_rows):
         tokens, targets, doc_ids = conversations.row("chat", "train", n)
-        inside = [doc for doc in np.unique(doc_ids) if (targets[doc_ids == doc] >= 0).any()]
-        found += [tuple(tokens[doc_ids == doc]) for doc in inside]
-        padding += sum((doc_ids == doc).sum() for doc in np.unique(doc_ids) if doc not in inside)
         assert (np.diff(doc_ids) >= 0).all()
-    assert sorted(found) == expected and padding < 0.2 * 128 * (n + 1)
+        for doc in np.unique(doc_ids):
+            if (targets[doc_ids == doc] >= 0).any():
+                found.append(tuple(tokens[doc_ids == doc]))
+            else:
+                padding += (doc_ids == doc).sum()
+    assert sorted(found) == expected and padding < 0.2 * 128 * n_rows
 
 
+@torch.no_grad()
 def test_the_loss_of_a_packed_row_is_the_mean_over_its_conversations_run_alone(conversations):
     model = small_model(block_size=128)
     rows = (conversations.row("chat", "train", n) for n in range(20))
@@ -1483,25 +1494,23 @@ def test_the_loss_of_a_packed_row_is_the_mean_over_its_conversations_run_alone(c
         alone = doc_ids[0] == doc
         n = (targets[:, alone] >= 0).sum().item()
         total, count = total + n * model(tokens[:, alone], targets[:, alone]).item() if n else total, count + n
-    assert count > 5
-    with torch.no_grad():
-        packed = model(tokens, targets, doc_ids)
-        assert packed.item() == pytest.approx(total / count, abs=1e-5)
-        padding = doc_ids == doc_ids.max()
-        assert padding.any() and (targets[padding] < 0).all()
-        assert model(torch.where(padding, 7, tokens), targets, doc_ids) == packed
-    # The step's loss weighs every target alike, however the rows are cut into micro-batches.
-    cfg = conversations.cfg
-    shares = [share for _, share, _ in conversations.micro_batches(0, train.Ranks("cpu"))]
-    counts = [(t >= 0).sum().item() for _, _, (_, t, _) in conversations.micro_batches(0, train.Ranks("cpu"))]
-    assert len(shares) == cfg.batch_size // cfg.micro_batch_size and counts[0] != counts[1]
-    assert shares == pytest.approx([c / sum(counts) for c in counts])
+    packed = model(tokens, targets, doc_ids)
+    assert count > 5 and packed.item() == pytest.approx(total / count, abs=1e-5)
+    padding = doc_ids == doc_ids.max()
+    assert padding.any() and (targets[padding] < 0).all()
+    assert model(torch.where(padding, 7, tokens), targets, doc_ids) == packed
 
 
-def test_what_the_user_says_is_not_learnt(chat_dir, conversations, tmp_path):
-    """Other ids in place of a user's, where no loss is taken: the targets stay."""
+def test_every_target_of_a_step_weighs_the_same_whatever_its_micro_batch(conversations):
+    cfg, micro_batches = conversations.cfg, list(conversations.micro_batches(0, train.Ranks("cpu")))
+    counts = [(targets >= 0).sum().item() for _, _, (_, targets, _) in micro_batches]
+    assert len(counts) == cfg.batch_size // cfg.micro_batch_size and counts[0] != counts[1]
+    assert [share for _, share, _ in micro_batches] == pytest.approx([c / sum(counts) for c in counts])
+
+
+def test_what_the_user_says_is_not_learnt(conversations):
     for n in range(5):
-        tokens, targets, doc_ids = conversations.row("chat", "train", n)
+        targets = conversations.row("chat", "train", n)[1]
         text = prepare_data.get_tokenizer("bytes").decode(targets[targets >= 0].tolist())
         assert "Say" not in text and "user" not in text and "assistant" not in text and "!" in text
 
@@ -1509,15 +1518,14 @@ def test_what_the_user_says_is_not_learnt(chat_dir, conversations, tmp_path):
 @pytest.fixture(scope="module")
 def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("sft")
-    done = run_script("sft.py", *flags(sft_settings(chat_dir, unbroken, out_dir)))
-    assert done.returncode == 0, done.stderr
-    assert f"starting from the model of {unbroken}" in done.stdout
-    assert re.search(r"step 0: static entropy.*agreement.*\n  step 12: static entropy .*usage.*dependence", done.stdout)
+    output = run_here(sft_settings(chat_dir, unbroken, out_dir), script=sft)
+    assert f"starting from the model of {unbroken}" in output
+    assert re.search(r"step 0: static entropy.*agreement.*\n  step 12: static entropy .*usage.*dependence", output)
     return out_dir
 
 
 def test_fine_tuning_starts_from_the_pretrained_model_and_learns(unbroken, fine_tuned):
-    before, after = (torch.load(path / "ckpt.pt", weights_only=True) for path in (unbroken, fine_tuned))
+    before, after = (train.load_checkpoint(path) for path in (unbroken, fine_tuned))
     assert before["model_config"] == after["model_config"]
     log = train.read_log(fine_tuned)
     evaluations = [line for line in log if "val" in line]
@@ -1531,12 +1539,11 @@ def test_fine_tuning_starts_from_the_pretrained_model_and_learns(unbroken, fine_
 
 
 def test_fine_tuning_killed_and_resumed_is_bit_identical(unbroken, chat_dir, fine_tuned, tmp_path):
-    settings = sft_settings(chat_dir, unbroken, tmp_path / "run")
-    status, output = kill_at_step(settings, 5, signal.SIGKILL, script="sft.py")
+    settings = sft_settings(chat_dir, unbroken, tmp_path)
+    status, output = signal_at_step(command_of(settings, script="sft.py"), 5, signal.SIGKILL)
     assert status == -signal.SIGKILL, output
-    done = run_script("sft.py", *flags(settings), "--resume")
-    assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr
-    assert_bit_identical(final_weights(tmp_path / "run"), final_weights(fine_tuned))
+    assert "at step 3" in run_here(settings, "--resume", script=sft)
+    assert_same_run(tmp_path, fine_tuned)
 
 
 def chat_with(out_dir: Path, said: str, *extra: str) -> subprocess.CompletedProcess:
@@ -1612,18 +1619,22 @@ def test_problems_are_asked_of_a_real_model(fine_tuned):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--init_from=absent"], "no checkpoint at absent"),
-        (["--data_dir=absent"], "no data in absent; make it: python prepare_data.py absent"),
-        (["--n_layer=3"], "has n_layer=2, not 3"),
-        (["--block_size=32"], "too many for block_size 32; prepare it again with --max_length=33"),
-        (["--init_from="], "init_from is empty; name the model to start from"),
-    ],
+    "flag, message",
+    {
+        "--init_from=absent": "no checkpoint at absent",
+        "--data_dir=absent": "no data in absent; make it: python prepare_data.py absent",
+        "--data_dir={qwen3}": "has tokenizer 'qwen3' with 259 tokens, the model 'bytes' with 259; prepare other data",
+        "--data_dir={corpus}": "is no corpus of conversations; make one: python prepare_data.py tiny_sft",
+        "--n_layer=3": "has n_layer=2, not 3",
+        "--block_size=32": "too many for block_size 32; prepare it again with --max_length=33",
+        "--init_from=": "init_from is empty; name the model to start from",
+    }.items(),
 )
-def test_a_bad_fine_tuning_is_one_line(arguments, message, unbroken, chat_dir, tmp_path):
-    done = run_script("sft.py", *flags(sft_settings(chat_dir, unbroken, tmp_path / "run")), *arguments)
-    assert_one_line(done, message)
+def test_a_bad_fine_tuning_is_one_line(flag, message, unbroken, corpus_dir, chat_dir, tmp_path):
+    flag = flag.format(qwen3=damage_corpus(chat_dir, tmp_path / "sft", tokenizer="qwen3"), corpus=corpus_dir)
+    mixture = ["--mixture={'math': 1.0}"] if str(corpus_dir) in flag else []
+    settings = sft_settings(chat_dir, unbroken, tmp_path / "run")
+    assert message in error_of(run_here, settings, flag, *mixture, script=sft)
 
 
 def test_a_source_with_nothing_to_learn_leaves_the_corpus_before_it(tmp_path):
@@ -1638,12 +1649,6 @@ def test_a_source_with_nothing_to_learn_leaves_the_corpus_before_it(tmp_path):
     notes = [prepare_data.encode_conversation(encoding, 64, said).note for said in odd]
     assert notes[0] == "left out: no messages" and notes[4] == "left out: an assistant message without text"
     assert set(notes[1:4]) == {"left out: messages that are no list"}
-
-
-def test_fine_tuning_on_data_of_another_tokenizer_is_one_line(unbroken, chat_dir, tmp_path):
-    other = damage_corpus(chat_dir, tmp_path / "sft", tokenizer="qwen3")
-    done = run_script("sft.py", *flags(sft_settings(other, unbroken, tmp_path / "run")))
-    assert_one_line(done, "has tokenizer 'qwen3' with 259 tokens, the model 'bytes' with 259; prepare other data")
 
 
 @pytest.mark.parametrize(
@@ -2236,15 +2241,8 @@ def override(tmp_path):
 
 def test_settings_come_from_defaults_then_files_then_flags(override):
     path = override("lr = 3e-4\nmax_steps = 7\nactivations = ('relu', 'tanh')\nmixture_end = None\n")
-    cfg = load(
-        path,
-        "--max_steps=1e3",
-        "--compile",
-        "--mixture.math=0.5",
-        "--mixture.stem=0.45",
-        "--out_dir=7",
-        "--activations=silu",
-    )
+    overrides = ["--mixture.math=0.5", "--mixture.stem=0.45", "--out_dir=7", "--activations=silu"]
+    cfg = load(path, "--max_steps=1e3", "--compile", *overrides)
     assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.out_dir, cfg.activations) == (3e-4, 1000, True, "7", ("silu",))
     assert cfg.mixture == {"math": 0.5, "stem": 0.45, "code": 0.05} and cfg.mixture_end is None
     assert cfg.batch_size == 128
@@ -2252,138 +2250,121 @@ def test_settings_come_from_defaults_then_files_then_flags(override):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [
-        (["--max_step=5"], "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?"),
-        (["--max_steps=many"], "--max_steps: max_steps takes int, not 'many'"),
-        (["--max_steps=1.5"], "--max_steps: max_steps takes int, not 1.5"),
-        (["--max_steps"], "--max_steps needs a value: --max_steps=<int>"),
-        (["--lr=True"], "--lr: lr takes float, not True"),
-        (["--compile=maybe"], "--compile: compile takes True or False, not 'maybe'"),
-        (["--max_steps=0"], "max_steps is 0; it must lie in 1..1e+08"),
-        (["--activations=relu,swish"], "unknown activation 'swish'; there are relu, tanh, silu, gelu"),
-        (["--activations=relu,relu"], "name at least one, each once"),
-        (["--router_context=future"], "unknown router_context 'future'; there are prefix, token, sequence"),
-        (["--n_kv_head=3"], "n_head is 16; it must be a multiple of n_kv_head, which is 3"),
-        (["--head_dim=7"], "head_dim is 7; rotary positions need an even one"),
-        (["--n_layer=0"], "n_layer is 0; it must be at least 1"),
-        (["--router_hidden=-1"], "router_hidden is -1"),
-        (["--micro_batch_size=3"], "batch_size is 128; it must be a multiple of micro_batch_size, 3"),
-        (["--dtype=float16"], "dtype is 'float16'; it must be auto, bfloat16 or float32"),
-        (["--mixture.math=0.9"], "must be shares of math, stem, code that sum to 1"),
-        (["--lr=0"], "lr is 0.0; it must lie in 1e-12..1e+12"),
-        (["--lr=1e999"], "lr takes float, not inf"),
-        (["--lr={[]:1}"], "lr takes float, not '{[]:1}'"),
-        (["--lr.foo=3"], "--lr.foo: lr is one value, without entries"),
-        (["--seed=-1"], "seed is -1; it must lie in 0.."),
-        (["--seed=1e30"], "seed is 1000000000000000019884624838656; it must lie in 0..9.22337e+18"),
-        (["--batch_size=1e12"], "batch_size is 1000000000000; it must lie in 1..1.04858e+06"),
-        (["--beta1=2"], "beta1 is 2.0; it must lie in 0..1"),
-        (["--anneal_start=7"], "anneal_start is 7.0; it must lie in 0..1"),
-        (["--rope_theta=0"], "rope_theta is 0.0"),
-        (["--mixture={}"], "mixture takes {'name': value, ...}, not {}"),
-        (["--mixture={1:1.0}"], "mixture takes {'name': value, ...}, not {1: 1.0}"),
-        (["--resume", "--overwrite"], "resume and overwrite exclude each other"),
-        (["config/tinny.py"], "config/tinny.py: no such file; did you mean config/tiny.py?"),
-        (["tiny"], "'tiny' is neither a .py file of settings nor a --name=value flag"),
-    ],
+    {
+        "--max_step=5": "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?",
+        "--max_steps=many": "--max_steps: max_steps takes int, not 'many'",
+        "--max_steps=1.5": "--max_steps: max_steps takes int, not 1.5",
+        "--max_steps": "--max_steps needs a value: --max_steps=<int>",
+        "--lr=True": "--lr: lr takes float, not True",
+        "--compile=maybe": "--compile: compile takes True or False, not 'maybe'",
+        "--max_steps=0": "max_steps is 0; it must lie in 1..1e+08",
+        "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
+        "--activations=relu,relu": "name at least one, each once",
+        "--router_context=future": "unknown router_context 'future'; there are prefix, token, sequence",
+        "--n_kv_head=3": "n_head is 16; it must be a multiple of n_kv_head, which is 3",
+        "--head_dim=7": "head_dim is 7; rotary positions need an even one",
+        "--n_layer=0": "n_layer is 0; it must be at least 1",
+        "--router_hidden=-1": "router_hidden is -1",
+        "--micro_batch_size=3": "batch_size is 128; it must be a multiple of micro_batch_size, 3",
+        "--dtype=float16": "dtype is 'float16'; it must be auto, bfloat16 or float32",
+        "--mixture.math=0.9": "must be shares of math, stem, code that sum to 1",
+        "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
+        "--lr=1e999": "lr takes float, not inf",
+        "--lr={[]:1}": "lr takes float, not '{[]:1}'",
+        "--lr.foo=3": "--lr.foo: lr is one value, without entries",
+        "--seed=-1": "seed is -1; it must lie in 0..",
+        "--seed=1e30": "seed is 1000000000000000019884624838656; it must lie in 0..9.22337e+18",
+        "--batch_size=1e12": "batch_size is 1000000000000; it must lie in 1..1.04858e+06",
+        "--beta1=1": "beta1 is 1.0; it must lie in 0..0.99999",
+        "--anneal_start=7": "anneal_start is 7.0; it must lie in 0..1",
+        "--rope_theta=0": "rope_theta is 0.0",
+        "--mixture={}": "mixture takes {'name': value, ...}, not {}",
+        "--mixture={1:1.0}": "mixture takes {'name': value, ...}, not {1: 1.0}",
+        "--resume --overwrite": "resume and overwrite exclude each other",
+        "config/tinny.py": "config/tinny.py: no such file; did you mean config/tiny.py?",
+        "tiny": "'tiny' is neither a .py file of settings nor a --name=value flag",
+    }.items(),
 )
 def test_a_bad_setting_is_one_line(arguments, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ERRORS) as error:
-        load(*arguments)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in error_of(load, *arguments.split())
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [
-        ("learning_rate = 1", "settings.py:1: there is no setting 'learning_rate'"),
-        ("lr = 1\nmax_steps = 'x'", "settings.py:2: max_steps takes int, not 'x'"),
-        ("import os", "settings.py:1: expected `name = value` with a literal value, found `import os`"),
-        ("lr = 2 * unknown", "settings.py:1: expected `name = value`"),
-        ("lr = ", "not lines of `name = value`"),
-        ("def f():\n    return 1", "settings.py:1: expected `name = value` with a literal value, found `def f():`"),
-        ("lr = {[]: 1}", "settings.py:1: expected `name = value` with a literal value"),
-    ],
+    {
+        "learning_rate = 1": "settings.py:1: there is no setting 'learning_rate'",
+        "lr = 1\nmax_steps = 'x'": "settings.py:2: max_steps takes int, not 'x'",
+        "import os": "settings.py:1: expected `name = value` with a literal value, found `import os`",
+        "lr = 2 * unknown": "settings.py:1: expected `name = value`",
+        "lr = ": "not lines of `name = value`",
+        "def f():\n    return 1": "settings.py:1: expected `name = value` with a literal value, found `def f():`",
+        "lr = {[]: 1}": "settings.py:1: expected `name = value` with a literal value",
+    }.items(),
 )
 def test_a_bad_override_file_is_one_line(override, text, message):
-    with pytest.raises(ERRORS) as error:
-        load(override(text))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in error_of(load, override(text))
 
 
 def test_help_lists_every_setting_with_default_and_comment(capsys):
-    with pytest.raises(SystemExit) as done:
-        load("--help")
-    text = capsys.readouterr().out
-    assert done.value.code == 0
-    for field in dataclasses.fields(train.TrainConfig):
-        assert re.search(rf"^  --{field.name}=.*\n        \S", text, re.M), field.name
+    for cls in (train.TrainConfig, sft.SFTConfig):
+        with pytest.raises(SystemExit) as done:
+            config.load(cls, ["--help"])
+        text = capsys.readouterr().out
+        assert done.value.code == 0
+        for field in dataclasses.fields(cls):
+            assert re.search(rf"^  --{field.name}=.*\n        \S", text, re.M), field.name
 
 
 def damage_corpus(source: Path, target: Path, **meta) -> Path:
-    import shutil
-
     shutil.copytree(source, target)
     path = target / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **meta}))
     return target
 
 
-def corpus_error(data_dir: Path, **overrides) -> str:
-    with pytest.raises(ERRORS) as error:
-        train.Corpus(train.TrainConfig(**run_settings(data_dir, "x", **overrides)))
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert corpus_error(Path("data/tiny")) == "no data in data/tiny; make it: python prepare_data.py tiny"
-    assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in corpus_error(tmp_path / "absent")
-    assert "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259" in corpus_error(
-        corpus_dir, tokenizer="qwen3"
-    )
-    assert "with 259 tokens, the model 'bytes' with 200" in corpus_error(corpus_dir, vocab_size=200)
-    assert "fewer than a window" in corpus_error(corpus_dir, block_size=100_000)
-    assert "the mixture names 'art'; " in corpus_error(corpus_dir, mixture={"math": 0.5, "art": 0.5}, mixture_end=None)
+    assert error_of(open_corpus, "data/tiny") == "no data in data/tiny; make it: python prepare_data.py tiny"
+    absent = error_of(open_corpus, tmp_path / "absent")
+    assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in absent
+    for overrides, message in [
+        ({"tokenizer": "qwen3"}, "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259; train with --tok"),
+        ({"vocab_size": 200}, "with 259 tokens, the model 'bytes' with 200"),
+        ({"block_size": 100_000}, "fewer than a window"),
+        ({"mixture": {"math": 0.5, "art": 0.5}, "mixture_end": None}, "the mixture names 'art'; "),
+    ]:
+        assert message in error_of(open_corpus, corpus_dir, **overrides)
     short = damage_corpus(corpus_dir, tmp_path / "short")
     with open(short / "stem" / "train.bin", "r+b") as file:
         file.truncate(100)
-    assert "train.bin holds 100 bytes, not the " in corpus_error(
-        short
-    ) and "make it again: python prepare_data.py short" in corpus_error(short)
+    message = error_of(open_corpus, short)
+    assert "train.bin holds 100 bytes, not the " in message and "make it again: python prepare_data.py short" in message
     for content in ('{"tokenizer": ', "{}", "3", '{"tokenizer": "bytes", "vocab_size": "x"}', "\udcff"):
         (short / "meta.json").write_text(content, errors="surrogateescape")
-        assert "meta.json is damaged" in corpus_error(short)
+        assert "meta.json is damaged" in error_of(open_corpus, short)
     foreign = damage_corpus(corpus_dir, tmp_path / "foreign")
     tokens = np.memmap(foreign / "math" / "train.bin", dtype=np.uint16, mode="r+")
     tokens[:] = 60_000
-    with pytest.raises(ERRORS, match="train.bin is damaged: it has a token 60000"):
-        train.Corpus(train.TrainConfig(**run_settings(foreign, "x"))).batch(0)
+    assert "train.bin is damaged: it has a token 60000" in error_of(open_corpus(foreign).batch, 0)
 
 
-def run_error(settings: dict, *extra: str) -> str:
-    cfg = config.load(train.TrainConfig, [*flags(settings), *extra])
-    with pytest.raises(ERRORS) as error:
-        train.find_checkpoint(cfg)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def resume_error(settings: dict, *extra: str) -> str:
+    return error_of(train.find_checkpoint, load(*flags(settings), *extra))
 
 
 def test_a_bad_run_folder_is_one_line_and_nothing_is_lost(unbroken, corpus_dir, tmp_path):
-    before = final_weights(unbroken)
-    message = run_error(run_settings(corpus_dir, unbroken))
+    before = (unbroken / "ckpt.pt").read_bytes()
+    message = resume_error(run_settings(corpus_dir, unbroken))
     assert "ckpt.pt exists" in message and "--resume" in message and "--overwrite" in message
-    assert "was trained with n_layer=2, not 3" in run_error(run_settings(corpus_dir, unbroken, n_layer=3), "--resume")
     shorter = run_settings(corpus_dir, unbroken, max_steps=5)
-    assert "is at step 12 already, beyond max_steps, 5" in run_error(shorter, "--resume")
-    assert_bit_identical(before, final_weights(unbroken))
+    assert "is already at step 12, beyond max_steps, 5" in resume_error(shorter, "--resume")
+    assert (unbroken / "ckpt.pt").read_bytes() == before
     (tmp_path / "file").write_text("")
-    assert_one_line(run_train(run_settings(corpus_dir, tmp_path / "file" / "run")), "cannot be written")
+    done = run_train(run_settings(corpus_dir, tmp_path / "file" / "run"))
+    assert_one_line(done, f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder")
     (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
-    with pytest.raises(ERRORS, match="cannot write to .*: Is a directory"):
-        train.begin_run(train.TrainConfig(**run_settings(corpus_dir, tmp_path)), None)
+    assert "log.jsonl: Is a directory" in error_of(train.begin_run, tmp_path, None)
 
 
 def flip(content: bytes) -> bytes:
@@ -2391,26 +2372,16 @@ def flip(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped bit", "empty", "other", "code"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped bit", "empty", "other", "code", "weights alone"])
 def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path, damage):
-    content = (unbroken / "ckpt.pt").read_bytes()
-    path = tmp_path / "ckpt.pt"
-    path.write_bytes(
-        {
-            "truncated": content[: len(content) // 2],
-            "garbage": b"x" * 1000,
-            "flipped bit": flip(content),
-            "empty": b"",
-        }.get(damage, b"")
-    )
-    if damage == "other":
-        torch.save({"weights": torch.zeros(3)}, path)
-    if damage == "code":
-        torch.save({"model": os.system}, path)
-    assert str(path) in run_error(run_settings(corpus_dir, tmp_path), "--resume")
-    with pytest.raises(ERRORS) as error:
-        sample.load_model(str(path), torch.device("cpu"))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    content, path = (unbroken / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
+    damaged = {"truncated": content[: len(content) // 2], "garbage": b"x" * 1000, "flipped bit": flip(content)}
+    path.write_bytes(damaged.get(damage, b""))
+    saved = {"other": {"weights": torch.zeros(3)}, "code": {"model": os.system}, "weights alone": {"model": {}}}
+    if damage in saved:
+        torch.save(saved[damage], path)
+    assert str(path) in resume_error(run_settings(corpus_dir, tmp_path), "--resume")
+    assert str(path) in error_of(train.load_model, path)
 
 
 def test_sampling_errors_are_one_line(unbroken, tmp_path, capsys, monkeypatch):
@@ -2527,11 +2498,9 @@ def test_preparing_an_unknown_corpus_is_one_line(monkeypatch):
 
 def test_without_a_compiler_training_goes_on_uncompiled(corpus_dir, tmp_path):
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    started = time.time()
     done = run_train(run_settings(corpus_dir, tmp_path / "run", max_steps=1, compile=True), env=environment)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("going on uncompiled.*torch.compile does not work here", done.stdout)) == 1
-    assert time.time() - started < 120
 
 
 def test_model_and_train_import_without_the_optional_packages():

@@ -15,7 +15,7 @@ head_dim = 32
 n_embd = 160
 d_ff = 480
 
-# data: each domain gets enough to be learnt
+# data: enough of each domain to learn it
 mixture = {"math": 0.5, "stem": 0.25, "code": 0.25}
 mixture_end = None
 
@@ -29,4 +29,4 @@ warmup_steps = 100
 eval_interval = 400
 eval_tokens = 32_768
 save_interval = 400
-compile = True  # worth its first minute on a CPU too
+compile = True  # saves more than the minute it takes, even on a CPU

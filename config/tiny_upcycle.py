@@ -1,12 +1,13 @@
-# A small SwiGLU model turned into a PolyGLU one, in a minute: what config/upcycle.py does to a Qwen3.
+# Turn a small SwiGLU model into a PolyGLU one, in a minute: what config/upcycle.py does to a Qwen3.
 # python train.py config/tiny.py --activations=silu --max_steps=200 --out_dir=out/silu
 # python train.py config/tiny_upcycle.py && python eval.py --init_from=out/tiny_upcycled
 
 init_from = "out/silu"
 data_dir = "data/tiny"
 out_dir = "out/tiny_upcycled"
+
+# model: that of init_from, except for
 activations = ("relu", "tanh", "silu", "gelu")
-router_hidden = 32
 gumbel = False
 
 mixture = {"math": 0.5, "stem": 0.25, "code": 0.25}
@@ -20,7 +21,6 @@ lr = 5e-4
 routing_lr = 300.0  # 50 steps are few
 warmup_steps = 5
 tau_start = 0.1
-tau_end = 0.1
 
 eval_interval = 50
 eval_tokens = 32_768

@@ -1226,6 +1226,18 @@ def test_a_setting_overridden_on_resume_takes_effect_or_is_refused(corpus_dir, t
         assert f"was trained with {message}; --resume cannot change" in error_of(run_here, settings, "--resume", flag)
 
 
+def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, tmp_path, monkeypatch):
+    checkpoint = train.load_checkpoint(unbroken)
+    old = {name: tensor for name, tensor in checkpoint["model"].items() if not name.endswith(".tau")}
+    torch.save({**checkpoint, "model": {**old, "tau": torch.tensor(0.3)}}, tmp_path / "ckpt.pt")
+    assert {round(block.ffn.tau.item(), 6) for block in train.load_model(tmp_path).blocks} == {0.3}
+    checkpoint["optimizer"]["param_groups"].pop()
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    settings = {**checkpoint["settings"], "out_dir": str(tmp_path), "resume": True}
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert "cannot be resumed: loaded state dict has" in error_of(train.train, train.TrainConfig(**settings))
+
+
 def test_a_new_run_in_an_old_folder_keeps_the_old_until_it_starts_and_nothing_of_it_after(corpus_dir, tmp_path):
     def files() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}

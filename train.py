@@ -145,7 +145,7 @@ def quotas(cfg: TrainConfig) -> np.ndarray:
         ideal = np.array(list(get_mixture(step, cfg).values())) * cfg.batch_size
         owed += ideal
         table[step] = np.floor(ideal + 1e-9)
-        behind = np.argsort(table[step] - owed, kind="stable")  # up for who is furthest behind: small shares too
+        behind = np.argsort(table[step] - owed, kind="stable")  # these get the rest, so that small shares are served
         fractional = [d for d in behind if ideal[d] - table[step, d] > 1e-9]
         table[step, fractional[: cfg.batch_size - table[step].sum()]] += 1
         owed -= table[step]
@@ -249,8 +249,8 @@ class Corpus:
         chosen = np.linspace(0, total - 1, count).astype(np.int64)
         for i in ranks.share(-(-count // B)):
             rows = np.stack([self.row(domain, "val", index) for index in chosen[i * B : i * B + B]])
-            batch = np.resize(rows, (B, *rows.shape[1:]))  # one shape for all, so that nothing compiles again:
-            batch[len(rows) :, 1] = -1  # the last is filled up with ignored targets
+            batch = np.resize(rows, (B, *rows.shape[1:]))  # every batch has one shape, so nothing recompiles
+            batch[len(rows) :, 1] = -1  # the last one is filled up with ignored targets
             yield to_inputs(batch, ranks.device)
 
     def is_text(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ def prepare_cpu():
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile can build and run something here; prints the reason if not."""
+    """Whether torch.compile works here; prints why if not."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
         return True
@@ -592,9 +592,12 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     first_step, skipped, run_id = 0, 0, uuid.uuid4().hex[:8]
     if checkpoint:
         settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizer"])  # brings back the old settings too
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as e:
+            raise ValueError(f"{ckpt} cannot be resumed: {e}; start from its weights with --init_from") from None
         for group, ours in zip(optimizer.param_groups, settings):
-            group.update(ours)
+            group.update(ours)  # this run's settings; the checkpoint brought back its own
         first_step, skipped, run_id = checkpoint["step"], checkpoint["skipped"], checkpoint["run_id"]
         print(f"resumed {ckpt} at step {first_step}")
     resumed, checkpoint, source, weights = bool(checkpoint), None, None, None  # they take as much memory as the model

@@ -1,22 +1,17 @@
 """Text to tokens on disk.
 
-python prepare_data.py tiny    the embedded corpus, no network: generated math with worked steps, docstring prose of the
-                               installed numpy and torch (stem), the source of Python's standard library (code)
-
-python prepare_data.py tiny_sft
-                               questions and answers of the same families, as conversations
-
-python prepare_data.py pretrain
-                               the paper's three data sets, streamed from the hub, in the tokens of Qwen3
+python prepare_data.py tiny      the embedded corpus, no network needed: generated math with worked steps (math),
+                                 docstrings of the installed numpy and torch (stem), Python's standard library (code)
+python prepare_data.py tiny_sft  math questions and answers as conversations
+python prepare_data.py pretrain  the paper's three data sets, streamed from the hub, Qwen3 tokenizer
 python prepare_data.py pretrain --source.math='dumps/*.parquet' --max_tokens=1e8
-                               the same from local files, up to a number of tokens a domain
-
-python prepare_data.py sft     the paper's conversations, or with --source='dumps/*.jsonl' local ones
+                                 the same with math from local files, up to 1e8 train tokens of each domain
+python prepare_data.py sft       the paper's conversations, or local ones with --source='dumps/*.jsonl'
 
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
-every document; beside those of conversations, {train,val}.mask: a byte a token, 1 where loss is taken. A document goes
-to val by a hash of its text, so that a duplicate never straddles the split. A preparation that was killed goes on where
-it was when it is run again.
+every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of its text
+decides whether a document goes to val, so duplicates never straddle the split. To resume a killed preparation, run the
+same command again.
 """
 
 import ast
@@ -42,13 +37,64 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 import config
+
+
+@dataclass
+class PrepareConfig:
+    """Settings of every corpus."""
+
+    data_dir: str = "data"  # parent folder; each corpus is a folder in it
+    val_fraction: float = 0.001  # fraction of the documents held out in val
+    commit_seconds: float = 2.0  # seconds between commits; a killed preparation resumes from the last one
+
+    def __post_init__(self):
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction is {self.val_fraction}; it must lie between 0 and 1")
+        for name, low, high in (("math_mb", 1e-6, 1e6), ("max_length", 16, 2**30), ("max_tokens", 1, 2**50)):
+            if getattr(self, name, None) is not None:
+                config.check_range(self, low, high, name)
+
+
+@dataclass
+class TinyConfig(PrepareConfig):
+    """Settings of the embedded corpora, tiny and tiny_sft."""
+
+    val_fraction: float = 0.05  # fraction of the documents held out in val
+    seed: int = 0  # random seed of the generated text
+    math_mb: float = 6.0  # megabytes of generated math
+    max_length: int = 256  # tiny_sft: maximum tokens per conversation; longer ones are cut
+
+
+@dataclass
+class PretrainConfig(PrepareConfig):
+    """Settings of the paper's pretraining data."""
+
+    max_tokens: int | None = None  # train tokens of each domain; None: the paper's, 7e9 math, 2.5e9 stem, 5e8 code
+    source: dict[str, str] = field(default_factory=dict)  # local files by domain: --source.math='dumps/*.parquet'
+    text_field: dict[str, str] = field(default_factory=dict)  # name of the text field by domain: --text_field.math=name
+    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: downloaded from the hub and cached
+
+
+@dataclass
+class SFTDataConfig(PrepareConfig):
+    """Settings of the paper's conversations."""
+
+    max_tokens: int | None = None  # train tokens; None: the whole data set
+    source: str | None = None  # local files with a messages field, 'dumps/*.jsonl' or .parquet; None: the paper's
+    messages_field: str = "messages"  # name of the field that lists the messages, {"role": ..., "content": ...}
+    max_length: int = 4096  # maximum tokens per conversation; longer ones are cut
+    tokenizer: str = "qwen3"  # or bytes, to fine-tune a model of the embedded corpus
+    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: downloaded from the hub and cached
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
 
 CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN3_SPECIALS = (
@@ -62,83 +108,16 @@ QWEN3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-@dataclass
-class PrepareConfig:
-    """Settings of every corpus."""
-
-    data_dir: str = "data"  # where the corpora live; each in a folder of its name
-    val_fraction: float = 0.001  # share of the documents that goes to val
-    commit_seconds: float = 2.0  # between records of how far a preparation has come, from which it can go on
-
-    def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}; it must lie between 0 and 1")
-
-
-@dataclass
-class TinyConfig(PrepareConfig):
-    """Settings of the embedded corpora, tiny and tiny_sft."""
-
-    val_fraction: float = 0.05  # share of the documents that goes to val
-    seed: int = 0  # of the generated text
-    math_mb: float = 6.0  # megabytes of generated math
-    max_length: int = 256  # tiny_sft: tokens of a conversation, at most; longer ones are cut
-
-    def __post_init__(self):
-        super().__post_init__()
-        config.check_range(self, 1e-6, 1e6, "math_mb")
-        config.check_range(self, 16, 2**30, "max_length")
-
-
-@dataclass
-class PretrainConfig(PrepareConfig):
-    """Settings of the paper's pretraining data."""
-
-    max_tokens: int | None = None  # train tokens of each domain; None: the paper's, 7.0, 2.5 and 0.5 billion
-    source: dict[str, str] = field(default_factory=dict)  # local files, --source.math=x/*.parquet
-    text_field: dict[str, str] = field(default_factory=dict)  # --text_field.math=name, where it is another
-    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_tokens is not None:
-            config.check_range(self, 1, 2**50, "max_tokens")
-        for name in (*self.source, *self.text_field):
-            if name not in PRETRAIN:
-                raise ValueError(f"there is no domain {name!r}; there are {', '.join(PRETRAIN)}")
-
-
-@dataclass
-class SFTDataConfig(PrepareConfig):
-    """Settings of the paper's conversations."""
-
-    max_tokens: int | None = None  # train tokens; None: all of the data set
-    source: str | None = None  # local files with a field of messages, x/*.jsonl or x/*.parquet; None: the paper's
-    messages_field: str = "messages"  # where the messages are, each {"role": ..., "content": ...}
-    max_length: int = 4096  # tokens of a conversation, at most; longer ones are cut
-    tokenizer: str = "qwen3"  # or bytes, for a model of the embedded corpus
-    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
-
-    def __post_init__(self):
-        super().__post_init__()
-        config.check_range(self, 16, 2**30, "max_length")
-        if self.max_tokens is not None:
-            config.check_range(self, 1, 2**50, "max_tokens")
-
-
-# ----------------------------------------------------------------------------------------------------------- tokenizers
+QWEN3_REVISION = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"  # commit of Qwen/Qwen3-0.6B-Base
 
 
 @functools.cache
 def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
-    """The tokenizer of that name, as a tiktoken.Encoding; encode documents with encode().
+    """The tokenizer of this name; use it through encode().
 
-    "bytes": the 256 bytes, then the chat specials <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
-    "qwen3": byte-level BPE from `vocab`, a local vocab.json (None: Qwen/Qwen3-0.6B-Base on the hub, kept in the hub's
-    cache), then 26 specials. The ids of vocab.json are the merge ranks.
-    Raises ValueError for an unknown name, a file that is no such vocabulary, or a hub that cannot be reached.
+    "bytes": 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
+    "qwen3": byte-level BPE from the file `vocab` (None: Qwen3's vocab.json from the hub), then 26 special tokens.
+    Raises ValueError if the name is unknown, the vocabulary cannot be read, or the hub cannot be reached.
     """
     if name == "bytes":
         ranks, specials, pattern = {bytes([i]): i for i in range(256)}, CHAT_SPECIALS, r"[^\n]+|\n+"
@@ -146,52 +125,58 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
         ranks, specials, pattern = read_vocab(vocab or download_vocab()), QWEN3_SPECIALS, QWEN3_PATTERN
     else:
         raise ValueError(f"unknown tokenizer {name!r}; there are bytes, qwen3")
-    ids = {special: len(ranks) + i for i, special in enumerate(specials)}
-    return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=ids)
+    special_ids = {special: len(ranks) + i for i, special in enumerate(specials)}
+    return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
 
 
 def download_vocab() -> str:
-    """Path of Qwen3's vocab.json in the hub's cache, downloaded if it is not there yet."""
+    """Path of Qwen3's vocab.json in the hub's cache, downloaded on first use."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # not a line for every retry
+    logging.set_verbosity_error()  # no line for every retry
     try:
-        return hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json")
+        return hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=QWEN3_REVISION)
     except OSError:
         raise ValueError(
-            "cannot fetch the Qwen3 tokenizer, the hub cannot be reached; name a copy of its vocab.json with --vocab="
+            "cannot fetch the Qwen3 tokenizer: the hub cannot be reached; name a copy of its vocab.json with --vocab="
         ) from None
 
 
 def read_vocab(path: str) -> dict[bytes, int]:
-    """{token's bytes: merge rank} of a byte-level BPE vocab.json, which spells bytes in GPT-2's printable alphabet."""
+    """{bytes of a token: merge rank}, from a byte-level BPE vocab.json in GPT-2's printable alphabet.
+
+    The ids of vocab.json are the merge ranks.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(b): b for b in printable}
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
     try:
         ids = json.loads(Path(path).read_text(encoding="utf-8"))
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+        is_complete = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
     except OSError as e:
         raise ValueError(f"cannot read the vocabulary {path}: {e.strerror}") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+    if not is_complete:
         raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer: ids or bytes are missing")
     return ranks
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Token ids of a text, uint32; never a special token, whatever the text spells. For qwen3 it is made NFC first."""
+    """Token ids of a text, [n] uint32. Text never becomes a special token. Qwen3 normalizes to NFC first."""
     if encoding.name == "qwen3":
         text = unicodedata.normalize("NFC", text)
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:  # lone surrogates become U+FFFD
         return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except ValueError:  # the pattern cannot take a run of a million spaces: cut the text in two
+    except ValueError:  # the pattern fails on a run of a million spaces: split the text in two
         return np.concatenate([encode(encoding, text[: len(text) // 2]), encode(encoding, text[len(text) // 2 :])])
 
+
+# ---------------------------------------------------------------------------------------------------------- chat format
 
 ROLES = ("system", "user", "assistant")
 
@@ -201,219 +186,224 @@ def encode_chat(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation in ChatML: token ids [n] uint32 and loss mask [n] uint8.
 
-    messages are {"role": "system", "user" or "assistant", "content": text}. What a message spells stays text: no
-    special token comes of it. The mask is 1 on each assistant message's content, its <|im_end|> and newline. The end is
-    <|endoftext|>, or with reply=True the opening of an assistant's message. Raises ValueError, naming the fault, for
-    anything else than such messages.
+    messages: {"role": "system", "user" or "assistant", "content": text}. The mask is 1 on the content of each assistant
+    message, its <|im_end|> and newline. The last token is <|endoftext|>; with reply=True the conversation ends with the
+    opening of an assistant message instead. Raises ValueError for anything that is not such a message.
     """
     eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
-    parts, learnt = [], []
+    parts, has_loss = [], []
     for message in messages:
-        role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ROLES:
             raise ValueError(f"the role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError("content that is not text")
         parts += [start, encode(encoding, f"{role}\n"), encode(encoding, content), end, encode(encoding, "\n")]
-        learnt += [False, False, *[role == "assistant"] * 3]
+        has_loss += [False, False, *[role == "assistant"] * 3]
     if not parts:
         raise ValueError("no messages")
     parts += [start, encode(encoding, "assistant\n")] if reply else [eot]
-    learnt += [False] * (len(parts) - len(learnt))
-    return np.concatenate(parts), np.repeat(np.array(learnt, dtype=np.uint8), [len(part) for part in parts])
+    has_loss += [False] * (len(parts) - len(has_loss))
+    return np.concatenate(parts), np.repeat(np.array(has_loss, dtype=np.uint8), [len(part) for part in parts])
 
 
-def chat_ends(encoding: tiktoken.Encoding) -> set[int]:
+def stop_tokens(encoding: tiktoken.Encoding) -> set[int]:
     """The tokens that end an answer."""
     return {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
 
 
-# ------------------------------------------------------------------------------------------------------- tokens on disk
+# ----------------------------------------------------------------------------------------------------------- the writer
+
+
+class Document(NamedTuple):
+    """An encoded document; one without tokens is skipped."""
+
+    tokens: np.ndarray  # [n] uint32, <|endoftext|> last
+    text: str  # its hash selects the split
+    loss_mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
+    note: str | None = None  # counted, and printed at the end
+
+
+def encode_document(encoding: tiktoken.Encoding, text: str) -> Document:
+    return Document(np.append(encode(encoding, text), np.uint32(encoding.eot_token)), text)
+
+
+def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: list[dict]) -> Document:
+    """A conversation, cut to max_length tokens. Without an answer to learn it is skipped; the note says why."""
+    try:
+        if not isinstance(messages, list):
+            raise ValueError("messages that are not a list")
+        tokens, loss_mask = encode_chat(encoding, messages)
+        if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
+            raise ValueError("an assistant message without text")
+        if not loss_mask.any():
+            raise ValueError("no assistant message")
+        text, note = json.dumps([[m["role"], m["content"]] for m in messages]), None
+        if len(tokens) > max_length:
+            tokens, loss_mask, note = tokens[:max_length], loss_mask[:max_length], f"cut to {max_length} tokens"
+            tokens[-1], loss_mask[-1] = encoding.eot_token, 0
+        if not loss_mask.any():
+            raise ValueError(f"no answer within {max_length} tokens")
+        return Document(tokens, text, loss_mask, note)
+    except ValueError as e:
+        return Document(np.empty(0, np.uint32), "", np.empty(0, np.uint8), f"left out: {str(e)[:60]}")
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether this document belongs to val: a hash of its text, uniform on [0, 1), lies below fraction."""
+    """Whether a document goes to val: the hash of its text, uniform in [0, 1), is below fraction."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-Batches = Iterator[tuple[list, object]]  # documents, and the state (plain values) from which to go on after them
-
-
-def in_batches(documents: Iterable, state: int | None, size: int = 256) -> Batches:
-    """Batches of documents that can be made again from the start; the state is how many have been taken."""
-    taken = state or 0
-    documents = itertools.islice(documents, taken, None)
-    while batch := list(itertools.islice(documents, size)):
-        taken += len(batch)
-        yield batch, taken
-
-
-class Encoded(NamedTuple):
-    """A document as it goes to disk. Without tokens, it is left out."""
-
-    ids: np.ndarray  # [n], <|endoftext|> last
-    text: str  # what decides, by its hash, whether it goes to val
-    mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
-    note: str | None = None  # what a person should hear of it, counted
-
-
-def encode_document(encoding: tiktoken.Encoding, text: str) -> Encoded:
-    return Encoded(np.append(encode(encoding, text), np.uint32(encoding.eot_token)), text)
-
-
-def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: list[dict]) -> Encoded:
-    """A conversation cut after max_length tokens, or left out if it has nothing to learn from; the note says why."""
-
-    def left_out(why: str) -> Encoded:
-        return Encoded(np.empty(0, np.uint32), "", np.empty(0, np.uint8), f"left out: {why[:60]}")
-
-    if not isinstance(messages, list):
-        return left_out("messages that are no list")
-    try:
-        ids, mask = encode_chat(encoding, messages)
-    except ValueError as e:
-        return left_out(str(e))
-    if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
-        return left_out("an assistant message without text")
-    if not mask.any():
-        return left_out("no assistant message")
-    text = json.dumps([[m["role"], m["content"]] for m in messages])
-    if len(ids) <= max_length:
-        return Encoded(ids, text, mask)
-    ids, mask = ids[:max_length], mask[:max_length]
-    ids[-1], mask[-1] = encoding.eot_token, 0
-    if not mask.any():
-        return left_out(f"no answer within {max_length} tokens")
-    return Encoded(ids, text, mask, f"cut to {max_length} tokens")
-
-
-def write_domain(
-    folder: Path,
-    open_batches: Callable[[object], Batches],
-    encode_one: Callable[[object], Encoded],
-    encoding: tiktoken.Encoding,
-    val_fraction: float,
-    made_of: dict,
-    max_tokens: int | None = None,
-    commit_seconds: float = 2.0,
-    masked: bool = False,
-) -> dict:
-    """Tokenize documents into folder/{train,val}.bin, up to the document that completes max_tokens of train.
-
-    Masked ones get {train,val}.mask as well. Tokens go to *.partial; every commit_seconds they are flushed to disk and
-    progress.json records their reach. Killed at any moment and called again with the same made_of (what decides the
-    tokens), it goes on from there; the bytes are those of an unbroken run. A .bin appears only whole, and an earlier
-    one stays until then. Returns the counts for meta.json.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    progress_path, dtype = folder / "progress.json", token_dtype(encoding.n_vocab)
-    kinds = {"bin": dtype, "mask": np.dtype(np.uint8)} if masked else {"bin": dtype}
-    files = {(split, kind): folder / f"{split}.{kind}" for split in ("train", "val") for kind in kinds}
-    partial = {key: path.with_name(path.name + ".partial") for key, path in files.items()}
-    counts = {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0} | ({"val_targets": 0, "notes": {}} if masked else {})
-    progress = {"made_of": made_of, "state": None, "finished": False, **counts}
-
-    def sizes(of: dict) -> dict[tuple[str, str], int]:
-        return {(split, kind): of[f"{split}_tokens"] * kinds[kind].itemsize for split, kind in files}
-
-    with contextlib.suppress(OSError, ValueError, LookupError):  # no progress yet, or its files are gone
-        before = json.loads(progress_path.read_text())
-        there = {key: partial[key] if partial[key].exists() else path for key, path in files.items()}
-        reached = {key: path.stat().st_size for key, path in there.items()}
-        wanted = sizes(before)
-        whole = reached == wanted if before["finished"] else all(reached[key] >= wanted[key] for key in files)
-        if whole and before["made_of"] == json.loads(json.dumps(made_of)):
-            progress = before
-    if not progress["finished"]:
-        batches = open_batches(progress["state"])
-        first = list(itertools.islice(batches, 1))  # until there is something new, nothing earlier is removed
-        if progress["state"] is None:
-            progress_path.unlink(missing_ok=True)  # before its tokens: it must never speak of others
-        for path in partial.values():
-            path.touch()
-        bar = tqdm(desc=folder.name, total=max_tokens, initial=progress["train_tokens"], unit="tok", unit_scale=True)
-        with contextlib.ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-            opened = {key: stack.enter_context(open(path, "r+b")) for key, path in partial.items()}
-            for key, size in sizes(progress).items():
-                opened[key].truncate(size)
-                opened[key].seek(0, os.SEEK_END)
-            stack.enter_context(bar)
-            committed = time.monotonic()
-            for documents, state in itertools.chain(first, batches):
-                written = {key: [np.empty(0, kinds[key[1]])] for key in opened}
-                for document in pool.map(encode_one, documents):
-                    if max_tokens and progress["train_tokens"] >= max_tokens:
-                        break
-                    if document.note:
-                        progress["notes"][document.note] = progress["notes"].get(document.note, 0) + 1
-                    split = "val" if is_held_out(document.text, val_fraction) else "train"
-                    written[split, "bin"].append(document.ids)
-                    progress[f"{split}_tokens"] += len(document.ids)
-                    bar.update(len(document.ids) if split == "train" else 0)
-                    if masked:
-                        written[split, "mask"].append(document.mask)
-                    if split == "val":
-                        learnt = document.ids[document.mask == 1] if masked else document.ids
-                        text = learnt[learnt < encoding.eot_token]  # specials, the last ids, are no text
-                        progress["val_bytes"] += len(encoding.decode_bytes(text.tolist()))
-                        if masked:
-                            progress["val_targets"] += len(learnt)
-                for key, parts in written.items():
-                    opened[key].write(np.concatenate(parts).astype(kinds[key[1]]).tobytes())
-                progress["state"] = state
-                full = max_tokens and progress["train_tokens"] >= max_tokens
-                if full or time.monotonic() - committed >= commit_seconds:
-                    commit(opened.values(), progress, progress_path)
-                    committed = time.monotonic()
-                if full:
-                    break
-            progress["finished"] = True
-            commit(opened.values(), progress, progress_path)
-    if progress["train_tokens"] and progress["val_tokens"]:  # else what was there before stays
-        for key, path in files.items():
-            if partial[key].exists():
-                (folder.parent / "meta.json").unlink(missing_ok=True)  # it spoke of what now goes
-                os.replace(partial[key], path)
-    return {name: progress[name] for name in counts}
-
-
-def commit(files: Iterable[BinaryIO], progress: dict, path: Path):
-    """Flush the files to disk, then record that they reach as far as progress says."""
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-    write_json(path, progress)
 
 
 def write_json(path: Path, value: dict):
     config.write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
+class DomainWriter:
+    """Appends to the files of a domain so that a kill loses nothing, and replaces earlier files only at the end.
+
+    append() writes to *.partial. commit() flushes these files to disk, then records their sizes in progress.json, along
+    with the counts and the state of the source. A new writer with the same fingerprint resumes from there.
+    """
+
+    def __init__(self, folder: Path, names: list[str], fingerprint: dict, counts: dict):
+        self.paths = {name: (folder / f"{name}.partial", folder / name) for name in names}
+        self.progress_path, self.files = folder / "progress.json", {}
+        self.progress = {"fingerprint": fingerprint, "state": None, "is_complete": False, "counts": counts}
+        self.progress["sizes"] = dict.fromkeys(names, 0)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no progress, or a file is missing
+            saved = json.loads(self.progress_path.read_text())
+            if saved["fingerprint"] == json.loads(json.dumps(fingerprint)) and self.is_on_disk(**saved):
+                self.progress = saved
+
+    def is_on_disk(self, sizes: dict, is_complete: bool, **_) -> bool:
+        for name, (partial, final) in self.paths.items():
+            size = (final if is_complete and not partial.exists() else partial).stat().st_size
+            if size < sizes[name] or (is_complete and size > sizes[name]):
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def open_files(self) -> Iterator[None]:
+        """Open the partial files, cut back to the last commit."""
+        self.progress_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.progress["state"] is None:
+            self.progress_path.unlink(missing_ok=True)  # first: it describes other tokens
+        with contextlib.ExitStack() as stack:
+            for name, (partial, _) in self.paths.items():
+                self.files[name] = stack.enter_context(open(partial, "ab"))
+                self.files[name].truncate(self.progress["sizes"][name])
+            yield
+
+    def append(self, name: str, array: np.ndarray):
+        self.files[name].write(array.tobytes())
+        self.progress["sizes"][name] += array.nbytes
+
+    def commit(self, state, is_complete: bool = False):
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.progress.update(state=state, is_complete=is_complete)
+        write_json(self.progress_path, self.progress)
+
+    def publish(self, meta_path: Path):
+        for partial, final in self.paths.values():
+            if partial.exists():
+                meta_path.unlink(missing_ok=True)  # it describes the earlier files
+                os.replace(partial, final)
+
+
+Batches = Iterator[tuple[list, object]]  # documents, and the JSON state from which to resume after them
+
+
+class Source(NamedTuple):
+    """Where the documents of a domain come from."""
+
+    name: str  # in meta.json and messages
+    open_batches: Callable[[object], Batches]  # the documents from a state on; None is the start
+    fingerprint: dict  # differs where the documents may differ
+
+
+def write_domain(
+    folder: Path, cfg: PrepareConfig, encoding: tiktoken.Encoding, source: Source, chat=False, max_tokens=None
+) -> dict:
+    """Tokenize the documents of a source to disk, until train holds max_tokens. Returns their entry in meta.json.
+
+    Writes folder/{train,val}.bin and, for chat, {train,val}.mask. Killed at any moment and called again with the same
+    arguments, it resumes, and the files equal those of an uninterrupted run.
+    """
+    vocab = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
+    fingerprint = {"source": source.name, **source.fingerprint, "vocab": vocab}
+    fingerprint |= {"val_fraction": cfg.val_fraction, "max_tokens": max_tokens}
+    kinds, counts = ["bin"], {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}
+    encode_one = functools.partial(encode_document, encoding)
+    if chat:
+        kinds, counts = ["bin", "mask"], {**counts, "val_targets": 0, "notes": {}}
+        encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
+        fingerprint["max_length"] = cfg.max_length
+    names = [f"{split}.{kind}" for split in ("train", "val") for kind in kinds]
+    writer = DomainWriter(folder, names, fingerprint, counts)
+    counts, state, limit = writer.progress["counts"], writer.progress["state"], max_tokens or math.inf
+    if not writer.progress["is_complete"]:
+        batches = source.open_batches(state)
+        first = list(itertools.islice(batches, 1))  # a source that cannot be read fails before anything is removed
+        bar = tqdm(desc=folder.name, initial=counts["train_tokens"], total=max_tokens, unit="tok", unit_scale=True)
+        with writer.open_files(), bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+            committed = time.monotonic()
+            for documents, state in itertools.chain(first, batches):
+                for document in pool.map(encode_one, documents):
+                    if counts["train_tokens"] < limit:
+                        append_document(writer, encoding, document, cfg.val_fraction)
+                bar.update(counts["train_tokens"] - bar.n)
+                if counts["train_tokens"] >= limit:
+                    break
+                if time.monotonic() - committed >= cfg.commit_seconds:
+                    writer.commit(state)
+                    committed = time.monotonic()
+            writer.commit(state, is_complete=True)
+    if not counts["train_tokens"] or not counts["val_tokens"]:  # unpublished: the earlier corpus stays
+        notes = "".join(f"; {n:,} {note}" for note, n in counts.get("notes", {}).items())
+        split = "val: raise --val_fraction=, or add text" if counts["train_tokens"] else "training"
+        raise ValueError(f"nothing of {source.name} is left for {split}{notes}")
+    writer.publish(folder.parent / "meta.json")
+    return {"source": source.name, **counts}
+
+
+def append_document(writer: DomainWriter, encoding: tiktoken.Encoding, document: Document, val_fraction: float):
+    """Append a document to its split, and count it."""
+    tokens, text, loss_mask, note = document
+    split, counts = "val" if is_held_out(text, val_fraction) else "train", writer.progress["counts"]
+    writer.append(f"{split}.bin", tokens.astype(np.min_scalar_type(encoding.max_token_value)))
+    counts[f"{split}_tokens"] += len(tokens)
+    if split == "val":
+        targets = tokens if loss_mask is None else tokens[loss_mask == 1]
+        text_tokens = targets[targets < encoding.eot_token]  # special tokens have the highest ids
+        counts["val_bytes"] += len(encoding.decode_bytes(text_tokens.tolist()))
+    if loss_mask is not None:
+        writer.append(f"{split}.mask", loss_mask)
+        counts["val_targets"] += int(loss_mask.sum()) if split == "val" else 0
+    if note:
+        counts["notes"][note] = counts["notes"].get(note, 0) + 1
+
+
 def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]]):
-    """Write every domain, then meta.json: without it a corpus does not count as prepared."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with config.locked(folder):
-        counts = {name: write() for name, write in domains.items()}
-        for count in counts.values():
-            if not count["train_tokens"] or not count["val_tokens"]:
-                notes = "".join(f"; {n:,} {note}" for note, n in count.get("notes", {}).items())
-                split = "val: raise --val_fraction=, or add text" if count["train_tokens"] else "training"
-                raise ValueError(f"nothing of {count['source']} is left for {split}{notes}")
-        meta = {
-            "tokenizer": encoding.name,
-            "vocab_size": encoding.n_vocab,
-            "end_of_text": encoding.eot_token,
-            "dtype": token_dtype(encoding.n_vocab).name,
-            "domains": counts,
-        }
-        write_json(folder / "meta.json", meta)
+    """Write every domain, then meta.json, which marks the corpus as complete."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with config.locked(folder):
+            counts = {name: write() for name, write in domains.items()}
+            meta = {
+                "tokenizer": encoding.name,
+                "vocab_size": encoding.n_vocab,
+                "end_of_text": encoding.eot_token,
+                "dtype": np.min_scalar_type(encoding.max_token_value).name,
+                "domains": counts,
+            }
+            write_json(folder / "meta.json", meta)
+    except KeyboardInterrupt:
+        raise ValueError("stopped; run the command again to resume") from None
+    except OSError as e:
+        raise OSError(f"cannot write the corpus: {e}; fix that and run the command again to resume") from None
     for name, count in counts.items():
         print(f"{name}: {count['train_tokens']:,} train and {count['val_tokens']:,} val tokens ({count['source']})")
         for note, n in count.get("notes", {}).items():
@@ -422,9 +412,8 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
     print(f"wrote {folder}; next: python {script} config/{folder.name}.py")
 
 
-# -------------------------------------------------------------------------------------------------- tiny: math problems
-# A family makes one problem: question, the steps a person would write, answer. The answer is reached by the steps, and
-# checked against the definition of the operation before it is handed out.
+# ------------------------------------------------------------------------------------------------- tiny: math problems
+# A family generates one problem: the question, the steps that a person would write, and the answer they lead to.
 
 Problem = tuple[str, list[str], str]
 NAMES = "Ada Ben Chloe David Emma Farid Grace Hugo Iris Jonas Kira Liam Mia Noah".split()
@@ -432,35 +421,26 @@ SYSTEMS = ("You are a careful calculator.", "Answer step by step.", "Work it out
 THINGS = "apples books coins pencils stamps shells marbles cards stickers oranges tickets".split()
 
 
-def check(holds: bool, problem: str):
-    """A generated answer that is wrong is a bug of this file."""
-    if not holds:
-        raise AssertionError(f"the generator got this wrong: {problem}")
-
-
 def number_facts(rng: random.Random) -> Problem:
-    """What the other families are made of: single-digit sums and differences, the tables up to 10."""
-    asked, results = [], []
+    """Sums, differences, products and quotients of numbers up to 10, which the other families build on."""
+    expressions, results = [], []
     for sign in rng.choices("+-*/", k=6):
         a, b = rng.randint(1, 10), rng.randint(1, 10)
         a = {"+": a, "-": a + b, "*": a, "/": a * b}[sign]
-        asked.append(f"{a} {sign} {b}")
+        expressions.append(f"{a} {sign} {b}")
         results.append({"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign])
-        check(sign != "/" or results[-1] * b == a, asked[-1])
-    steps = [f"{expression} = {result}" for expression, result in zip(asked, results)]
-    return f"Work out {', '.join(asked)}.", steps, ", ".join(map(str, results))
+    steps = [f"{expression} = {result}" for expression, result in zip(expressions, results)]
+    return f"Work out {', '.join(expressions)}.", steps, ", ".join(map(str, results))
 
 
 def addition(rng: random.Random) -> Problem:
     a, b = rng.randint(1, 99), rng.randint(1, 99)
     ones, tens = a % 10 + b % 10, a // 10 + b // 10
-    steps = [f"{a % 10} + {b % 10} = {ones}" + (f", write {ones % 10}, carry 1" if ones > 9 else "")]
-    carried = " + 1" if ones > 9 else ""
-    result = 10 * (tens + ones // 10) + ones % 10
+    carry = ones // 10
+    steps = [f"{a % 10} + {b % 10} = {ones}" + (f", write {ones % 10}, carry 1" if carry else "")]
     if tens:
-        steps.append(f"{a // 10} + {b // 10}{carried} = {tens + ones // 10}")
-    check(result == a + b, f"{a} + {b}")
-    return f"What is {a} + {b}?", [*steps, f"{a} + {b} = {result}"], str(result)
+        steps.append(f"{a // 10} + {b // 10}{' + 1' if carry else ''} = {tens + carry}")
+    return f"What is {a} + {b}?", [*steps, f"{a} + {b} = {a + b}"], str(a + b)
 
 
 def subtraction(rng: random.Random) -> Problem:
@@ -470,8 +450,7 @@ def subtraction(rng: random.Random) -> Problem:
     steps = [f"{10 * borrow + a % 10} - {b % 10} = {ones}" + (", borrow 1" if borrow else "")]
     if a > 9:
         steps.append(f"{a // 10} - {b // 10}{' - 1' if borrow else ''} = {tens}")
-    check(10 * tens + ones == a - b, f"{a} - {b}")
-    return f"What is {a} - {b}?", [*steps, f"{a} - {b} = {10 * tens + ones}"], str(10 * tens + ones)
+    return f"What is {a} - {b}?", [*steps, f"{a} - {b} = {a - b}"], str(a - b)
 
 
 def multiplication(rng: random.Random) -> Problem:
@@ -479,22 +458,19 @@ def multiplication(rng: random.Random) -> Problem:
     parts = [part for part in (a // 10 * 10, a % 10) if part]
     steps = [f"{part} * {b} = {part * b}" for part in parts]
     if len(parts) > 1:
-        steps.append(f"{parts[0] * b} + {parts[1] * b} = {sum(part * b for part in parts)}")
-    result = sum(part * b for part in parts)
-    check(result == a * b, f"{a} * {b}")
-    return f"What is {a} * {b}?", steps, str(result)
+        steps.append(f"{parts[0] * b} + {parts[1] * b} = {a * b}")
+    return f"What is {a} * {b}?", steps, str(a * b)
 
 
 def division(rng: random.Random) -> Problem:
     b = rng.randint(2, 10)
     a = rng.randint(2, 11 * b - 1)
-    quotient, rest = divmod(a, b)
-    steps = [f"{quotient} * {b} = {quotient * b}", f"{a} - {quotient * b} = {rest}"]
-    check(quotient * b + rest == a and 0 <= rest < b, f"{a} / {b}")
-    return f"Divide {a} by {b}, with remainder.", steps, f"{quotient} remainder {rest}"
+    quotient, remainder = divmod(a, b)
+    steps = [f"{quotient} * {b} = {quotient * b}", f"{a} - {quotient * b} = {remainder}"]
+    return f"Divide {a} by {b}, with remainder.", steps, f"{quotient} remainder {remainder}"
 
 
-def fraction(rng: random.Random) -> Problem:
+def fractions(rng: random.Random) -> Problem:
     b, d = rng.randint(2, 8), rng.randint(2, 8)
     a, c = rng.randint(1, b), rng.randint(1, d)
     sign = rng.choice("+-")
@@ -504,56 +480,46 @@ def fraction(rng: random.Random) -> Problem:
     x, y = a * common // b, c * common // d
     top = x + y if sign == "+" else x - y
     divisor = math.gcd(top, common)
-    n, m = top // divisor, common // divisor
+    answer = str(top // divisor) if divisor == common else f"{top // divisor}/{common // divisor}"
     steps = [f"{p}/{q} = {z}/{common}" for p, q, z in ((a, b, x), (c, d, y)) if q != common]
     steps.append(f"{x} {sign} {y} = {top}, so {top}/{common}")
-    answer = str(n) if m == 1 else f"{n}/{m}"
     if divisor > 1:
         steps.append(f"divide both by {divisor}: {answer}")
-    check(n * b * d == m * (a * d + c * b if sign == "+" else a * d - c * b), f"{a}/{b} {sign} {c}/{d}")
     return f"What is {a}/{b} {sign} {c}/{d}?", steps, answer
 
 
-def linear_equation(rng: random.Random) -> Problem:
+def equations(rng: random.Random) -> Problem:
     a, b, x = rng.randint(2, 10), rng.randint(1, 20), rng.randint(1, 10)
     sign, inverse = rng.choice((("+", "-"), ("-", "+")))
     c = a * x + b if sign == "+" else a * x - b
-    right = c - b if sign == "+" else c + b
-    check(right == a * x and right % a == 0, f"{a}x {sign} {b} = {c}")
-    steps = [f"{a}x = {c} {inverse} {b} = {right}", f"x = {right} / {a} = {right // a}"]
-    return f"Solve {a}x {sign} {b} = {c} for x.", steps, f"x = {right // a}"
+    steps = [f"{a}x = {c} {inverse} {b} = {a * x}", f"x = {a * x} / {a} = {x}"]
+    return f"Solve {a}x {sign} {b} = {c} for x.", steps, f"x = {x}"
 
 
-def sequence(rng: random.Random) -> Problem:
+def sequences(rng: random.Random) -> Problem:
     step, start, kind = rng.randint(2, 9), rng.randint(1, 40), rng.choice(("add", "add", "subtract", "multiply by"))
     if kind == "multiply by":
         step, start = rng.randint(2, 3), rng.randint(1, 12)
-        terms, sign = [start * step**i for i in range(5)], "*"
-        found = f"{terms[1]} / {terms[0]} = {step}"
+        terms, rule, sign = [start * step**i for i in range(5)], "{1} / {0}", "*"
     elif kind == "add":
-        terms, sign = [start + step * i for i in range(5)], "+"
-        found = f"{terms[1]} - {terms[0]} = {step}"
+        terms, rule, sign = [start + step * i for i in range(5)], "{1} - {0}", "+"
     else:
-        terms, sign = [start + step * (4 - i) for i in range(5)], "-"
-        found = f"{terms[0]} - {terms[1]} = {step}"
-    rules = {"*": lambda x: x * step, "+": lambda x: x + step, "-": lambda x: x - step}
-    check(all(rules[sign](x) == y for x, y in zip(terms, terms[1:])), str(terms))
-    steps = [f"{found}, so {kind} {step}", f"{terms[3]} {sign} {step} = {terms[4]}"]
+        terms, rule, sign = [start + step * (4 - i) for i in range(5)], "{0} - {1}", "-"
+    steps = [f"{rule.format(*terms)} = {step}, so {kind} {step}", f"{terms[3]} {sign} {step} = {terms[4]}"]
     return f"What comes next: {', '.join(map(str, terms[:-1]))}, ...?", steps, str(terms[-1])
 
 
-def greatest_common_divisor(rng: random.Random) -> Problem:
+def gcd(rng: random.Random) -> Problem:
     factor = rng.randint(1, 10)
     a, b = sorted((factor * rng.randint(2, 10), factor * rng.randint(2, 10)), reverse=True)
     x, y, steps = a, b, []
     while y:
         steps.append(f"{x} = {x // y} * {y} + {x % y}")
         x, y = y, x % y
-    check(x == math.gcd(a, b), f"gcd({a}, {b})")
     return f"What is the greatest common divisor of {a} and {b}?", steps, str(x)
 
 
-def percentage(rng: random.Random) -> Problem:
+def percentages(rng: random.Random) -> Problem:
     base = 10 * rng.randint(1, 30)
     unit = 25 if base % 4 == 0 and rng.random() < 0.3 else 10
     percent = unit * rng.randint(1, 100 // unit - 1)
@@ -561,65 +527,54 @@ def percentage(rng: random.Random) -> Problem:
     steps = [f"{unit}% of {base} is {base} / {100 // unit} = {part}"]
     if times > 1:
         steps.append(f"{percent}% is {times} * {part} = {times * part}")
-    check(times * part * 100 == percent * base, f"{percent}% of {base}")
     return f"What is {percent}% of {base}?", steps, str(times * part)
 
 
-def word_problem(rng: random.Random) -> Problem:
+def word_problems(rng: random.Random) -> Problem:
     name, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     kind = rng.randrange(4)
     if kind == 0:
         a, b = rng.randint(2, 50), rng.randint(2, 30)
         c = rng.randint(1, a + b - 1)
+        answer = a + b - c
         question = f"{name} has {a} {thing}. {other} gives {name} {b} more. {name} then loses {c}. How many are left?"
-        steps, answer = [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {a + b - c}"], a + b - c
-        holds = answer + c - b == a
+        steps = [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {answer}"]
     elif kind == 1:
         boxes, each, extra = rng.randint(2, 10), rng.randint(2, 12), rng.randint(1, 30)
+        answer = boxes * each + extra
         question = f"{name} fills {boxes} boxes with {each} {thing} each and has {extra} left. How many in all?"
-        packed, answer = boxes * each, boxes * each + extra
-        steps = [f"{boxes} * {each} = {packed}", f"{packed} + {extra} = {answer}"]
-        holds = divmod(answer - extra, each) == (boxes, 0)
+        steps = [f"{boxes} * {each} = {boxes * each}", f"{boxes * each} + {extra} = {answer}"]
     elif kind == 2:
         friends, answer = rng.randint(2, 10), rng.randint(2, 12)
         total = friends * answer
         question = f"{name} shares {total} {thing} equally among {friends} friends. How many does each get?"
         steps = [f"{total} / {friends} = {answer}"]
-        holds = divmod(total, friends) == (answer, 0)
     else:
-        price, count = rng.randint(2, 10), rng.randint(2, 12)
-        paid = price * count + rng.randint(1, 50)
+        price, count, answer = rng.randint(2, 10), rng.randint(2, 12), rng.randint(1, 50)
+        cost = price * count
+        paid = cost + answer
         question = f"{name} buys {count} {thing} at {price} euros each and pays {paid} euros. How much change is due?"
-        cost, answer = count * price, paid - count * price
         steps = [f"{count} * {price} = {cost}", f"{paid} - {cost} = {answer}"]
-        holds = divmod(paid - answer, price) == (count, 0)
-    check(holds, question)
     return question, steps, str(answer)
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
-    "number facts": number_facts,
-    "addition": addition,
-    "subtraction": subtraction,
-    "multiplication": multiplication,
-    "division": division,
-    "fractions": fraction,
-    "equations": linear_equation,
-    "sequences": sequence,
-    "gcd": greatest_common_divisor,
-    "percentages": percentage,
-    "word problems": word_problem,
-}
+    family.__name__.replace("_", " "): family
+    for family in (
+        number_facts, addition, subtraction, multiplication, division, fractions, equations, sequences, gcd,
+        percentages, word_problems,
+    )
+}  # fmt: skip
 
 
 def is_reserved(question: str) -> bool:
-    """Whether a question is kept out of all training data, for eval.py. 12 + 34 goes with 34 + 12, and with 12 - 34."""
+    """Whether a question is kept out of all training data, for eval.py. 12 + 34, 34 + 12 and 12 - 34 go together."""
     return is_held_out(" ".join(sorted(re.findall(r"\w+", question))), 0.1)
 
 
-def gives_away(steps: list[str]) -> bool:
-    """Whether a step works out a reserved sum, difference or product; those of a digit are needed everywhere."""
+def reveals_reserved(steps: list[str]) -> bool:
+    """Whether a step computes a reserved sum, difference or product. Single-digit facts are needed everywhere."""
     for a, sign, b in re.findall(r"(\d+) ([-+*]) (\d+) =", "; ".join(steps)):
         is_fact = int(a) <= 10 and int(b) <= 10 if sign == "*" else min(len(a), len(b)) == 1
         if not is_fact and is_reserved(f"What is {a} {sign} {b}?"):
@@ -628,81 +583,76 @@ def gives_away(steps: list[str]) -> bool:
 
 
 def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tuple[str, str, str, str]]:
-    """Distinct problems of all families in turn: family, question, worked steps with the answer, answer.
+    """Distinct problems, the families in turn: (family, question, worked steps ending in the answer, answer).
 
-    All are reserved ones, or none is, nor gives one away. A family ends after `limit`, or when it has no more.
+    reserved=True: only reserved questions. False: only others, whose steps reveal no reserved answer. A family ends
+    after `limit` problems, or when it finds no new one.
     """
-    rng, seen, left = random.Random(seed), set(), dict.fromkeys(FAMILIES, limit or math.inf)
+    rng, seen, remaining = random.Random(seed), set(), dict.fromkeys(FAMILIES, limit or math.inf)
 
-    def fits(problem: Problem) -> bool:
+    def is_wanted(problem: Problem) -> bool:
         question, steps, _ = problem
-        return question not in seen and is_reserved(question) == reserved and (reserved or not gives_away(steps))
+        return question not in seen and is_reserved(question) == reserved and (reserved or not reveals_reserved(steps))
 
-    while any(left.values()):
+    while any(remaining.values()):
         for family in FAMILIES:
-            made = (FAMILIES[family](rng) for _ in range(2000 if left[family] else 0))
-            found = next(filter(fits, made), None)
-            left[family] = left[family] - 1 if found else 0
-            if found is None:
+            candidates = (FAMILIES[family](rng) for _ in range(2000 if remaining[family] else 0))
+            problem = next(filter(is_wanted, candidates), None)
+            remaining[family] = remaining[family] - 1 if problem else 0
+            if problem is None:
                 continue
-            question, steps, answer = found
+            question, steps, answer = problem
             seen.add(question)
             yield family, question, "".join(f"{step}\n" for step in steps) + f"Answer: {answer}", answer
 
 
-def up_to(size: float, texts: Iterable, length: Callable[[object], int]) -> Iterator:
-    """The first of the texts that together hold `size` bytes."""
+def math_documents(seed: int, size: float) -> Iterator[str]:
+    """Solved problems, `size` bytes of them."""
     total = 0
-    for text in texts:
+    for _, question, worked, _ in problems(seed, reserved=False):
         if total >= size:
             return
-        total += length(text)
+        text = f"Problem: {question}\n{worked}\n"
+        total += len(text)
         yield text
 
 
-def math_documents(seed: int, size: float) -> Iterator[str]:
-    """Solved problems, `size` bytes of them."""
-    return up_to(size, (f"Problem: {question}\n{worked}\n" for _, question, worked, _ in problems(seed, False)), len)
-
-
 def math_conversations(seed: int, size: float) -> Iterator[list[dict[str, str]]]:
-    """Questions and worked answers, `size` bytes of them; one in eight begins with a system message, some ask twice."""
-    rng, source = random.Random(seed), problems(seed, False)
-
-    def length(messages: list[dict[str, str]]) -> int:
-        return sum(len(message["content"]) for message in messages)
-
-    def conversation() -> list[dict[str, str]]:
+    """Questions and worked answers, `size` bytes of them. One in eight has a system message; some have two turns."""
+    rng, total, source = random.Random(seed), 0, problems(seed, reserved=False)
+    while total < size:
         messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 1 / 8 else []
         for _ in range(2 if rng.random() < 1 / 4 else 1):
-            _, question, worked, _ = next(source)
-            turn = [{"role": "user", "content": question}, {"role": "assistant", "content": worked}]
-            if len(messages) < 2 or length(messages + turn) <= 180:  # bytes that fit into the context
+            problem = next(source, None)
+            if problem is None:
+                return
+            turn = [{"role": "user", "content": problem[1]}, {"role": "assistant", "content": problem[2]}]
+            length = sum(len(message["content"]) for message in messages + turn)
+            if len(messages) < 2 or length <= 180:  # two turns fit the context of config/tiny_sft.py
                 messages += turn
-        return messages
-
-    return up_to(size, iter(conversation, None), length)
+        total += sum(len(message["content"]) for message in messages)
+        yield messages
 
 
 # -------------------------------------------------------------------------------------------------- tiny: stem and code
 
 
 def docstring_prose(path: Path) -> list[str]:
-    """The docstrings of a Python file and those it hands to add_docstr() and the like; no examples, no short ones."""
+    """Docstrings of a Python file, and strings passed to add_docstr() and the like; without examples or short ones."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the package's own invalid escapes
+            warnings.simplefilter("ignore")  # invalid escape sequences in the file
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
-        return []  # syntax of a later Python
-    found = []
+        return []  # written for a newer Python
+    texts = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            found.append(ast.get_docstring(node) or "")
+            texts.append(ast.get_docstring(node) or "")
         elif isinstance(node, ast.Call) and "doc" in getattr(node.func, "id", getattr(node.func, "attr", "")):
-            texts = [inner for arg in node.args for inner in ast.walk(arg) if isinstance(inner, ast.Constant)]
-            found += [inspect.cleandoc(text.value) for text in texts if isinstance(text.value, str)]
-    prose = [re.sub(r"^ *>>>.*\n(?:.*\S.*\n?)*", "", text + "\n", flags=re.M).strip() for text in found]
+            constants = [inner for arg in node.args for inner in ast.walk(arg) if isinstance(inner, ast.Constant)]
+            texts += [inspect.cleandoc(constant.value) for constant in constants if isinstance(constant.value, str)]
+    prose = [re.sub(r"^ *>>>.*\n(?:.*\S.*\n?)*", "", text + "\n", flags=re.M).strip() for text in texts]
     return [text + "\n" for text in prose if len(text) >= 200]
 
 
@@ -711,71 +661,68 @@ def stem_documents() -> Iterator[str]:
     roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
     paths = [path for root in roots for path in sorted(root.rglob("*.py"))]
     with ProcessPoolExecutor() as pool:
-        found = pool.map(docstring_prose, paths, chunksize=16)
+        docstrings = itertools.chain.from_iterable(pool.map(docstring_prose, paths, chunksize=16))
         seen = set()
-        for text in (text for texts in found for text in texts):
+        for text in docstrings:
             if text not in seen:
                 seen.add(text)
                 yield text
 
 
 def code_documents() -> Iterator[str]:
-    """The files of the running Python's standard library, without its tests, character tables and generated topics."""
+    """The files of Python's standard library, without tests, character tables and generated topics."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
-        if not left_out.intersection(path.relative_to(root).parts):
+        if not excluded.intersection(path.relative_to(root).parts):
             text = path.read_text(encoding="utf-8", errors="replace")
             if text.strip():
                 yield text
 
 
-def prepare_embedded(cfg: TinyConfig, name: str, sources: dict[str, tuple[Callable[[], Iterable], str]], chat: bool):
-    """Write data/<name> from generators of documents; deterministic for the seed and the installed versions."""
-    folder, encoding = Path(cfg.data_dir) / name, get_tokenizer("bytes")
-    encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
-    encode_one = encode_one if chat else functools.partial(encode_document, encoding)
+def in_batches(documents: Iterable, state: int | None, size: int = 256) -> Batches:
+    """Batches of documents that can be generated again from the start; the state is the number already taken."""
+    taken = state or 0
+    documents = itertools.islice(documents, taken, None)
+    while batch := list(itertools.islice(documents, size)):
+        taken += len(batch)
+        yield batch, taken
+
+
+def prepare_embedded(cfg: TinyConfig, name: str):
+    """Write data/tiny or data/tiny_sft; deterministic for a seed and the installed versions."""
+    folder, encoding, chat = Path(cfg.data_dir) / name, get_tokenizer("bytes"), name == "tiny_sft"
+    seed, size = cfg.seed + chat, cfg.math_mb * 1e6  # tiny_sft has other problems than tiny
+    generated = f"generated, {cfg.math_mb} MB, seed {seed}"
+    domains = {
+        "math": (generated, lambda: math_documents(seed, size)),
+        "stem": (f"docstrings of numpy {version('numpy')} and torch {version('torch')}", stem_documents),
+        "code": (f"standard library of Python {sys.version.split()[0]}", code_documents),
+    }
+    if chat:
+        domains = {"chat": (generated, lambda: math_conversations(seed, size))}
+    this_file = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # the generators may change
 
     def write(domain: str) -> dict:
-        documents, source = sources[domain]
-        code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # a new generator, new problems
-        made_of = {"source": source, "val_fraction": cfg.val_fraction, "max_length": cfg.max_length, "code": code}
-        opened = lambda state: in_batches(documents(), state)  # noqa: E731
-        counts = write_domain(
-            folder / domain, opened, encode_one, encoding, cfg.val_fraction, made_of,
-            commit_seconds=cfg.commit_seconds, masked=chat,
-        )  # fmt: skip
-        return {"source": source, **counts}
+        description, documents = domains[domain]
+        source = Source(description, lambda state: in_batches(documents(), state), {"code": this_file})
+        return write_domain(folder / domain, cfg, encoding, source, chat)
 
-    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in sources})
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
 
 
-def prepare_tiny(cfg: TinyConfig):
-    sources = {
-        "math": (lambda: math_documents(cfg.seed, cfg.math_mb * 1e6), f"generated, {cfg.math_mb} MB, seed {cfg.seed}"),
-        "stem": (stem_documents, f"docstrings of numpy {version('numpy')} and torch {version('torch')}"),
-        "code": (code_documents, f"standard library of Python {sys.version.split()[0]}"),
-    }
-    prepare_embedded(cfg, "tiny", sources, chat=False)
-
-
-def prepare_tiny_sft(cfg: TinyConfig):
-    made = lambda: math_conversations(cfg.seed + 1, cfg.math_mb * 1e6)  # noqa: E731
-    prepare_embedded(cfg, "tiny_sft", {"chat": (made, f"generated, {cfg.math_mb} MB, seed {cfg.seed + 1}")}, chat=True)
-
-
-# ------------------------------------------------------------------------------------------------ pretrain: the hub
+# --------------------------------------------------------------------------------------- pretrain, sft: hub and files
 
 
 class HubData(NamedTuple):
-    """Where the documents of a domain come from, and how many tokens of them the paper takes (None: all)."""
+    """A data set on the hub, and how many of its tokens the paper uses (None: all)."""
 
     dataset: str
     subset: str | None
     split: str
-    text_field: str
-    tokens: int | None
-    revision: str | None = None  # commit on the hub; None: the newest
+    field: str
+    max_tokens: int | None
+    revision: str | None = None  # commit; None: the newest
 
 
 PRETRAIN = {
@@ -787,154 +734,105 @@ CHAT = HubData("nvidia/Nemotron-Math-v2", None, "high_part00", "messages", None)
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
-def open_dataset(source: str | HubData):
-    """A streamed `datasets` data set: from the hub, or from local files by their ending (a .txt file is one document).
+def pin_revision(hub: HubData, progress_path: Path) -> HubData:
+    """The data set at one commit: that of a preparation in progress, else the newest."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    Ends the script with one line for a gated data set, a hub that cannot be reached, or files that are not there.
-    """
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        started = HubData(*json.loads(progress_path.read_text())["fingerprint"]["hub"])
+        if started.revision and started._replace(revision=None) == hub:
+            return started
+    try:
+        return hub._replace(revision=HfApi().dataset_info(hub.dataset).sha)
+    except RepositoryNotFoundError:
+        return hub  # load_dataset() says why
+    except Exception:  # the hub's HTTP libraries have many types
+        raise ValueError(f"the hub cannot be reached for {hub.dataset}; or name local files, see --help") from None
+
+
+def read_rows(hub: HubData, files: list[str], state: dict | None) -> Iterator[tuple[dict[str, list], dict]]:
+    """Rows of local files if there are any, else of the hub: batches {field: values}, each with the state after it."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
-    if isinstance(source, HubData):
-        try:
-            return datasets.load_dataset(
-                source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True
+    try:
+        if files:
+            reader = READERS[Path(files[0]).suffix]
+            options = {"sample_by": "document"} if reader == "text" else {}  # a .txt file is one document
+            rows = datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+        else:
+            rows = datasets.load_dataset(
+                hub.dataset, hub.subset, split=hub.split, revision=hub.revision, streaming=True
             )
-        except datasets.exceptions.DatasetNotFoundError as e:
-            if "gated" in str(e):
-                raise ValueError(
-                    f"{source.dataset} is gated: accept its terms on its page, then log in: hf auth login"
-                ) from None
-            raise ValueError(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}") from None
-        except ConnectionError:
-            raise ValueError(
-                f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help"
-            ) from None
-        except ValueError as e:  # no such subset or split
-            raise ValueError(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}") from None
-    files = sorted(glob.glob(source, recursive=True))
-    if not files:
-        raise ValueError(f"no file matches {source}")
-    reader = READERS.get(Path(files[0]).suffix)
-    if reader is None or any(READERS.get(Path(file).suffix) != reader for file in files):
-        raise ValueError(f"{source}: files of one kind are needed, {', '.join(READERS)}")
-    options = {"sample_by": "document"} if reader == "text" else {}
-    with reading(source):
-        return datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
-
-
-def pinned(source: HubData, progress: Path) -> HubData:
-    """The data set at one commit: that of the preparation under way, else the newest, so that all of it is of one."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        before = HubData(*json.loads(progress.read_text())["made_of"]["source"])
-        if before.revision and before._replace(revision=None) == source:
-            return before
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        return source._replace(revision=HfApi().dataset_info(source.dataset).sha)
-    except RepositoryNotFoundError as e:  # gated ones, without a login, among them
-        raise ValueError(f"cannot open {source.dataset}: {' '.join(str(e).split())[:300]}") from None
-    except Exception:  # of the hub's own HTTP library, whichever that is
-        raise ValueError(
-            f"the hub cannot be reached for {source.dataset}; local files go in with --source, see --help"
-        ) from None
-
-
-@contextlib.contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Turn what goes wrong while a data set is read into one line."""
-    try:
-        yield
-    except Exception as e:  # a lost connection or a damaged file: each library has its own kinds
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise ValueError(
-            f"cannot read {where}: {reason}; if it was the network, run the command again to go on"
-        ) from None
-
-
-def streamed(source: str | HubData, column: str, kind: type, state: dict | None, size: int = 256) -> Batches:
-    """Batches of one field of a data set, from the start or an earlier state; of kind str, what is no text is left out.
-
-    Ends the script with one line if there is no such field, or if the data cannot be read on.
-    """
-    where = source.dataset if isinstance(source, HubData) else source
-    stream = open_dataset(source)
-    with reading(where):
         if state:
-            stream.load_state_dict(state)
-        batches = stream.iter(batch_size=size)
-    while True:
-        with reading(where):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        if column not in batch:
-            setting = "--text_field.<domain>=" if kind is str else "--messages_field="
-            raise ValueError(f"{where} has no field {column!r} but {', '.join(batch)}; name one: {setting}")
-        yield [value for value in batch[column] if kind is list or isinstance(value, kind)], stream.state_dict()
+            rows.load_state_dict(state)
+        for batch in rows.iter(batch_size=256):
+            yield batch, rows.state_dict()
+    except Exception as e:  # a lost connection or a damaged file; each library has its own types
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        hint = "if it was the network, run the command again to resume"
+        if "is a gated dataset" in reason:
+            hint = "accept its terms on its page, then log in: hf auth login"
+        raise ValueError(f"cannot read {', '.join(files) or hub.dataset}: {reason}; {hint}") from None
 
 
-def write_streamed(
-    cfg: PretrainConfig | SFTDataConfig, folder: Path, encoding: tiktoken.Encoding, encode_one: Callable,
-    hub: HubData, local: str | None, column: str, kind: type, **more,
-) -> dict:  # fmt: skip
-    """write_domain() of a data set on the hub, or of local files in its place."""
-    source = local or pinned(hub, folder / "progress.json")
+def open_source(hub: HubData, local: str | None, field: str, chat: bool, progress_path: Path) -> Source:
+    """One field of local files or, without these, of a data set on the hub. A text that is not a string is skipped."""
     files = sorted(glob.glob(local, recursive=True)) if local else []
-    vocab = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
-    max_tokens = cfg.max_tokens or hub.tokens
-    made_of = {
-        "source": source, "files": [(path, os.path.getsize(path)) for path in files], "field": column,
-        "val_fraction": cfg.val_fraction, "max_tokens": max_tokens, "vocab": vocab, **more,
-    }  # fmt: skip
-    opened = functools.partial(streamed, source, column, kind)
-    counts = write_domain(
-        folder, opened, encode_one, encoding, cfg.val_fraction, made_of, max_tokens, cfg.commit_seconds, kind is list
-    )
-    return {"source": local or f"{hub.dataset} at {source.revision}", **counts}
+    readers = {READERS.get(Path(file).suffix) for file in files}
+    if local and not files:
+        raise ValueError(f"no file matches {local}")
+    if len(readers) > 1 or None in readers:
+        raise ValueError(f"{local}: files of one kind are needed, {', '.join(READERS)}")
+    hub = hub if local else pin_revision(hub, progress_path)
+
+    def batches(state: dict | None) -> Batches:
+        for rows, next_state in read_rows(hub, files, state):
+            if field not in rows:
+                flag = "--messages_field=" if chat else "--text_field.<domain>="
+                raise ValueError(
+                    f"{local or hub.dataset} has no field {field!r} but {', '.join(rows)}; name one: {flag}"
+                )
+            yield [value for value in rows[field] if chat or isinstance(value, str)], next_state
+
+    fingerprint = {"hub": hub, "files": [(path, os.path.getsize(path)) for path in files], "field": field}
+    return Source(local or f"{hub.dataset} at {hub.revision}", batches, fingerprint)
 
 
-def open_tokenizer(name: str, vocab: str | None) -> tiktoken.Encoding:
-    """get_tokenizer() for a script: it ends with one line where that raises."""
-    try:
-        return get_tokenizer(name, vocab)
-    except ValueError as e:
-        raise ValueError(str(e)) from None
-
-
-def prepare_pretrain(cfg: PretrainConfig):
-    """Write data/pretrain from the paper's data sets, or from local files; can be killed and run again."""
-    folder, encoding = Path(cfg.data_dir) / "pretrain", open_tokenizer("qwen3", cfg.vocab)
+def prepare_pretrain(cfg: PretrainConfig, name: str):
+    """Write data/pretrain from the paper's data sets, or from local files."""
+    for domain in (*cfg.source, *cfg.text_field):
+        if domain not in PRETRAIN:
+            raise ValueError(f"there is no domain {domain!r}; there are {', '.join(PRETRAIN)}")
+    folder, encoding = Path(cfg.data_dir) / name, get_tokenizer("qwen3", cfg.vocab)
 
     def write(domain: str) -> dict:
         hub, local = PRETRAIN[domain], cfg.source.get(domain)
-        column = cfg.text_field.get(domain, "text" if local and local.endswith(".txt") else hub.text_field)
-        encode_one = functools.partial(encode_document, encoding)
-        return write_streamed(cfg, folder / domain, encoding, encode_one, hub, local, column, str)
+        field = cfg.text_field.get(domain, "text" if local and local.endswith(".txt") else hub.field)
+        source = open_source(hub, local, field, False, folder / domain / "progress.json")
+        return write_domain(folder / domain, cfg, encoding, source, max_tokens=cfg.max_tokens or hub.max_tokens)
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in PRETRAIN})
 
 
-def prepare_sft(cfg: SFTDataConfig):
-    """Write data/sft from the paper's conversations, or from local files; can be killed and run again."""
-    folder, encoding = Path(cfg.data_dir) / "sft", open_tokenizer(cfg.tokenizer, cfg.vocab)
-    encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
+def prepare_sft(cfg: SFTDataConfig, name: str):
+    """Write data/sft from the paper's conversations, or from local files."""
+    folder, encoding = Path(cfg.data_dir) / name, get_tokenizer(cfg.tokenizer, cfg.vocab)
 
     def write() -> dict:
-        return write_streamed(
-            cfg, folder / "chat", encoding, encode_one, CHAT, cfg.source, cfg.messages_field, list,
-            max_length=cfg.max_length,
-        )  # fmt: skip
+        source = open_source(CHAT, cfg.source, cfg.messages_field, True, folder / "chat" / "progress.json")
+        return write_domain(folder / "chat", cfg, encoding, source, True, cfg.max_tokens)
 
     prepare(folder, encoding, {"chat": write})
 
 
-CORPORA: dict[str, tuple[type[PrepareConfig], Callable[[PrepareConfig], None]]] = {
-    "tiny": (TinyConfig, prepare_tiny),
-    "tiny_sft": (TinyConfig, prepare_tiny_sft),
+# ----------------------------------------------------------------------------------------------------------------- main
+
+CORPORA = {
+    "tiny": (TinyConfig, prepare_embedded),
+    "tiny_sft": (TinyConfig, prepare_embedded),
     "pretrain": (PretrainConfig, prepare_pretrain),
     "sft": (SFTDataConfig, prepare_sft),
 }
@@ -948,14 +846,8 @@ def main():
     if name not in CORPORA:
         given = f"not {name!r}" if name else "none was named"
         raise ValueError(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} ({given})")
-    settings, write = CORPORA[name]
-    cfg = config.load(settings, sys.argv[2:])
-    try:
-        write(cfg)
-    except KeyboardInterrupt:
-        raise ValueError("stopped; run the command again to go on") from None
-    except OSError as e:
-        raise ValueError(f"cannot write the corpus: {e}; mend that and run the command again to go on") from None
+    settings, prepare_corpus = CORPORA[name]
+    prepare_corpus(config.load(settings, sys.argv[2:]), name)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,7 @@ QWEN3_SPECIALS = (
     *CHAT_SPECIALS, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
     "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-    "<|repo_name|>", "<|file_sep|>",
-    "<tool_response>", "</tool_response>", "<think>", "</think>",
+    "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
 QWEN3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -158,9 +157,9 @@ def read_vocab(path: str) -> dict[bytes, int]:
     except OSError as e:
         raise ValueError(f"cannot read the vocabulary {path}: {e.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer") from None
+        is_complete = False
     if not is_complete:
-        raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer: ids or bytes are missing")
+        raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer")
     return ranks
 
 
@@ -273,13 +272,15 @@ class DomainWriter:
         self.progress["sizes"] = dict.fromkeys(names, 0)
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no progress, or a file is missing
             saved = json.loads(self.progress_path.read_text())
-            if saved["fingerprint"] == json.loads(json.dumps(fingerprint)) and self.is_on_disk(**saved):
+            if saved["fingerprint"] == json.loads(json.dumps(fingerprint)) and self.is_on_disk(saved):
                 self.progress = saved
 
-    def is_on_disk(self, sizes: dict, is_complete: bool, **_) -> bool:
-        for name, (partial, final) in self.paths.items():
-            size = (final if is_complete and not partial.exists() else partial).stat().st_size
-            if size < sizes[name] or (is_complete and size > sizes[name]):
+    def is_on_disk(self, progress: dict) -> bool:
+        for name, recorded in progress["sizes"].items():
+            partial, final = self.paths[name]
+            is_published = progress["is_complete"] and not partial.exists()
+            size = (final if is_published else partial).stat().st_size
+            if size < recorded or (size > recorded and progress["is_complete"]):
                 return False
         return True
 
@@ -423,14 +424,13 @@ THINGS = "apples books coins pencils stamps shells marbles cards stickers orange
 
 def number_facts(rng: random.Random) -> Problem:
     """Sums, differences, products and quotients of numbers up to 10, which the other families build on."""
-    expressions, results = [], []
+    facts = []
     for sign in rng.choices("+-*/", k=6):
         a, b = rng.randint(1, 10), rng.randint(1, 10)
-        a = {"+": a, "-": a + b, "*": a, "/": a * b}[sign]
-        expressions.append(f"{a} {sign} {b}")
-        results.append({"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign])
-    steps = [f"{expression} = {result}" for expression, result in zip(expressions, results)]
-    return f"Work out {', '.join(expressions)}.", steps, ", ".join(map(str, results))
+        left, result = {"+": (a, a + b), "-": (a + b, a), "*": (a, a * b), "/": (a * b, a)}[sign]
+        facts.append((f"{left} {sign} {b}", result))
+    steps = [f"{expression} = {result}" for expression, result in facts]
+    return f"Work out {', '.join(e for e, _ in facts)}.", steps, ", ".join(str(result) for _, result in facts)
 
 
 def addition(rng: random.Random) -> Problem:
@@ -599,11 +599,10 @@ def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tu
             candidates = (FAMILIES[family](rng) for _ in range(2000 if remaining[family] else 0))
             problem = next(filter(is_wanted, candidates), None)
             remaining[family] = remaining[family] - 1 if problem else 0
-            if problem is None:
-                continue
-            question, steps, answer = problem
-            seen.add(question)
-            yield family, question, "".join(f"{step}\n" for step in steps) + f"Answer: {answer}", answer
+            if problem:
+                question, steps, answer = problem
+                seen.add(question)
+                yield family, question, "".join(f"{step}\n" for step in steps) + f"Answer: {answer}", answer
 
 
 def math_documents(seed: int, size: float) -> Iterator[str]:
@@ -714,58 +713,57 @@ def prepare_embedded(cfg: TinyConfig, name: str):
 # --------------------------------------------------------------------------------------- pretrain, sft: hub and files
 
 
-class HubData(NamedTuple):
-    """A data set on the hub, and how many of its tokens the paper uses (None: all)."""
-
-    dataset: str
-    subset: str | None
-    split: str
-    field: str
-    max_tokens: int | None
-    revision: str | None = None  # commit; None: the newest
-
-
-PRETRAIN = {
-    "math": HubData("nvidia/Nemotron-CC-Math-v1", "4plus", "train", "text", 7_000_000_000),
-    "stem": HubData("openbmb/Ultra-FineWeb", None, "en", "content", 2_500_000_000),
-    "code": HubData("lumees/github-code-2025-language-split", "python", "train", "content", 500_000_000),
+# corpus: domain: data set on the hub, subset, split, field, train tokens in the paper (None: all)
+DATASETS = {
+    "pretrain": {
+        "math": ("nvidia/Nemotron-CC-Math-v1", "4plus", "train", "text", 7_000_000_000),
+        "stem": ("openbmb/Ultra-FineWeb", None, "en", "content", 2_500_000_000),
+        "code": ("lumees/github-code-2025-language-split", "python", "train", "content", 500_000_000),
+    },
+    "sft": {"chat": ("nvidia/Nemotron-Math-v2", None, "high_part00", "messages", None)},
 }
-CHAT = HubData("nvidia/Nemotron-Math-v2", None, "high_part00", "messages", None)
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
-def pin_revision(hub: HubData, progress_path: Path) -> HubData:
-    """The data set at one commit: that of a preparation in progress, else the newest."""
+def pinned_revision(dataset: str, progress_path: Path) -> str | None:
+    """The commit of a hub data set to read: that of a preparation in progress, else the newest."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        started = HubData(*json.loads(progress_path.read_text())["fingerprint"]["hub"])
-        if started.revision and started._replace(revision=None) == hub:
-            return started
+        arguments = json.loads(progress_path.read_text())["fingerprint"]["load_dataset"]
+        if arguments["path"] == dataset:
+            return arguments["revision"]
     try:
-        return hub._replace(revision=HfApi().dataset_info(hub.dataset).sha)
+        return HfApi().dataset_info(dataset).sha
     except RepositoryNotFoundError:
-        return hub  # load_dataset() says why
+        return None  # load_dataset() says why
     except Exception:  # the hub's HTTP libraries have many types
-        raise ValueError(f"the hub cannot be reached for {hub.dataset}; or name local files, see --help") from None
+        raise ValueError(
+            f"the hub cannot be reached for {dataset}; or name local files with --source, see --help"
+        ) from None
 
 
-def read_rows(hub: HubData, files: list[str], state: dict | None) -> Iterator[tuple[dict[str, list], dict]]:
-    """Rows of local files if there are any, else of the hub: batches {field: values}, each with the state after it."""
+def find_files(pattern: str) -> dict:
+    """Arguments for load_dataset() that read the local files of this pattern."""
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
+        raise ValueError(f"no file matches {pattern}")
+    reader, *others = {READERS.get(Path(file).suffix) for file in files}
+    if others or not reader:
+        raise ValueError(f"{pattern}: files of one kind are needed, {', '.join(READERS)}")
+    by_document = {"sample_by": "document"} if reader == "text" else {}  # a .txt file is one document
+    return {"path": reader, "data_files": files, "split": "train", **by_document}
+
+
+def read_rows(name: str, arguments: dict, state: dict | None) -> Iterator[tuple[dict[str, list], dict]]:
+    """Batches of rows, {field: values}, each with the state from which to resume after it."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     try:
-        if files:
-            reader = READERS[Path(files[0]).suffix]
-            options = {"sample_by": "document"} if reader == "text" else {}  # a .txt file is one document
-            rows = datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
-        else:
-            rows = datasets.load_dataset(
-                hub.dataset, hub.subset, split=hub.split, revision=hub.revision, streaming=True
-            )
+        rows = datasets.load_dataset(**arguments, streaming=True)
         if state:
             rows.load_state_dict(state)
         for batch in rows.iter(batch_size=256):
@@ -775,57 +773,42 @@ def read_rows(hub: HubData, files: list[str], state: dict | None) -> Iterator[tu
         hint = "if it was the network, run the command again to resume"
         if "is a gated dataset" in reason:
             hint = "accept its terms on its page, then log in: hf auth login"
-        raise ValueError(f"cannot read {', '.join(files) or hub.dataset}: {reason}; {hint}") from None
+        raise ValueError(f"cannot read {name}: {reason}; {hint}") from None
 
 
-def open_source(hub: HubData, local: str | None, field: str, chat: bool, progress_path: Path) -> Source:
-    """One field of local files or, without these, of a data set on the hub. A text that is not a string is skipped."""
-    files = sorted(glob.glob(local, recursive=True)) if local else []
-    readers = {READERS.get(Path(file).suffix) for file in files}
-    if local and not files:
-        raise ValueError(f"no file matches {local}")
-    if len(readers) > 1 or None in readers:
-        raise ValueError(f"{local}: files of one kind are needed, {', '.join(READERS)}")
-    hub = hub if local else pin_revision(hub, progress_path)
-
-    def batches(state: dict | None) -> Batches:
-        for rows, next_state in read_rows(hub, files, state):
-            if field not in rows:
-                flag = "--messages_field=" if chat else "--text_field.<domain>="
-                raise ValueError(
-                    f"{local or hub.dataset} has no field {field!r} but {', '.join(rows)}; name one: {flag}"
-                )
-            yield [value for value in rows[field] if chat or isinstance(value, str)], next_state
-
-    fingerprint = {"hub": hub, "files": [(path, os.path.getsize(path)) for path in files], "field": field}
-    return Source(local or f"{hub.dataset} at {hub.revision}", batches, fingerprint)
-
-
-def prepare_pretrain(cfg: PretrainConfig, name: str):
-    """Write data/pretrain from the paper's data sets, or from local files."""
-    for domain in (*cfg.source, *cfg.text_field):
-        if domain not in PRETRAIN:
-            raise ValueError(f"there is no domain {domain!r}; there are {', '.join(PRETRAIN)}")
-    folder, encoding = Path(cfg.data_dir) / name, get_tokenizer("qwen3", cfg.vocab)
+def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
+    """Write data/pretrain or data/sft from the paper's data sets, or from local files."""
+    folder, domains, chat = Path(cfg.data_dir) / corpus, DATASETS[corpus], corpus == "sft"
+    local = {"chat": cfg.source} if chat else cfg.source
+    fields = {"chat": cfg.messages_field} if chat else cfg.text_field
+    for domain in (*local, *fields):
+        if domain not in domains:
+            raise ValueError(f"there is no domain {domain!r}; there are {', '.join(domains)}")
+    encoding = get_tokenizer(cfg.tokenizer if chat else "qwen3", cfg.vocab)
 
     def write(domain: str) -> dict:
-        hub, local = PRETRAIN[domain], cfg.source.get(domain)
-        field = cfg.text_field.get(domain, "text" if local and local.endswith(".txt") else hub.field)
-        source = open_source(hub, local, field, False, folder / domain / "progress.json")
-        return write_domain(folder / domain, cfg, encoding, source, max_tokens=cfg.max_tokens or hub.max_tokens)
+        name, subset, split, field, max_tokens = domains[domain]
+        if local.get(domain):
+            name, arguments = local[domain], find_files(local[domain])
+            field = "text" if name.endswith(".txt") else field
+        else:
+            revision = pinned_revision(name, folder / domain / "progress.json")
+            arguments = {"path": name, "name": subset, "split": split, "revision": revision}
+            name = f"{name} at {revision}"
+        field = fields.get(domain, field)
 
-    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in PRETRAIN})
+        def open_batches(state: dict | None) -> Batches:
+            for rows, next_state in read_rows(name, arguments, state):
+                if field not in rows:
+                    flag = "--messages_field=" if chat else f"--text_field.{domain}="
+                    raise ValueError(f"{name} has no field {field!r} but {', '.join(rows)}; name one: {flag}")
+                yield [value for value in rows[field] if chat or isinstance(value, str)], next_state
 
+        sizes = [os.path.getsize(path) for path in arguments.get("data_files", [])]
+        source = Source(name, open_batches, {"load_dataset": arguments, "sizes": sizes, "field": field})
+        return write_domain(folder / domain, cfg, encoding, source, chat, cfg.max_tokens or max_tokens)
 
-def prepare_sft(cfg: SFTDataConfig, name: str):
-    """Write data/sft from the paper's conversations, or from local files."""
-    folder, encoding = Path(cfg.data_dir) / name, get_tokenizer(cfg.tokenizer, cfg.vocab)
-
-    def write() -> dict:
-        source = open_source(CHAT, cfg.source, cfg.messages_field, True, folder / "chat" / "progress.json")
-        return write_domain(folder / "chat", cfg, encoding, source, True, cfg.max_tokens)
-
-    prepare(folder, encoding, {"chat": write})
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -833,8 +816,8 @@ def prepare_sft(cfg: SFTDataConfig, name: str):
 CORPORA = {
     "tiny": (TinyConfig, prepare_embedded),
     "tiny_sft": (TinyConfig, prepare_embedded),
-    "pretrain": (PretrainConfig, prepare_pretrain),
-    "sft": (SFTDataConfig, prepare_sft),
+    "pretrain": (PretrainConfig, prepare_datasets),
+    "sft": (SFTDataConfig, prepare_datasets),
 }
 
 

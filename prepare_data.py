@@ -3,15 +3,14 @@
 python prepare_data.py tiny      the embedded corpus, no network needed: generated math with worked steps (math),
                                  docstrings of the installed numpy and torch (stem), Python's standard library (code)
 python prepare_data.py tiny_sft  math questions and answers as conversations
-python prepare_data.py pretrain  the paper's three data sets, streamed from the hub, Qwen3 tokenizer
+python prepare_data.py pretrain  the paper's three data sets, streamed from the hub, in Qwen3's tokens
 python prepare_data.py pretrain --source.math='dumps/*.parquet' --max_tokens=1e8
-                                 the same with math from local files, up to 1e8 train tokens of each domain
-python prepare_data.py sft       the paper's conversations, or local ones with --source='dumps/*.jsonl'
+                                 math from local files instead, and at most 1e8 train tokens of each domain
+python prepare_data.py sft       the paper's conversations; with --source='dumps/*.jsonl', local ones
 
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
-every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of its text
-decides whether a document goes to val, so duplicates never straddle the split. To resume a killed preparation, run the
-same command again.
+every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
+selects the split, so duplicates never straddle it. To resume a killed preparation, run the same command again.
 """
 
 import ast
@@ -47,9 +46,7 @@ import config
 
 
 @dataclass
-class PrepareConfig:
-    """Settings of every corpus."""
-
+class PrepareConfig:  # every corpus
     data_dir: str = "data"  # parent folder; each corpus is a folder in it
     val_fraction: float = 0.001  # fraction of the documents held out in val
     commit_seconds: float = 2.0  # seconds between commits; a killed preparation resumes from the last one
@@ -63,9 +60,7 @@ class PrepareConfig:
 
 
 @dataclass
-class TinyConfig(PrepareConfig):
-    """Settings of the embedded corpora, tiny and tiny_sft."""
-
+class TinyConfig(PrepareConfig):  # tiny and tiny_sft
     val_fraction: float = 0.05  # fraction of the documents held out in val
     seed: int = 0  # random seed of the generated text
     math_mb: float = 6.0  # megabytes of generated math
@@ -73,9 +68,7 @@ class TinyConfig(PrepareConfig):
 
 
 @dataclass
-class PretrainConfig(PrepareConfig):
-    """Settings of the paper's pretraining data."""
-
+class PretrainConfig(PrepareConfig):  # pretrain
     max_tokens: int | None = None  # train tokens of each domain; None: the paper's, 7e9 math, 2.5e9 stem, 5e8 code
     source: dict[str, str] = field(default_factory=dict)  # local files by domain: --source.math='dumps/*.parquet'
     text_field: dict[str, str] = field(default_factory=dict)  # name of the text field by domain: --text_field.math=name
@@ -83,9 +76,7 @@ class PretrainConfig(PrepareConfig):
 
 
 @dataclass
-class SFTDataConfig(PrepareConfig):
-    """Settings of the paper's conversations."""
-
+class SFTDataConfig(PrepareConfig):  # sft
     max_tokens: int | None = None  # train tokens; None: the whole data set
     source: str | None = None  # local files with a messages field, 'dumps/*.jsonl' or .parquet; None: the paper's
     messages_field: str = "messages"  # name of the field that lists the messages, {"role": ..., "content": ...}
@@ -94,8 +85,9 @@ class SFTDataConfig(PrepareConfig):
     vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: downloaded from the hub and cached
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------------ tokenizers and chat format
 
+ROLES = ("system", "user", "assistant")
 CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN3_SPECIALS = (
     *CHAT_SPECIALS, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
@@ -112,11 +104,10 @@ QWEN3_REVISION = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"  # commit of Qwen/Qw
 
 @functools.cache
 def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
-    """The tokenizer of this name; use it through encode().
+    """The tokenizer of this name; use it through encode(). Raises ValueError if it is unknown or cannot be read.
 
     "bytes": 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
     "qwen3": byte-level BPE from the file `vocab` (None: Qwen3's vocab.json from the hub), then 26 special tokens.
-    Raises ValueError if the name is unknown, the vocabulary cannot be read, or the hub cannot be reached.
     """
     if name == "bytes":
         ranks, specials, pattern = {bytes([i]): i for i in range(256)}, CHAT_SPECIALS, r"[^\n]+|\n+"
@@ -130,35 +121,29 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
 
 def download_vocab() -> str:
     """Path of Qwen3's vocab.json in the hub's cache, downloaded on first use."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
+    from huggingface_hub import hf_hub_download, utils
 
-    logging.set_verbosity_error()  # no line for every retry
+    utils.logging.set_verbosity_error()  # no line for every retry
     try:
         return hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=QWEN3_REVISION)
     except OSError:
-        raise ValueError(
-            "cannot fetch the Qwen3 tokenizer: the hub cannot be reached; name a copy of its vocab.json with --vocab="
-        ) from None
+        raise ValueError("cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab=") from None
 
 
 def read_vocab(path: str) -> dict[bytes, int]:
-    """{bytes of a token: merge rank}, from a byte-level BPE vocab.json in GPT-2's printable alphabet.
-
-    The ids of vocab.json are the merge ranks.
-    """
+    """{bytes of a token: its merge rank, which is its id} from a vocab.json, in GPT-2's printable alphabet."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(b): b for b in printable}
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
     try:
         ids = json.loads(Path(path).read_text(encoding="utf-8"))
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
-        is_complete = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
+        is_bpe = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
     except OSError as e:
         raise ValueError(f"cannot read the vocabulary {path}: {e.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        is_complete = False
-    if not is_complete:
+        is_bpe = False
+    if not is_bpe:
         raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer")
     return ranks
 
@@ -175,35 +160,30 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         return np.concatenate([encode(encoding, text[: len(text) // 2]), encode(encoding, text[len(text) // 2 :])])
 
 
-# ---------------------------------------------------------------------------------------------------------- chat format
-
-ROLES = ("system", "user", "assistant")
-
-
 def encode_chat(
     encoding: tiktoken.Encoding, messages: Sequence[dict[str, str]], reply: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation in ChatML: token ids [n] uint32 and loss mask [n] uint8.
 
-    messages: {"role": "system", "user" or "assistant", "content": text}. The mask is 1 on the content of each assistant
-    message, its <|im_end|> and newline. The last token is <|endoftext|>; with reply=True the conversation ends with the
-    opening of an assistant message instead. Raises ValueError for anything that is not such a message.
+    messages: {"role": "system", "user" or "assistant", "content": text}, else ValueError. The mask is 1 on the content
+    of each assistant message, its <|im_end|> and newline. <|endoftext|> comes last; with reply=True, the opening of an
+    assistant message comes instead.
     """
     eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
-    parts, has_loss = [], []
+    parts = []  # (token ids, whether loss is taken on them)
     for message in messages:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ROLES:
             raise ValueError(f"the role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError("content that is not text")
-        parts += [start, encode(encoding, f"{role}\n"), encode(encoding, content), end, encode(encoding, "\n")]
-        has_loss += [False, False, *[role == "assistant"] * 3]
+        header, body = [start, encode(encoding, f"{role}\n")], [encode(encoding, content), end, encode(encoding, "\n")]
+        parts += [(ids, False) for ids in header] + [(ids, role == "assistant") for ids in body]
     if not parts:
         raise ValueError("no messages")
-    parts += [start, encode(encoding, "assistant\n")] if reply else [eot]
-    has_loss += [False] * (len(parts) - len(has_loss))
-    return np.concatenate(parts), np.repeat(np.array(has_loss, dtype=np.uint8), [len(part) for part in parts])
+    parts += [(start, False), (encode(encoding, "assistant\n"), False)] if reply else [(eot, False)]
+    loss_mask = np.concatenate([np.full(len(ids), has_loss, np.uint8) for ids, has_loss in parts])
+    return np.concatenate([ids for ids, _ in parts]), loss_mask
 
 
 def stop_tokens(encoding: tiktoken.Encoding) -> set[int]:
@@ -211,12 +191,12 @@ def stop_tokens(encoding: tiktoken.Encoding) -> set[int]:
     return {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
 
 
-# ----------------------------------------------------------------------------------------------------------- the writer
+# ------------------------------------------------------------------------------------------------------ tokens on disk
+
+Batches = Iterator[tuple[list, object]]  # documents, and the JSON state from which to resume after them
 
 
-class Document(NamedTuple):
-    """An encoded document; one without tokens is skipped."""
-
+class Document(NamedTuple):  # encoded; one without tokens is skipped
     tokens: np.ndarray  # [n] uint32, <|endoftext|> last
     text: str  # its hash selects the split
     loss_mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
@@ -259,30 +239,32 @@ def write_json(path: Path, value: dict):
 
 
 class DomainWriter:
-    """Appends to the files of a domain so that a kill loses nothing, and replaces earlier files only at the end.
+    """Writes a domain's documents to {train,val}.bin and, for chat, their loss masks to {train,val}.mask.
 
-    append() writes to *.partial. commit() flushes these files to disk, then records their sizes in progress.json, along
-    with the counts and the state of the source. A new writer with the same fingerprint resumes from there.
+    append() writes to *.partial. commit() flushes to disk, then records the file sizes, counts and source state in
+    progress.json, where a new writer with the same fingerprint resumes. An earlier corpus stays until publish().
     """
 
-    def __init__(self, folder: Path, names: list[str], fingerprint: dict, counts: dict):
+    def __init__(self, folder: Path, encoding: tiktoken.Encoding, val_fraction: float, fingerprint: dict, chat: bool):
+        self.encoding, self.dtype = encoding, np.min_scalar_type(encoding.max_token_value)
+        self.val_fraction, self.files = val_fraction, {}
+        names, counts = ["train.bin", "val.bin"], {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}
+        if chat:
+            names, counts = [*names, "train.mask", "val.mask"], {**counts, "val_targets": 0, "notes": {}}
         self.paths = {name: (folder / f"{name}.partial", folder / name) for name in names}
-        self.progress_path, self.files = folder / "progress.json", {}
-        self.progress = {"fingerprint": fingerprint, "state": None, "is_complete": False, "counts": counts}
-        self.progress["sizes"] = dict.fromkeys(names, 0)
+        self.progress_path, sizes = folder / "progress.json", dict.fromkeys(names, 0)
+        self.progress = dict(fingerprint=fingerprint, state=None, is_complete=False, counts=counts, sizes=sizes)
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no progress, or a file is missing
             saved = json.loads(self.progress_path.read_text())
-            if saved["fingerprint"] == json.loads(json.dumps(fingerprint)) and self.is_on_disk(saved):
+            if saved["fingerprint"] == fingerprint and self.is_on_disk(saved):
                 self.progress = saved
 
     def is_on_disk(self, progress: dict) -> bool:
-        for name, recorded in progress["sizes"].items():
-            partial, final = self.paths[name]
-            is_published = progress["is_complete"] and not partial.exists()
-            size = (final if is_published else partial).stat().st_size
-            if size < recorded or (size > recorded and progress["is_complete"]):
-                return False
-        return True
+        """Whether the files hold what was committed; complete ones, nothing more."""
+        is_complete = progress["is_complete"]
+        paths = [final if is_complete and not partial.exists() else partial for partial, final in self.paths.values()]
+        excess = [path.stat().st_size - size for path, size in zip(paths, progress["sizes"].values())]
+        return not any(excess) if is_complete else min(excess) >= 0
 
     @contextlib.contextmanager
     def open_files(self) -> Iterator[None]:
@@ -296,7 +278,23 @@ class DomainWriter:
                 self.files[name].truncate(self.progress["sizes"][name])
             yield
 
-    def append(self, name: str, array: np.ndarray):
+    def append(self, document: Document):
+        tokens, text, loss_mask, note = document
+        split, counts = "val" if is_held_out(text, self.val_fraction) else "train", self.progress["counts"]
+        self.write(f"{split}.bin", tokens.astype(self.dtype))
+        if loss_mask is not None:
+            self.write(f"{split}.mask", loss_mask)
+        if note:
+            counts["notes"][note] = counts["notes"].get(note, 0) + 1
+        counts[f"{split}_tokens"] += len(tokens)
+        if split == "val":
+            targets = tokens if loss_mask is None else tokens[loss_mask == 1]
+            text_tokens = targets[targets < self.encoding.eot_token]  # special tokens have the highest ids
+            counts["val_bytes"] += len(self.encoding.decode_bytes(text_tokens.tolist()))
+            if "val_targets" in counts:
+                counts["val_targets"] += len(targets)
+
+    def write(self, name: str, array: np.ndarray):
         self.files[name].write(array.tobytes())
         self.progress["sizes"][name] += array.nbytes
 
@@ -314,12 +312,7 @@ class DomainWriter:
                 os.replace(partial, final)
 
 
-Batches = Iterator[tuple[list, object]]  # documents, and the JSON state from which to resume after them
-
-
-class Source(NamedTuple):
-    """Where the documents of a domain come from."""
-
+class Source(NamedTuple):  # of a domain's documents
     name: str  # in meta.json and messages
     open_batches: Callable[[object], Batches]  # the documents from a state on; None is the start
     fingerprint: dict  # differs where the documents may differ
@@ -328,22 +321,17 @@ class Source(NamedTuple):
 def write_domain(
     folder: Path, cfg: PrepareConfig, encoding: tiktoken.Encoding, source: Source, chat=False, max_tokens=None
 ) -> dict:
-    """Tokenize the documents of a source to disk, until train holds max_tokens. Returns their entry in meta.json.
+    """Tokenize the documents of a source until train holds max_tokens, publish them, return their entry in meta.json.
 
-    Writes folder/{train,val}.bin and, for chat, {train,val}.mask. Killed at any moment and called again with the same
-    arguments, it resumes, and the files equal those of an uninterrupted run.
+    Killed at any moment and called again with the same arguments, it resumes: the files equal those of one run.
     """
     vocab = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
-    fingerprint = {"source": source.name, **source.fingerprint, "vocab": vocab}
-    fingerprint |= {"val_fraction": cfg.val_fraction, "max_tokens": max_tokens}
-    kinds, counts = ["bin"], {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}
+    fingerprint = {"source": source.name, **source.fingerprint, "vocab": vocab, "val_fraction": cfg.val_fraction}
+    fingerprint |= {"max_tokens": max_tokens, "max_length": cfg.max_length if chat else None}
     encode_one = functools.partial(encode_document, encoding)
     if chat:
-        kinds, counts = ["bin", "mask"], {**counts, "val_targets": 0, "notes": {}}
         encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
-        fingerprint["max_length"] = cfg.max_length
-    names = [f"{split}.{kind}" for split in ("train", "val") for kind in kinds]
-    writer = DomainWriter(folder, names, fingerprint, counts)
+    writer = DomainWriter(folder, encoding, cfg.val_fraction, fingerprint, chat)
     counts, state, limit = writer.progress["counts"], writer.progress["state"], max_tokens or math.inf
     if not writer.progress["is_complete"]:
         batches = source.open_batches(state)
@@ -354,7 +342,7 @@ def write_domain(
             for documents, state in itertools.chain(first, batches):
                 for document in pool.map(encode_one, documents):
                     if counts["train_tokens"] < limit:
-                        append_document(writer, encoding, document, cfg.val_fraction)
+                        writer.append(document)
                 bar.update(counts["train_tokens"] - bar.n)
                 if counts["train_tokens"] >= limit:
                     break
@@ -370,37 +358,15 @@ def write_domain(
     return {"source": source.name, **counts}
 
 
-def append_document(writer: DomainWriter, encoding: tiktoken.Encoding, document: Document, val_fraction: float):
-    """Append a document to its split, and count it."""
-    tokens, text, loss_mask, note = document
-    split, counts = "val" if is_held_out(text, val_fraction) else "train", writer.progress["counts"]
-    writer.append(f"{split}.bin", tokens.astype(np.min_scalar_type(encoding.max_token_value)))
-    counts[f"{split}_tokens"] += len(tokens)
-    if split == "val":
-        targets = tokens if loss_mask is None else tokens[loss_mask == 1]
-        text_tokens = targets[targets < encoding.eot_token]  # special tokens have the highest ids
-        counts["val_bytes"] += len(encoding.decode_bytes(text_tokens.tolist()))
-    if loss_mask is not None:
-        writer.append(f"{split}.mask", loss_mask)
-        counts["val_targets"] += int(loss_mask.sum()) if split == "val" else 0
-    if note:
-        counts["notes"][note] = counts["notes"].get(note, 0) + 1
-
-
 def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]]):
     """Write every domain, then meta.json, which marks the corpus as complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with config.locked(folder):
             counts = {name: write() for name, write in domains.items()}
-            meta = {
-                "tokenizer": encoding.name,
-                "vocab_size": encoding.n_vocab,
-                "end_of_text": encoding.eot_token,
-                "dtype": np.min_scalar_type(encoding.max_token_value).name,
-                "domains": counts,
-            }
-            write_json(folder / "meta.json", meta)
+            meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
+            meta["dtype"] = np.min_scalar_type(encoding.max_token_value).name
+            write_json(folder / "meta.json", {**meta, "domains": counts})
     except KeyboardInterrupt:
         raise ValueError("stopped; run the command again to resume") from None
     except OSError as e:
@@ -413,7 +379,7 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
     print(f"wrote {folder}; next: python {script} config/{folder.name}.py")
 
 
-# ------------------------------------------------------------------------------------------------- tiny: math problems
+# --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
 # A family generates one problem: the question, the steps that a person would write, and the answer they lead to.
 
 Problem = tuple[str, list[str], str]
@@ -537,34 +503,28 @@ def word_problems(rng: random.Random) -> Problem:
     if kind == 0:
         a, b = rng.randint(2, 50), rng.randint(2, 30)
         c = rng.randint(1, a + b - 1)
-        answer = a + b - c
         question = f"{name} has {a} {thing}. {other} gives {name} {b} more. {name} then loses {c}. How many are left?"
-        steps = [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {answer}"]
+        steps = [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {a + b - c}"]
     elif kind == 1:
         boxes, each, extra = rng.randint(2, 10), rng.randint(2, 12), rng.randint(1, 30)
-        answer = boxes * each + extra
         question = f"{name} fills {boxes} boxes with {each} {thing} each and has {extra} left. How many in all?"
-        steps = [f"{boxes} * {each} = {boxes * each}", f"{boxes * each} + {extra} = {answer}"]
+        steps = [f"{boxes} * {each} = {boxes * each}", f"{boxes * each} + {extra} = {boxes * each + extra}"]
     elif kind == 2:
-        friends, answer = rng.randint(2, 10), rng.randint(2, 12)
-        total = friends * answer
-        question = f"{name} shares {total} {thing} equally among {friends} friends. How many does each get?"
-        steps = [f"{total} / {friends} = {answer}"]
+        friends, each = rng.randint(2, 10), rng.randint(2, 12)
+        question = f"{name} shares {friends * each} {thing} equally among {friends} friends. How many does each get?"
+        steps = [f"{friends * each} / {friends} = {each}"]
     else:
-        price, count, answer = rng.randint(2, 10), rng.randint(2, 12), rng.randint(1, 50)
-        cost = price * count
-        paid = cost + answer
+        price, count, change = rng.randint(2, 10), rng.randint(2, 12), rng.randint(1, 50)
+        cost, paid = price * count, price * count + change
         question = f"{name} buys {count} {thing} at {price} euros each and pays {paid} euros. How much change is due?"
-        steps = [f"{count} * {price} = {cost}", f"{paid} - {cost} = {answer}"]
-    return question, steps, str(answer)
+        steps = [f"{count} * {price} = {cost}", f"{paid} - {cost} = {change}"]
+    return question, steps, steps[-1].split(" = ")[1]
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
     family.__name__.replace("_", " "): family
-    for family in (
-        number_facts, addition, subtraction, multiplication, division, fractions, equations, sequences, gcd,
-        percentages, word_problems,
-    )
+    for family in (number_facts, addition, subtraction, multiplication, division, fractions, equations,
+                   sequences, gcd, percentages, word_problems)
 }  # fmt: skip
 
 
@@ -585,8 +545,8 @@ def reveals_reserved(steps: list[str]) -> bool:
 def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tuple[str, str, str, str]]:
     """Distinct problems, the families in turn: (family, question, worked steps ending in the answer, answer).
 
-    reserved=True: only reserved questions. False: only others, whose steps reveal no reserved answer. A family ends
-    after `limit` problems, or when it finds no new one.
+    Either all questions are reserved, or none is and no step reveals a reserved answer. A family ends after `limit`
+    problems, or when it finds no new one.
     """
     rng, seen, remaining = random.Random(seed), set(), dict.fromkeys(FAMILIES, limit or math.inf)
 
@@ -595,8 +555,8 @@ def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tu
         return question not in seen and is_reserved(question) == reserved and (reserved or not reveals_reserved(steps))
 
     while any(remaining.values()):
-        for family in FAMILIES:
-            candidates = (FAMILIES[family](rng) for _ in range(2000 if remaining[family] else 0))
+        for family, generate in FAMILIES.items():
+            candidates = (generate(rng) for _ in range(2000 if remaining[family] else 0))
             problem = next(filter(is_wanted, candidates), None)
             remaining[family] = remaining[family] - 1 if problem else 0
             if problem:
@@ -633,15 +593,10 @@ def math_conversations(seed: int, size: float) -> Iterator[list[dict[str, str]]]
         yield messages
 
 
-# -------------------------------------------------------------------------------------------------- tiny: stem and code
-
-
 def docstring_prose(path: Path) -> list[str]:
     """Docstrings of a Python file, and strings passed to add_docstr() and the like; without examples or short ones."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escape sequences in the file
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
         return []  # written for a newer Python
     texts = []
@@ -659,10 +614,9 @@ def stem_documents() -> Iterator[str]:
     """Distinct docstrings of the installed numpy and torch, in the order of their files."""
     roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
     paths = [path for root in roots for path in sorted(root.rglob("*.py"))]
-    with ProcessPoolExecutor() as pool:
-        docstrings = itertools.chain.from_iterable(pool.map(docstring_prose, paths, chunksize=16))
+    with ProcessPoolExecutor(initializer=warnings.simplefilter, initargs=("ignore",)) as pool:  # of invalid escapes
         seen = set()
-        for text in docstrings:
+        for text in itertools.chain.from_iterable(pool.map(docstring_prose, paths, chunksize=16)):
             if text not in seen:
                 seen.add(text)
                 yield text
@@ -688,9 +642,9 @@ def in_batches(documents: Iterable, state: int | None, size: int = 256) -> Batch
         yield batch, taken
 
 
-def prepare_embedded(cfg: TinyConfig, name: str):
+def prepare_embedded(cfg: TinyConfig, corpus: str):
     """Write data/tiny or data/tiny_sft; deterministic for a seed and the installed versions."""
-    folder, encoding, chat = Path(cfg.data_dir) / name, get_tokenizer("bytes"), name == "tiny_sft"
+    folder, encoding, chat = Path(cfg.data_dir) / corpus, get_tokenizer("bytes"), corpus == "tiny_sft"
     seed, size = cfg.seed + chat, cfg.math_mb * 1e6  # tiny_sft has other problems than tiny
     generated = f"generated, {cfg.math_mb} MB, seed {seed}"
     domains = {
@@ -710,9 +664,7 @@ def prepare_embedded(cfg: TinyConfig, name: str):
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
 
 
-# --------------------------------------------------------------------------------------- pretrain, sft: hub and files
-
-
+# ----------------------------------------------------------------------------------------- pretrain, sft: hub and files
 # corpus: domain: data set on the hub, subset, split, field, train tokens in the paper (None: all)
 DATASETS = {
     "pretrain": {
@@ -725,10 +677,9 @@ DATASETS = {
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
-def pinned_revision(dataset: str, progress_path: Path) -> str | None:
+def pinned_revision(dataset: str, progress_path: Path) -> str:
     """The commit of a hub data set to read: that of a preparation in progress, else the newest."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub import HfApi, errors
 
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         arguments = json.loads(progress_path.read_text())["fingerprint"]["load_dataset"]
@@ -736,15 +687,13 @@ def pinned_revision(dataset: str, progress_path: Path) -> str | None:
             return arguments["revision"]
     try:
         return HfApi().dataset_info(dataset).sha
-    except RepositoryNotFoundError:
-        return None  # load_dataset() says why
+    except errors.RepositoryNotFoundError as e:
+        raise ValueError(f"cannot open {dataset}: {' '.join(str(e).split())[:300]}") from None
     except Exception:  # the hub's HTTP libraries have many types
-        raise ValueError(
-            f"the hub cannot be reached for {dataset}; or name local files with --source, see --help"
-        ) from None
+        raise ValueError(f"the hub cannot be reached for {dataset}; for local files: --source, see --help") from None
 
 
-def find_files(pattern: str) -> dict:
+def local_arguments(pattern: str) -> dict:
     """Arguments for load_dataset() that read the local files of this pattern."""
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
@@ -787,25 +736,24 @@ def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
     encoding = get_tokenizer(cfg.tokenizer if chat else "qwen3", cfg.vocab)
 
     def write(domain: str) -> dict:
-        name, subset, split, field, max_tokens = domains[domain]
+        name, subset, split, column, max_tokens = domains[domain]
         if local.get(domain):
-            name, arguments = local[domain], find_files(local[domain])
-            field = "text" if name.endswith(".txt") else field
+            name, arguments = local[domain], local_arguments(local[domain])
         else:
             revision = pinned_revision(name, folder / domain / "progress.json")
             arguments = {"path": name, "name": subset, "split": split, "revision": revision}
             name = f"{name} at {revision}"
-        field = fields.get(domain, field)
+        column = fields.get(domain, "text" if name.endswith(".txt") else column)
 
         def open_batches(state: dict | None) -> Batches:
             for rows, next_state in read_rows(name, arguments, state):
-                if field not in rows:
+                if column not in rows:
                     flag = "--messages_field=" if chat else f"--text_field.{domain}="
-                    raise ValueError(f"{name} has no field {field!r} but {', '.join(rows)}; name one: {flag}")
-                yield [value for value in rows[field] if chat or isinstance(value, str)], next_state
+                    raise ValueError(f"{name} has no field {column!r} but {', '.join(rows)}; name one: {flag}")
+                yield [value for value in rows[column] if chat or isinstance(value, str)], next_state
 
         sizes = [os.path.getsize(path) for path in arguments.get("data_files", [])]
-        source = Source(name, open_batches, {"load_dataset": arguments, "sizes": sizes, "field": field})
+        source = Source(name, open_batches, {"load_dataset": arguments, "sizes": sizes, "field": column})
         return write_domain(folder / domain, cfg, encoding, source, chat, cfg.max_tokens or max_tokens)
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
@@ -813,24 +761,19 @@ def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-CORPORA = {
-    "tiny": (TinyConfig, prepare_embedded),
-    "tiny_sft": (TinyConfig, prepare_embedded),
-    "pretrain": (PretrainConfig, prepare_datasets),
-    "sft": (SFTDataConfig, prepare_datasets),
-}
+CORPORA = {"tiny": TinyConfig, "tiny_sft": TinyConfig, "pretrain": PretrainConfig, "sft": SFTDataConfig}
 
 
 def main():
-    name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name in ("--help", "-h"):
-        print(f"{inspect.cleandoc(__doc__)}\n\nThe settings of one: python prepare_data.py tiny --help")
+    corpus = sys.argv[1] if len(sys.argv) > 1 else None
+    if corpus in ("--help", "-h"):
+        print(f"{__doc__}\nThe settings of one: python prepare_data.py tiny --help")
         return
-    if name not in CORPORA:
-        given = f"not {name!r}" if name else "none was named"
+    if corpus not in CORPORA:
+        given = f"not {corpus!r}" if corpus else "none was named"
         raise ValueError(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} ({given})")
-    settings, prepare_corpus = CORPORA[name]
-    prepare_corpus(config.load(settings, sys.argv[2:]), name)
+    prepare_corpus = prepare_datasets if corpus in DATASETS else prepare_embedded
+    prepare_corpus(config.load(CORPORA[corpus], sys.argv[2:]), corpus)
 
 
 if __name__ == "__main__":

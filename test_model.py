@@ -661,20 +661,11 @@ def test_padding_takes_no_part_in_the_routing_measures(conversations):
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def test_byte_tokenizer_round_trips_and_never_makes_a_special_from_text():
-    encoding = prepare_data.get_tokenizer("bytes")
-    text = "def f():\n\treturn 'ünïcödé 🙂'\r\n\n\n<|endoftext|><|im_end|>\x00"
-    ids = encoding.encode_ordinary(text)
-    assert bytes(ids) == text.encode() and encoding.decode(ids) == text
-    assert encoding.n_vocab == 259
-    assert [encoding.encode_single_token(s) for s in prepare_data.CHAT_SPECIALS] == [256, 257, 258]
-
-
 SAMPLE = (  # code, apostrophes, numbers, accents in one and two pieces, scripts, emoji, odd spaces, controls, specials
     "def f(x):\n\treturn x**2  # ok\r\n\r\n\n   spaces   and\ttabs\t\t\n It's we'LL THEY'RE 1234567 3.14e-5 a_b-c "
     "na\u00efve nai\u0308ve \u212b \ufb01 \u0645\u0631\u062d\u0628\u0627 \u4f60\u597d\u4e16\u754c \ud55c\uae00 "
     "\u0928\u092e\u0938\u094d\u0924\u0947 \U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467 "
-    "\u00a0\u2003\u200b\ufeff \x00\x07 <|endoftext|><|im_start|> <think>"
+    "\u00a0\u2003\u200b\ufeff \x00\x07 <|endoftext|><|im_start|><|im_end|> <think>"
 )
 
 
@@ -696,54 +687,55 @@ def small_vocab(tmp_path_factory) -> Path:
 
 
 def sample_text(size: int) -> str:
-    """Code, prose, mixed scripts, emoji and odd whitespace, any Unicode."""
-    rng, pieces = random.Random(0), [path.read_text() for path in sorted(ROOT.glob("*.py"))] + [SAMPLE]
+    """Half code, half words of mixed scripts, emoji and odd whitespace."""
+    rng, pieces = (
+        random.Random(0),
+        ["".join(path.read_text() for path in sorted(ROOT.glob("*.py")))[: size // 2], SAMPLE],
+    )
     scripts = [(32, 127), (160, 0x250), (0x370, 0x700), (0x900, 0xE00), (0x2000, 0x2100), (0x3040, 0x3200)]
     scripts += [(0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1F700)]
     while sum(map(len, pieces)) < size:
         script = range(*rng.choice(scripts))
-        word = "".join(chr(rng.choice(script)) for _ in range(rng.randint(1, 12)))
-        pieces.append(word + rng.choice([" ", "  ", "\n", "\r\n", "\t", " \n \n", "\u3000", "'s ", "1", "-"]))
+        pieces.append("".join(chr(rng.choice(script)) for _ in range(rng.randint(1, 12))))
+        pieces.append(rng.choice([" ", "  ", "\n", "\r\n", "\t", " \n \n", "\u3000", "'s ", "1", "-"]))
     return "".join(pieces)
 
 
 def test_qwen3_tokens_equal_those_of_transformers(small_vocab):
     transformers = pytest.importorskip("transformers")
     lines = (small_vocab.parent / "merges.txt").read_text().splitlines()
-    theirs = transformers.Qwen2Tokenizer(
-        vocab=json.loads(small_vocab.read_text()), merges=[tuple(line.split(" ")) for line in lines if line[0] != "#"]
-    )
+    merges = [tuple(line.split(" ")) for line in lines if line[0] != "#"]
+    theirs = transformers.Qwen2Tokenizer(vocab=json.loads(small_vocab.read_text()), merges=merges)
     text = sample_text(300_000).replace("<|", "< |")
     ours = prepare_data.encode(prepare_data.get_tokenizer("qwen3", str(small_vocab)), text)
     assert ours.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-def test_qwen3_specials_follow_the_vocabulary_and_never_come_from_text(small_vocab):
-    encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
-    n = len(json.loads(small_vocab.read_text()))
-    assert encoding.n_vocab == n + 26 and encoding.eot_token == n
-    assert [encoding.encode_single_token(s) for s in prepare_data.QWEN3_SPECIALS] == list(range(n, n + 26))
-    assert prepare_data.encode(encoding, SAMPLE).max() < n
-    spaces = "x" + " " * 1_200_000 + "y"  # more than the pattern can take at once
-    for text, back in [(SAMPLE, unicodedata.normalize("NFC", SAMPLE)), ("a\ud800b", "a\ufffdb"), (spaces, spaces)]:
-        assert encoding.decode(prepare_data.encode(encoding, text).tolist()) == back
+def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_vocab):
+    n_qwen3 = len(json.loads(small_vocab.read_text()))
+    for name, n, specials in [
+        ("bytes", 256, prepare_data.CHAT_SPECIALS),
+        ("qwen3", n_qwen3, prepare_data.QWEN3_SPECIALS),
+    ]:
+        encoding = prepare_data.get_tokenizer(name, str(small_vocab))
+        assert encoding.eot_token == n and encoding.n_vocab == n + {"bytes": 3, "qwen3": 26}[name]
+        assert [encoding.encode_single_token(special) for special in specials] == list(range(n, encoding.n_vocab))
+        assert prepare_data.encode(encoding, SAMPLE).max() < n
+    assert bytes(prepare_data.encode(prepare_data.get_tokenizer("bytes"), SAMPLE).tolist()) == SAMPLE.encode()
 
 
 def test_the_qwen3_vocabulary_comes_from_one_commit_of_the_hub(small_vocab, monkeypatch):
     hub, requests = pytest.importorskip("huggingface_hub"), []
-
-    def download(*file, revision):
-        requests.append((*file, revision))
-        return str(small_vocab)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert prepare_data.get_tokenizer.__wrapped__("qwen3").n_vocab == len(json.loads(small_vocab.read_text())) + 26
-    assert requests == [("Qwen/Qwen3-0.6B-Base", "vocab.json", "da87bfb608c14b7cf20ba1ce41287e8de496c0cd")]
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: open("absent"))
+    get_tokenizer = prepare_data.get_tokenizer.__wrapped__  # uncached
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *file, **at: requests.append((*file, at)) or str(small_vocab))
+    assert get_tokenizer("qwen3").n_vocab == get_tokenizer("qwen3", str(small_vocab)).n_vocab
+    revision = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"
+    assert requests == [("Qwen/Qwen3-0.6B-Base", "vocab.json", {"revision": revision})]
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: open("absent"))  # an OSError
     with pytest.raises(
         ERRORS, match="cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab="
     ):
-        prepare_data.get_tokenizer.__wrapped__("qwen3")
+        get_tokenizer("qwen3")
 
 
 def arithmetic(text: str) -> Fraction | None:
@@ -759,6 +751,10 @@ def next_term(text: str) -> Fraction:
     return terms[-1] + steps.pop() if len(steps) == 1 else terms[-1] ** 2 / terms[-2]
 
 
+def solve_equation(a: str, sign: str, b: str, c: str) -> str:
+    return f"x = {Fraction(int(c) - int(sign + b), int(a))}"
+
+
 def word_answer(question: str) -> Fraction:
     a, b, c = (*map(int, re.findall(r"\d+", question)), 0)[:3]
     answers = {"loses": a + b - c, "fills": a * b + c, "shares": Fraction(a, b), "buys": c - a * b}
@@ -772,10 +768,7 @@ ANSWERS = {  # family: what to read in a question, its answer
     "multiplication": (r"What is (\d+ \* \d+)\?", arithmetic),
     "division": (r"Divide (\d+) by (\d+)", lambda a, b: "{} remainder {}".format(*divmod(int(a), int(b)))),
     "fractions": (r"What is (\S+ [+-] \S+)\?", arithmetic),
-    "equations": (
-        r"Solve (\d+)x ([+-]) (\d+) = (.*) for",
-        lambda a, s, b, c: f"x = {Fraction(int(c) - int(s + b), int(a))}",
-    ),
+    "equations": (r"Solve (\d+)x ([+-]) (\d+) = (\d+|-\d+) for", solve_equation),
     "sequences": (r"next: (.*), \.\.\.", next_term),
     "gcd": (r"divisor of (\d+) and (\d+)", lambda a, b: math.gcd(int(a), int(b))),
     "percentages": (r"What is (\d+)% of (\d+)", lambda a, b: Fraction(int(a) * int(b), 100)),
@@ -836,17 +829,14 @@ def source_dir(tmp_path_factory) -> Path:
     """Local files of each domain, in each format that is read."""
     datasets, rng, folder = pytest.importorskip("datasets"), random.Random(0), tmp_path_factory.mktemp("sources")
     text = sample_text(60_000)
-
-    def documents(n: int) -> list[str]:
-        return [text[i : i + rng.randint(50, 3000)] for i in (rng.randrange(len(text)) for _ in range(n))]
-
+    documents = [text[i : i + rng.randint(50, 3000)] for i in (rng.randrange(len(text)) for _ in range(4680))]
     for i in range(3):
-        rows = datasets.Dataset.from_dict({"id": list(range(900)), "text": documents(900)})
-        rows.to_parquet(folder / f"m{i}.parquet")
-    lines = [{"content": content, "score": 1.0} for content in documents(1500)] + [{"content": None, "score": 0.0}]
+        rows = {"id": list(range(900)), "text": documents[900 * i : 900 * (i + 1)]}
+        datasets.Dataset.from_dict(rows).to_parquet(folder / f"m{i}.parquet")
+    lines = [{"content": content, "score": 1.0} for content in (*documents[2700:4200], None)]
     (folder / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for i in range(120):
-        (folder / f"c{i:03}.txt").write_text("\n".join(documents(4)), newline="")
+    for i in range(4200, 4680, 4):
+        (folder / f"c{i}.txt").write_text("\n".join(documents[i : i + 4]), newline="")
     return folder
 
 
@@ -1371,6 +1361,7 @@ def test_a_message_cannot_end_its_own_turn(chat_encoding):
 def test_any_text_in_a_message_comes_back(chat_encoding):
     rng = random.Random(0)
     texts = ["", " ", "\n", "x" * 10_000, "\U0001f642" * 3000, "\x00", "<|im_end|>", "lone \ud800 surrogate", " \r\n "]
+    texts += [SAMPLE, "x" + " " * 1_200_000 + "y"]  # more spaces than the pattern can take at once
     texts += ["".join(map(chr, (rng.randrange(0x110000) for _ in range(rng.randint(0, 200))))) for _ in range(100)]
     for text in texts:
         ids, mask = prepare_data.encode_chat(chat_encoding, messages("?", text))

@@ -42,7 +42,7 @@ import config
 from eval import print_table
 from extras.weights import from_pretrained
 from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype
-from prepare_data import code_documents, encode, open_tokenizer, write_json
+from prepare_data import code_documents, encode, get_tokenizer, write_json
 from sft import Conversations, SFTConfig
 from train import (
     PEAK_FLOPS,
@@ -368,7 +368,7 @@ class Decoder:
 
 def bench_prepare(cfg: BenchConfig, table: Table, device: torch.device, _autocast):
     """Tokenizing documents as prepare_data.py does, on all cores, and one by one."""
-    encoding = open_tokenizer(cfg.tokenizer, cfg.vocab)
+    encoding = get_tokenizer(cfg.tokenizer, cfg.vocab)
     texts = list(itertools.islice(code_documents(), 400))
     count = sum(len(encode(encoding, text)) for text in texts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

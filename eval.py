@@ -35,11 +35,11 @@ from prepare_data import (
     CHAT_SPECIALS,
     FAMILIES,
     ROLES,
-    chat_ends,
     encode,
     encode_chat,
-    open_tokenizer,
+    get_tokenizer,
     problems,
+    stop_tokens,
     write_json,
 )
 from sample import inference_dtype, load_model, newest_checkpoint
@@ -416,7 +416,7 @@ def answers(model: PolychromaticLM, encoding, questions: list[str], batch_size: 
 
     def answer(batch: list[list[int]]) -> list[str]:
         room = max(1, model.config.block_size - max(map(len, batch)))
-        return write_texts(model, encoding, batch, room, chat_ends(encoding))
+        return write_texts(model, encoding, batch, room, stop_tokens(encoding))
 
     yield from Batcher(model, batch_size)(answer, prompts, "problems")
 
@@ -522,7 +522,7 @@ def harness_model(model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: 
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             """Messages in the chat format, as text; without the prompt, an answer that the last message has begun."""
-            self.ends = chat_ends(encoding)
+            self.ends = stop_tokens(encoding)
             begun = "" if add_generation_prompt else chat_history[-1]["content"]
             whole = chat_history if add_generation_prompt else chat_history[:-1]
             marks = {encoding.encode_single_token(name): mark.encode() for name, mark in MARKS.items()}
@@ -669,7 +669,7 @@ def main():
         corpus = open_corpus(model, cfg, data_dir)
     elif asked_for_report:
         raise ValueError(f"{path} does not say what it was trained on; name a corpus, --data_dir=, or --report=False")
-    encoding = open_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
+    encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
     results, file = {"weights": weights_digest(model)}, folder / "eval.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
         before = json.loads(file.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ import torch
 
 import config
 from model import PolychromaticLM
-from prepare_data import chat_ends, encode, encode_chat, open_tokenizer
+from prepare_data import encode, encode_chat, get_tokenizer, stop_tokens
 from train import compiler_works, pick_device, pick_dtype
 
 
@@ -125,7 +125,7 @@ def stream(
 ) -> Iterator[str]:  # fmt: skip
     """Continue token ids up to <|endoftext|>, in a chat <|im_end|>; yields text as soon as its bytes are whole."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ends = chat_ends(encoding) if cfg.chat else {encoding.eot_token}
+    ends = stop_tokens(encoding) if cfg.chat else {encoding.eot_token}
     dtype = inference_dtype(cfg.dtype, model.device)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         for step in model.generate([ids], max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, ends, generator):
@@ -238,7 +238,7 @@ def main():
         if cfg.compile and compiler_works(device):
             for block in model.blocks:
                 block.compile()
-    encoding = open_tokenizer(model.config.tokenizer, cfg.vocab)
+    encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     try:
         if not cfg.chat:

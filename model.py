@@ -578,7 +578,7 @@ class PolychromaticLM(nn.Module):
                 groups.setdefault((decays, bool(ROUTING.search(name))), []).append(p)
         groups = [
             {"params": params, "weight_decay": weight_decay if decays else 0.0, "routing": routing}
-            for (decays, routing), params in groups.items()
+            for (decays, routing), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
         ]
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

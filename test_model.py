@@ -32,13 +32,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bench
 import config
 import eval as evaluate
 import prepare_data
 import sample
 import sft
 import train
+from extras import bench, study
 from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
 from model import (
     ACTIVATIONS,
@@ -2503,10 +2503,10 @@ def test_model_and_train_import_without_the_optional_packages():
 
 
 def test_bench_measures_and_writes_json(tmp_path):
-    config_of_model = ModelConfig(**{**SMALL, "block_size": 160})
-    torch.save({"model": PolychromaticLM(config_of_model).state_dict(), "model_config": vars(config_of_model)},
-               tmp_path / "ckpt.pt")  # fmt: skip
-    done = run_script("bench.py", "--only=ffn,decode,prepare", "--rounds=1", "--n_embd=32", "--block_size=16",
+    model_config = ModelConfig(**{**SMALL, "block_size": 160})
+    saved = {"model": PolychromaticLM(model_config).state_dict(), "model_config": vars(model_config)}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    done = run_script("-m", "extras.bench", "--only=ffn,decode,prepare", "--rounds=1", "--n_embd=32", "--block_size=16",
                       f"--init_from={tmp_path}", f"--json={tmp_path / 'bench.json'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
@@ -2515,108 +2515,109 @@ def test_bench_measures_and_writes_json(tmp_path):
     assert [row["name"] for row in rows if row["row"] == "decode"] == 2 * ["after 128 tokens"]
 
 
-def test_bench_answers_bad_input_in_one_line(tmp_path):
-    for flag, message in {
-        "--only=fnn": "there is no row 'fnn'; there are ffn, loss, step, decode, prepare",
-        "--dtype=float16": "dtype is 'float16'; it must be auto, bfloat16 or float32",
-        "--n_embd=0": "n_embd is 0; it must lie in 1..1.04858e+06",
-        f"--init_from={tmp_path}": f"no checkpoint at {tmp_path / 'ckpt.pt'}",
-    }.items():
-        done = run_script("bench.py", "--only=decode", flag)
-        assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+def test_interleaved_times_are_ratios_to_the_first_function_and_leave_out_what_does_not_fit(capsys):
+    calls = []
+
+    def fail():
+        raise torch.OutOfMemoryError
+
+    functions = {"a": lambda: calls.append("a"), "big": fail, "b": lambda: (calls.append("b"), time.sleep(0.01))}
+    found = bench.time_interleaved(functions, 3, torch.device("cpu"), warmups=1, n_tokens=5)
+    assert (
+        calls == ["a", "b"] * 4 and list(found) == ["a", "b"] and capsys.readouterr().out == "big: out of GPU memory\n"
+    )
+    assert found["a"]["ratio"] == 1 < found["b"]["ratio"] and found["b"]["seconds"] >= 0.01
+    assert found["b"]["tokens_per_second"] == 5 / found["b"]["seconds"]
 
 
 # --------------------------------------------------------------------------------------------------------- the study
 
 
 def test_the_studys_variants_differ_in_routing_alone():
-    routing = {
-        "activations",
-        "router_context",
-        "router_hidden",
-        "gumbel",
-        "frozen",
-        "routing_lr",
-        "tau_start",
-        "tau_end",
-    }
+    routing = "activations router_context router_hidden gumbel frozen routing_lr tau_start tau_end"
     files = sorted((ROOT / "config" / "study").glob("*.py"))
     assert len(files) >= 11
     for path in files:
-        assert {name for _, name, _ in config.read_overrides(path)} <= routing, path
+        assert {name for _, name, _ in config.read_overrides(path)} <= set(routing.split()), path
 
 
-def study_files(folder: Path, corpus_dir: Path, chat_dir: Path) -> list[str]:
-    """Flags of a study of small models, and the override files that they name."""
-    base = run_settings(corpus_dir, folder)
-    for name in ("out_dir", "max_steps", "eval_interval", "eval_tokens", "device"):
-        del base[name]
-    tuning = {name: base[name] for name in ("batch_size", "micro_batch_size", "lr", "dtype", "compile")}
-    for name, settings in {"base": base, "sft": {**tuning, "data_dir": str(chat_dir)}}.items():
-        (folder / f"{name}.py").write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
-    return [
-        f"--base={folder / 'base.py'}", f"--sft={folder / 'sft.py'}", f"--out_dir={folder / 'out'}", "--sft_steps=2",
-        "--seeds=1", "--max_steps=3", "--eval_tokens=256", "--device=cpu", "--variants=swiglu,prefix,sequence",
-        "--check_lr=0",
-    ]  # fmt: skip
+def write_settings(path: Path, settings: dict) -> Path:
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+    return path
 
 
-def test_study_trains_each_cell_once_and_again_to_the_last_digit(corpus_dir, chat_dir, tmp_path):
-    flags = study_files(tmp_path, corpus_dir, chat_dir)
-    done = run_script("bench.py", "study", *flags)
-    assert done.returncode == 0 and "4 runs, 0 of them done before" in done.stdout, done.stdout + done.stderr
-    assert all(word in done.stdout for word in ("mean - swiglu", "sequence, causal", "before", "after", "prefix-1"))
-    study = json.loads((tmp_path / "out" / "study.json").read_text())
-    rows = {row["variant"]: row for row in study["summary"]}
+def test_study_trains_each_run_once_and_repeats_it_to_the_last_digit(
+    corpus_dir, chat_dir, tmp_path, capsys, monkeypatch
+):
+    settings = run_settings(corpus_dir, tmp_path)
+    given = ("out_dir", "max_steps", "eval_interval", "eval_tokens", "device")  # the study sets these
+    settings = {name: value for name, value in settings.items() if name not in given}
+    base, out = write_settings(tmp_path / "base.py", settings), tmp_path / "out"
+    tuning = {name: settings[name] for name in ("batch_size", "micro_batch_size", "lr", "dtype", "compile")}
+    sft_base = write_settings(tmp_path / "sft.py", {**tuning, "data_dir": str(chat_dir)})
+
+    def run_study(*flags: str, out: Path = out) -> tuple[str, dict]:
+        """What it prints, and study.json."""
+        monkeypatch.setattr(sys, "argv", [
+            "study.py", f"--base={base}", f"--sft={sft_base}", f"--out_dir={out}", "--sft_steps=1", "--seeds=1",
+            "--max_steps=2", "--eval_tokens=256", "--device=cpu", "--check_lr=0", "--variants=swiglu,prefix,sequence",
+            *flags,
+        ])  # fmt: skip
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        study.main()
+        return capsys.readouterr().out, json.loads((out / "study.json").read_text())
+
+    def assert_refused(message: str, *flags: str, **kw):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run_study(*flags, **kw)
+
+    printed, found = run_study()
+    for text in ("4 runs, 0 of them done before", "mean - swiglu", "sequence, causal", "before", "after", "prefix-1"):
+        assert text in printed
+    rows = {row["variant"]: row for row in found["summary"]}
     assert rows["swiglu"]["difference"]["mean"] == [0, None] != rows["prefix"]["difference"]["mean"]
     assert rows["sequence"]["bits_per_byte"]["math"] != rows["sequence, causal"]["bits_per_byte"]["math"]
-    once = {run["name"]: run["bits_per_byte"] for run in study["runs"]}
+    once = {run["name"]: run["bits_per_byte"] for run in found["runs"]}
 
-    shutil.rmtree(tmp_path / "out" / "prefix-1")  # one cell again, and another seed
-    done = run_script("bench.py", "study", *flags, "--variants=swiglu,prefix", "--seeds=2", "--sft=None")
-    assert "4 runs, 1 of them done before" in done.stdout and "[3/3] " in done.stdout, done.stdout + done.stderr
-    study = json.loads((tmp_path / "out" / "study.json").read_text())
-    again = {run["name"]: run["bits_per_byte"] for run in study["runs"]}
+    shutil.rmtree(out / "prefix-1")  # train it again, and with another seed
+    printed, found = run_study("--variants=swiglu,prefix", "--seeds=2", "--sft=None")
+    assert "4 runs, 1 of them done before" in printed and "[3/3] " in printed
+    again = {run["name"]: run["bits_per_byte"] for run in found["runs"]}
     assert again["prefix-1"] == once["prefix-1"] != again["prefix-2"]
-    by_seed = [
-        statistics.mean(again[f"prefix-{i}"].values()) - statistics.mean(again[f"swiglu-{i}"].values()) for i in (1, 2)
-    ]
-    found = next(row for row in study["summary"] if row["variant"] == "prefix")["difference"]["mean"]
-    assert found == pytest.approx([statistics.mean(by_seed), abs(by_seed[0] - by_seed[1]) / 2])
+    differences = [again[f"prefix-{i}"]["mean"] - again[f"swiglu-{i}"]["mean"] for i in (1, 2)]
+    difference = next(row for row in found["summary"] if row["variant"] == "prefix")["difference"]["mean"]
+    assert difference == pytest.approx([statistics.mean(differences), abs(differences[0] - differences[1]) / 2])
 
-    done = run_script("bench.py", "study", *flags, "--max_steps=4")
-    assert_one_line(done, "swiglu-1 was trained with max_steps=3, not 4; remove it, or choose another --out_dir")
-    shutil.move(tmp_path / "out", tmp_path / "moved")  # where a study lies is not what it is
-    flags[flags.index(f"--out_dir={tmp_path / 'out'}")] = f"--out_dir={tmp_path / 'moved'}"
-    assert "4 runs, 4 of them done before" in run_script("bench.py", "study", *flags).stdout
-    shutil.rmtree(tmp_path / "moved" / "prefix-1")
-    done = run_script("bench.py", "study", *flags)
-    assert_one_line(done, "prefix-sft-1 was fine-tuned from an earlier prefix-1; remove it")
-    base = (tmp_path / "base.py").read_text()
-    (tmp_path / "base.py").write_text(base.replace("lr = ", "# lr = "))  # a setting that is no longer given
-    assert_one_line(run_script("bench.py", "study", *flags), "swiglu-1 was trained with lr=")
-    (tmp_path / "base.py").write_text(base + "frozen = ('alhpa',)\n")
-    done = run_script("bench.py", "study", *flags, f"--out_dir={tmp_path / 'other'}")
-    assert_one_line(done, "frozen: no parameter has 'alhpa' in its name")
+    assert_refused("swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir",
+                   "--max_steps=3")  # fmt: skip
+    shutil.move(out, moved := tmp_path / "moved")  # a study may be moved
+    assert "4 runs, 4 of them done before" in run_study(out=moved)[0]
+    shutil.rmtree(moved / "prefix-1")
+    assert_refused("prefix-sft-1 was fine-tuned from an earlier prefix-1; remove it", out=moved)
+    write_settings(base, {name: value for name, value in settings.items() if name != "lr"})
+    assert_refused("swiglu-1 was trained with lr=", out=moved)
+    write_settings(base, {**settings, "frozen": ("alhpa",)})
+    assert_refused("frozen: no parameter has 'alhpa' in its name", out=tmp_path / "other")
 
 
 def test_a_study_finishes_the_other_runs_when_one_fails(corpus_dir, tmp_path, capsys):
     runs = []
     for name, lr in {"bad": 1e12, "good": 1e-3}.items():
         given = run_settings(corpus_dir, tmp_path / name, max_steps=2, lr=lr, routing_lr=lr)
-        (tmp_path / f"{name}.py").write_text("".join(f"{key} = {value!r}\n" for key, value in given.items()))
-        runs.append(bench.Run(name, "variant", name, 1, [str(tmp_path / f"{name}.py")], tmp_path / name))
-    (failed,) = bench.train_runs(runs, 1, True)
+        path = write_settings(tmp_path / f"{name}.py", given)
+        runs.append(study.Run(name, "variant", name, 1, [str(path)], tmp_path / name))
+    (failed,) = study.train_runs(runs, 1, True)
     assert failed.startswith("bad did not finish (error: ") and "[2/2] good: math" in capsys.readouterr().out
-    assert runs[1].evaluations() and bench.is_done(runs[1])
+    assert runs[1].evaluations() and study.is_finished(runs[1])
 
 
 def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
     cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, max_steps=3, router_context="sequence", lr=0.1))
     train.train(cfg)
-    run = bench.Run("x", "variant", "sequence", 1, [], tmp_path)
+    run = study.Run("x", "variant", "sequence", 1, [], tmp_path)
     run.settings = cfg
-    found = bench.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
+    found = study.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
     model, corpus = from_pretrained(tmp_path).eval(), train.Corpus(cfg)
     for domain in cfg.mixture:
         nats = []
@@ -2627,11 +2628,20 @@ def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
         assert found[domain] == pytest.approx(corpus.bits_per_byte(domain, statistics.mean(nats)), abs=1e-5)
 
 
-def test_study_answers_bad_input_in_one_line(tmp_path):
-    for flag, message in {
-        "--variants=swiglu,prefxi": "there is no config/study/prefxi.py; there are constant_tau, dynamic, ",
-        "--seeds=0": "seeds is 0; it must lie in 1..10",
-        "--base=config/tyni.py": "config/tyni.py: no such file; did you mean config/tiny.py?",
-        "--seed=2": "there is no setting 'seed'; did you mean 'seeds'?",
-    }.items():
-        assert_one_line(run_script("bench.py", "study", f"--out_dir={tmp_path}", flag), message)
+def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
+    done = run_script("-m", "extras.study", f"--out_dir={tmp_path}", "--seed=2")
+    assert_one_line(done, "there is no setting 'seed'; did you mean 'seeds'?")
+    monkeypatch.chdir(ROOT)
+    for script, flag, message in (
+        (bench, "--only=fnn", "there is no row 'fnn'; there are ffn, loss, step, decode, prepare"),
+        (bench, "--dtype=float16", "dtype is 'float16'; it must be auto, bfloat16 or float32"),
+        (bench, "--n_embd=0", "n_embd is 0; it must lie in 1..1.04858e+06"),
+        (bench, f"--init_from={tmp_path}", f"no checkpoint at {tmp_path / 'ckpt.pt'}"),
+        (study, "--variants=swiglu,prefxi", "there is no config/study/prefxi.py; there are constant_tau, dynamic, "),
+        (study, "--seeds=0", "seeds is 0; it must lie in 1..10"),
+        (study, "--base=config/tyni.py", "config/tyni.py: no such file; did you mean config/tiny.py?"),
+    ):
+        where = "--only=decode" if script is bench else f"--out_dir={tmp_path}"
+        monkeypatch.setattr(sys, "argv", ["script", where, flag])
+        with pytest.raises(ERRORS, match=re.escape(message)):
+            script.main()

@@ -1,2 +1,2 @@
-# PolyGLU whose temperature stays at 1: what the schedule of tau alone makes of the entropy.
+# PolyGLU with tau fixed at 1: how much the tau schedule alone lowers the entropy.
 tau_end = 1.0

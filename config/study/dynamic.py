@@ -1,2 +1,2 @@
-# The router alone: alpha stays at 0, so all neurons of a layer choose alike, but for the noise.
+# The router alone: alpha stays at 0, so all neurons of a layer get the same mixture, except for the noise.
 frozen = ("alpha",)

@@ -1,2 +1,2 @@
-# A plain GLU of gelu.
+# GEGLU: one activation, gelu.
 activations = ("gelu",)

@@ -1,3 +1,3 @@
-# As MoA routes: this token alone, without noise.
+# Routing as in MoA (arXiv 2605.26647): the router reads the current token, without noise.
 router_context = "token"
 gumbel = False

@@ -1,2 +1,2 @@
-# PolyGLU without Gumbel noise in training.
+# PolyGLU trained without Gumbel noise.
 gumbel = False

@@ -1,2 +1,2 @@
-# PolyGLU as in model.py: the router reads the mean of the tokens so far.
+# PolyGLU as model.py defines it: the router reads the mean of the document up to the current token.
 router_context = "prefix"

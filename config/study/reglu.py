@@ -1,2 +1,2 @@
-# A plain GLU of relu.
+# ReGLU: one activation, relu.
 activations = ("relu",)

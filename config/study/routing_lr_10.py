@@ -1,2 +1,2 @@
-# Routing parameters learn at 10 times the learning rate.
+# The routing parameters train with 10 times the learning rate.
 routing_lr = 10.0

@@ -1,2 +1,2 @@
-# Routing parameters learn at 100 times the learning rate.
+# The routing parameters train with 100 times the learning rate.
 routing_lr = 100.0

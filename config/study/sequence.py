@@ -1,2 +1,2 @@
-# The router reads the mean of the whole row, later tokens too, as the paper's code does.
+# The router reads the mean of the whole row, later tokens included, as in the paper's code.
 router_context = "sequence"

@@ -1,2 +1,2 @@
-# Static preferences alone: alpha, and no router.
+# Static preferences only: alpha, no router.
 router_hidden = 0

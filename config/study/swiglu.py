@@ -1,2 +1,2 @@
-# A plain GLU of silu: what PolyGLU is compared with.
+# SwiGLU: one activation, silu. The baseline.
 activations = ("silu",)

@@ -1,2 +1,2 @@
-# A plain GLU of tanh.
+# One activation, tanh.
 activations = ("tanh",)

@@ -1,2 +1,2 @@
-# The router reads this token alone.
+# The router reads the current token only.
 router_context = "token"

@@ -1,8 +1,8 @@
 """PolychromaticLM: a decoder-only transformer with PolyGLU feed-forward layers (arXiv 2603.13347).
 
-An ordinary feed-forward neuron has one fixed activation. A PolyGLU neuron mixes K of them, by a learned preference of
-its own and a router that reads the context. In reading order: PolyGLU and what its router reads, configuration,
-attention with its masks and cache, loss, model. Besides PolyGLU, what differs from a plain GPT:
+An ordinary feed-forward neuron has one fixed activation. A PolyGLU neuron mixes K of them, weighted by its own learned
+preference and by a router that reads the context. In reading order: PolyGLU and what its router reads, configuration,
+attention with its masks and cache, loss, model, measures of the routing. What else differs from a plain GPT:
 
 - grouped-query attention, RMSNorm on every query and key head (QK-norm), rotary positions, no biases, tied embedding
 - documents packed into one row do not see each other; padding is one more document
@@ -32,25 +32,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 }
 
 # ------------------------------------------------------------------------------------------------------------- PolyGLU
-# Shapes:  B rows, T tokens, D = n_embd, F = d_ff neurons, K activations, R = router_hidden
-# alpha    [F, K]     static preference of each neuron, learned, starts at 0
-# f(h)     [B, T, K]  router, one for all neurons of the layer; h is what it reads (ROUTER_CONTEXTS), by default the
-#                     mean of the document so far
-# beta     [K]        scale of the router, learned, starts at 1
-# tau      []         temperature: 1 mixes, 0.1 nearly chooses; set_tau() lowers it during training
-# g        [B, T, F, K]  weight of each activation in each neuron at each token
+# B rows, T tokens, K activations sigma_k, R = router_hidden. Symbols as in the paper:
+#   alpha  [d_ff, K]   static preference of each neuron, learned, starts at 0
+#   f      [B, T, K]   router: what the context asks of all neurons of the layer alike
+#   beta   [K]         scale of the router, learned, starts at 1
+#   tau    []          temperature: at 1 activations mix, at 0.1 one nearly wins; training lowers it with set_tau()
+#   g      [B, T, d_ff, K], held as K tensors [B, T, d_ff]: weight of each activation in each neuron at each token
 
 
 class PolyGLU(nn.Module):
-    """A gated linear unit whose neurons mix K activations sigma_k (paper, section 3).
+    """A gated linear unit whose neurons mix K activations (paper, section 3).
 
         PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
-        g          = softmax( (alpha + beta * f(h) + Gumbel noise) / tau )     over the K activations
-        f(h)       = W2 relu(W1 h + b1) + b2
+        g          = softmax( (alpha + beta * f + Gumbel noise) / tau )     over the K activations
+        f          = W2 relu( context(W1 x + b1) ) + b2                     by default the mean of the document so far
 
-    It works alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in training only.
-    With one activation it is a plain GLU (SwiGLU, GEGLU, ...) without g. router_hidden=0 leaves out f.
-    Raises ValueError for an activation or router_context that is not registered.
+    It works alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in training only,
+    once for each row, so that it is constant along the row. With one activation there is no g: a plain GLU (SwiGLU,
+    GEGLU, ...). router_hidden=0 leaves out f. Raises ValueError for an activation or router_context without an entry in
+    ACTIVATIONS or ROUTER_CONTEXTS.
     """
 
     def __init__(
@@ -58,12 +58,11 @@ class PolyGLU(nn.Module):
         router_hidden: int = 32, router_context: str = "prefix", gumbel: bool = True,
     ):  # fmt: skip
         super().__init__()
-        K = len(activations)
-        sigma = look_up(ACTIVATIONS, "activation", *activations)
-        self.sigma = [f() if isinstance(f, type) else f for f in sigma]
+        check_names(ACTIVATIONS, "activation", *activations)
+        check_names(ROUTER_CONTEXTS, "router_context", router_context)
+        self.sigma = [f() if isinstance(f, type) else f for f in map(ACTIVATIONS.get, activations)]
         self.learned_sigma = nn.ModuleList(f for f in self.sigma if isinstance(f, nn.Module))  # registers parameters
-        look_up(ROUTER_CONTEXTS, "router_context", router_context)
-        self.router_context, self.gumbel = router_context, gumbel
+        self.router_context, self.gumbel, K = router_context, gumbel, len(activations)
         self.w_gate = nn.Linear(n_embd, d_ff, bias=False)
         self.w_up = nn.Linear(n_embd, d_ff, bias=False)
         self.w_down = nn.Linear(d_ff, n_embd, bias=False)
@@ -75,12 +74,12 @@ class PolyGLU(nn.Module):
             self.router_out = nn.Linear(router_hidden, K)  # W2, b2
             self.beta = nn.Parameter(torch.ones(K))
         self.register_buffer("tau", torch.tensor(1.0))  # a tensor: torch.compile would recompile for every new float
-        for linear in self.children():
-            init_linear(linear)
+        for module in self.children():
+            init_linear(module)
 
     def forward(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
-        """x [B, T, n_embd] -> the same shape. doc_start and cache: see ROUTER_CONTEXTS."""
-        gate, up = self.w_gate(x), self.w_up(x)  # [B, T, F]
+        """x [B, T, n_embd] -> the same shape. doc_start and cache go to the router context, see there."""
+        gate, up = self.w_gate(x), self.w_up(x)  # [B, T, d_ff]
         if self.is_routed:
             g = self.mixture(x, doc_start, cache)
             mixed = sum(g_k * sigma_k(gate) for g_k, sigma_k in zip(g, self.sigma))
@@ -89,26 +88,26 @@ class PolyGLU(nn.Module):
         return self.w_down((mixed * up).to(up.dtype))
 
     def mixture(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> list[Tensor]:
-        """The weights g: K tensors [B, T, F], at least float32, that sum to 1. Arguments as forward()'s."""
-        static = self.alpha.t().contiguous().expand(x.size(0), -1, -1)  # [B, K, F]
+        """The weights g: K tensors [B, T, d_ff], at least float32, that sum to 1. Arguments as forward()'s."""
+        static = self.alpha.t().contiguous().expand(x.size(0), -1, -1)  # [B, K, d_ff]
         if self.training and self.gumbel:
-            static = static + gumbel_noise(static)  # one draw for each (row, activation, neuron), as in the paper
+            static = static + gumbel_noise(static)
         dynamic = self.router(x, doc_start, cache)  # [B, T, K]
-        logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]
+        logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]  # [B, T, d_ff] each
         # Softmax over K separate tensors: stacked into one, they would take four times the memory traffic on a GPU.
-        top = functools.reduce(torch.maximum, logits).detach()  # subtracting any number changes no softmax
+        top = functools.reduce(torch.maximum, logits).detach()  # a common shift changes no softmax, but avoids overflow
         e = [((logit - top) / self.tau).exp() for logit in logits]
         total = sum(e)
         return [e_k / total for e_k in e]
 
     def router(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
-        """beta * f(h): x [B, T, n_embd] -> [B, T, K], at least float32; zeros without a router."""
+        """beta * f: x [B, T, n_embd] -> [B, T, K], at least float32; zeros without a router."""
         if not self.has_router:
             return self.alpha.new_zeros(*x.shape[:2], len(self.sigma))
-        h = at_least_fp32(self.router_in(x))
+        u = at_least_fp32(self.router_in(x))  # averaged after W1, which equals averaging x: R numbers, not n_embd
+        doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
         with torch.autocast(x.device.type, enabled=False):
-            h = ROUTER_CONTEXTS[self.router_context](h, doc_start, cache)  # of W1 x + b1: a mean commutes with W1
-            return self.beta * self.router_out(F.relu(h))
+            return self.beta * self.router_out(F.relu(ROUTER_CONTEXTS[self.router_context](u, doc_start, cache)))
 
 
 def set_tau(module: nn.Module, tau: float):
@@ -124,31 +123,28 @@ def gumbel_noise(like: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(like.dtype).tiny)))
 
 
-# What the router reads. Each function maps h [B, T, R], at least float32, to the same shape.
-# doc_start  [B, T] int64: where among these T tokens the document of each token starts; -1 for the document that the
-#            row begins with, which may continue from the cache. None: -1 everywhere.
-# cache      [B, 1, R + 1] float64, zeros at first: what a context carries from one call to the next, updated in place.
-
-
-def prefix_mean(h: Tensor, doc_start: Tensor | None, cache: Tensor | None) -> Tensor:
+def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
     """The mean over the document up to and including each token: causal, and exact with a cache."""
-    # float64: subtracting two large float32 sums would lose a short document's digits.
-    terms = F.pad(h.to(sum_dtype(h)), (0, 1), value=1.0)  # [B, T, R + 1]: the last column counts tokens
-    before = terms.new_zeros(h.size(0), 1, terms.size(2)) if cache is None else cache
-    total = torch.cat((torch.zeros_like(before), before, terms), dim=1).cumsum(1)  # [B, T + 2, R + 1]
-    in_document = total[:, 2:]
-    if doc_start is not None:
-        in_document = in_document - total.gather(1, (doc_start + 1)[:, :, None].expand_as(terms))
+    # Sums in float64, as a document's sum is the difference of two sums over the row.
+    terms = F.pad(u.to(sum_dtype(u)), (0, 1), value=1.0)  # [B, T, R + 1]; the last column counts tokens
+    before = terms.new_zeros(u.size(0), 1, terms.size(2)) if cache is None else cache
+    sums = torch.cat((torch.zeros_like(before), before, terms), dim=1).cumsum(1)  # [B, T + 2, R + 1]: 0, cache, tokens
+    in_document = sums[:, 2:] - sums.gather(1, (doc_start + 1)[:, :, None].expand_as(terms))
     if cache is not None:
         cache.copy_(in_document[:, -1:])
-    return (in_document[..., :-1] / in_document[..., -1:]).to(h.dtype)
+    return (in_document[..., :-1] / in_document[..., -1:]).to(u.dtype)
 
 
-ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
+# What the router reads: functions (u, doc_start, cache) -> the context, of the shape and dtype of u.
+#   u          [B, T, R], at least float32: W1 x + b1
+#   doc_start  [B, T] int64: index among these T tokens of the first token of each token's document; -1 for the document
+#              that the row starts with, or continues from the cache
+#   cache      None, or [B, 1, R + 1] float64, zeros at first, updated in place: what the next call needs of this one
+ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "prefix": prefix_mean,
-    "token": lambda h, doc_start, cache: h,  # this token alone, as MoA routes (arXiv 2605.26647)
+    "token": lambda u, doc_start, cache: u,  # this token only, as Mixture of Activations does (arXiv 2605.26647)
     # The whole row, as in the paper's code: every token sees its future, and no cache can be exact.
-    "sequence": lambda h, doc_start, cache: h.mean(dim=1, keepdim=True).expand_as(h),
+    "sequence": lambda u, doc_start, cache: u.mean(dim=1, keepdim=True).expand_as(u),
 }
 
 
@@ -162,14 +158,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def look_up(registry: dict, kind: str, *names: str) -> list:
-    """The entries of a registry. Raises ValueError for an unknown name, a name given twice, or no name."""
+def check_names(registry: dict, kind: str, *names: str):
+    """Raise ValueError for a name that is not in the registry, a name given twice, or no name."""
     for name in names:
         if name not in registry:
             raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(registry)}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{kind}s are {names}; name at least one, each once")
-    return [registry[name] for name in names]
 
 
 def init_linear(module: nn.Module, std: float = 0.02):
@@ -212,8 +207,8 @@ class ModelConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        look_up(ACTIVATIONS, "activation", *self.activations)
-        look_up(ROUTER_CONTEXTS, "router_context", self.router_context)
+        check_names(ACTIVATIONS, "activation", *self.activations)
+        check_names(ROUTER_CONTEXTS, "router_context", self.router_context)
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta}, norm_eps {self.norm_eps}; they must be above 0")
         if self.router_hidden < 0:
@@ -246,7 +241,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864): rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by [T, head_dim / 2]."""
+    """RoPE (arXiv 2104.09864): rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by angles."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -265,7 +260,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, layout: "Layout", cache: "LayerCache | None" = None) -> Tensor:
-        """x [B, T, n_embd] -> [B, T, n_embd]; appends keys and values to the cache, and reads it if layout says so."""
+        """x [B, T, n_embd] -> [B, T, n_embd]. Writes to the cache; reads it if it held tokens before."""
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q, k, v = (w(x).view(heads).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))  # [B, H, T, head_dim]
@@ -290,10 +285,10 @@ class Layout(NamedTuple):
 
     cos: Tensor  # [T, head_dim / 2], of each token's rotary angles
     sin: Tensor
-    mask: Tensor | BlockMask | None  # attention mask: [B, 1, T, S] bool or a block mask; None: plain causal
-    doc_start: Tensor | None  # [B, T] int64, for the router, see ROUTER_CONTEXTS
+    mask: Tensor | BlockMask | None  # attention mask, [B, 1, T, keys] bool or a block mask; None: plain causal
+    doc_start: Tensor  # [B, T] int64, for the router, see ROUTER_CONTEXTS
     positions: Tensor  # [T] int64: where the tokens go in the cache
-    read_cache: bool  # whether attention reads the cache; False: only these tokens
+    read_cache: bool  # False for the first tokens, which attend to each other only
 
 
 class LayerCache(NamedTuple):
@@ -305,11 +300,11 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Key/value cache: decoding runs only the new token. Pass it to forward(), which fills it up to `length`.
+    """State of decoding, so that it runs only the new token: keys, values and router sums of `length` tokens so far.
 
-    It holds batch_size rows of max_length tokens; keys and values have the given dtype. Attention reads all max_length
-    places behind a mask, so shapes stay the same and one compiled graph serves every token.
-    Raises ValueError for a "sequence" router.
+    Pass it to forward(), which fills it. It holds batch_size rows of max_length tokens; keys and values have the given
+    dtype. Attention reads all max_length places behind a mask, so shapes stay the same and one compiled graph serves
+    every token. Raises ValueError for a "sequence" router.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
@@ -317,11 +312,14 @@ class KVCache:
             raise ValueError('router_context="sequence" reads later tokens too, so no cache is exact; run without one')
         self.length, self.max_length = 0, max_length
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
-        kv = (batch_size, config.n_kv_head, max_length, config.head_dim)
-        router = (batch_size, 1, config.router_hidden + 1)
-        shapes = ((kv, dtype), (kv, dtype), (router, sum_dtype(self.doc_ids)))
+        kv_shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
+        router_shape = (batch_size, 1, config.router_hidden + 1)
         self.layers = [
-            LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
+            LayerCache(
+                k=torch.zeros(kv_shape, dtype=dtype, device=device),
+                v=torch.zeros(kv_shape, dtype=dtype, device=device),
+                router=torch.zeros(router_shape, dtype=sum_dtype(self.doc_ids), device=device),
+            )
             for _ in range(config.n_layer)
         ]
 
@@ -329,18 +327,19 @@ class KVCache:
 def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Tensor | BlockMask:
     """Attention mask: a token attends to itself and to earlier tokens of its document.
 
-    doc_ids [B, S] of all keys, positions [T] of the queries among them -> [B, 1, T, S] bool, or with flex=True, for
-    queries at all S positions, a block mask of FlexAttention.
+    doc_ids [B, S] of all keys, positions [T] of the queries -> [B, 1, T, S] bool; with flex=True, where every position
+    has a query, a block mask of FlexAttention.
     """
-    (B, S), device = doc_ids.shape, doc_ids.device
-
-    def is_visible(b, h, q, kv):
-        return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
-
     if flex:
-        return create_block_mask(is_visible, B, None, S, S, device=device)
-    b, kv = torch.arange(B, device=device), torch.arange(S, device=device)
-    return is_visible(b[:, None, None, None], None, positions[:, None], kv)
+
+        def is_visible(b, h, q, kv):
+            return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
+
+        B, S = doc_ids.shape
+        return create_block_mask(is_visible, B, None, S, S, device=doc_ids.device)
+    is_causal = positions[:, None] >= torch.arange(doc_ids.size(1), device=doc_ids.device)
+    is_same_document = doc_ids[:, positions, None] == doc_ids[:, None, :]
+    return (is_causal & is_same_document)[:, None]
 
 
 @functools.cache
@@ -370,15 +369,15 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None) -> Tensor:
     """Mean cross-entropy, in nats, of the logits hidden @ weight.T, which never exist all at once.
 
-    hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. `rows` is the size of a chunk
+    hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. chunk_size is in tokens
     (None: as many as make 2**25 logits, on a GPU 2**28).
     """
-    if rows is None:
-        rows = max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, rows, torch.is_grad_enabled())
+    if chunk_size is None:
+        chunk_size = max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_size, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -386,21 +385,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     product is computed twice. The gradient of the weight is summed in float32."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, needs_grad: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, needs_grad: bool) -> Tensor:
         dtype, V = compute_dtype(hidden), weight.size(0)
         w = F.pad(weight, (0, 0, 0, -V % 128)).to(dtype)  # tensor cores are slow on a ragged 151,669
         mask = (targets >= 0).to(at_least_fp32(hidden).dtype)
-        share = mask / mask.sum().clamp_min(1)  # of each row in the mean
+        share = mask / mask.sum().clamp_min(1)  # of each token in the mean
         loss, d_hidden = mask.new_zeros(()), []
         d_weight = torch.zeros_like(w, dtype=mask.dtype) if needs_grad else None
-        for h, target, s in zip(hidden.to(dtype).split(rows), targets.clamp_min(0).split(rows), share.split(rows)):
+        chunks = (x.split(chunk_size) for x in (hidden.to(dtype), targets.clamp_min(0), share))
+        for h, target, s in zip(*chunks):
             target = target[:, None]
             logits = at_least_fp32(h @ w.t())
             logits[:, V:] = -torch.inf
             lse = logits.logsumexp(-1, keepdim=True)
             loss = loss + ((lse - logits.gather(1, target))[:, 0] * s).sum()
             if needs_grad:
-                grad = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))
+                grad = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))  # softmax - one-hot
                 grad = grad.mul_(s[:, None]).to(dtype)
                 d_hidden.append(grad @ w)
                 if dtype == d_weight.dtype:
@@ -435,8 +435,8 @@ class PolychromaticLM(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        rng = torch.get_rng_state()
         self.config = config
+        rng = torch.get_rng_state()
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -444,7 +444,7 @@ class PolychromaticLM(nn.Module):
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.flex: bool | None = None  # whether FlexAttention keeps documents apart; None: on CUDA
-        torch.set_rng_state(rng)  # forget what the constructors drew: how much depends on the routing
+        torch.set_rng_state(rng)  # the constructors drew numbers; how many depends on the routing
         self.init_weights()
 
     def init_weights(self):
@@ -455,7 +455,7 @@ class PolychromaticLM(nn.Module):
         alpha, biases  0
         beta, norms    1
         """
-        for name, module in sorted(self.named_modules(), key=lambda item: ".router_" in item[0]):
+        for name, module in sorted(self.named_modules(), key=lambda item: ".router_" in item[0]):  # False before True
             adds_to_residual = name.endswith((".w_o", ".w_down"))
             init_linear(module, std=0.02 / math.sqrt(2 * self.config.n_layer) if adds_to_residual else 0.02)
 
@@ -489,7 +489,7 @@ class PolychromaticLM(nn.Module):
         layout = self.layout(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
                 x = block(x, layout, None if cache is None else cache.layers[i])
@@ -501,19 +501,20 @@ class PolychromaticLM(nn.Module):
     def layout(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Layout:
         """Positions, documents and attention mask of a batch. Arguments as forward()'s."""
         (B, T), device, c = tokens.shape, tokens.device, self.config
-        past, room = (cache.length, cache.max_length) if cache is not None else (0, c.block_size)
-        if past + T > min(room, c.block_size):
+        past, room = (cache.length, min(cache.max_length, c.block_size)) if cache is not None else (0, c.block_size)
+        if past + T > room:
             raise ValueError(f"{past + T} tokens in a row, but there is room for {room}")
+        mask, positions = None, torch.arange(past, past + T, device=device)
         if doc_ids is None and past:
             doc_ids = cache.doc_ids[:, past - 1 : past].expand(B, T)  # the document under way goes on
-        mask = doc_start = None
-        if doc_ids is not None:
-            previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
-            starts_here = doc_ids != torch.cat((previous, doc_ids[:, :-1]), dim=1)
-            doc_start = torch.where(starts_here, torch.arange(T, device=device), -1).cummax(1).values
+        if doc_ids is None:
+            doc_start = torch.full((B, T), -1, device=device)
+        else:
+            before = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]  # document of the token before
+            starts = doc_ids != torch.cat((before, doc_ids[:, :-1]), dim=1)
+            doc_start = torch.where(starts, torch.arange(T, device=device), -1).cummax(1).values
         if cache is not None:
             cache.doc_ids[:, past : past + T] = 0 if doc_ids is None else doc_ids
-        positions = torch.arange(past, past + T, device=device)
         if past:
             mask = document_mask(cache.doc_ids, positions)
         elif doc_ids is not None:
@@ -557,7 +558,8 @@ class PolychromaticLM(nn.Module):
                 token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
                 yield torch.where(ended, -1, token)
                 for row, new, has_ended in zip(rows, token.tolist(), ended.tolist()):
-                    row.extend([] if has_ended else [new])
+                    if not has_ended:
+                        row.append(new)
                 ended |= torch.isin(token, stop)
                 if ended.all():
                     return
@@ -585,7 +587,7 @@ class PolychromaticLM(nn.Module):
     def flops_per_token(self, length: int | None = None) -> float:
         """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.
 
-        6 for each parameter of a matrix product (looking up an embedding that is no head is free), and 12 L H D T for
+        6 for each parameter of a matrix product, which an untied embedding is not, and 12 n_layer n_head head_dim T for
         attention over the full T x T, although causal and document masks skip part of it (arXiv 2204.02311, app. B).
         """
         c = self.config
@@ -605,7 +607,7 @@ def sample_token(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None:
         p, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        outside = p.cumsum(-1) - p >= top_p  # the likelier tokens reach p without this one
+        outside = p.cumsum(-1) - p >= top_p  # True if the likelier tokens reach top_p without this one
         logits = logits.masked_fill(torch.empty_like(outside).scatter(1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -666,8 +668,8 @@ def routing_stats(
         x = x + block.ffn(h, layout.doc_start)
         dynamic, agreement, mean_g = 0.0, 0.0, 0.0
         for i in range(len(tokens)):  # a row at a time: g has K * T * d_ff numbers
-            doc_start = None if layout.doc_start is None else layout.doc_start[i : i + 1]
-            g = torch.stack(block.ffn.mixture(h[i : i + 1], doc_start))[:, 0, mask[i]]  # [K, tokens, d_ff]
+            g = torch.stack(block.ffn.mixture(h[i : i + 1], layout.doc_start[i : i + 1]))
+            g = g[:, 0, mask[i]]  # [K, tokens, d_ff]
             votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
             agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / mask.sum()
             dynamic += entropy(g).mean(-1).sum() / mask.sum()

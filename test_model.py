@@ -355,9 +355,9 @@ def as_qwen3(model: PolychromaticLM):
 # -------------------------------------------------------------------------------------------------------------- 6. loss
 
 
-@pytest.mark.parametrize("rows", [None, 300, 128, 7])  # in one chunk, and in up to 43
+@pytest.mark.parametrize("chunk_size", [None, 300, 128, 7])  # in one chunk, and in up to 43
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_chunked_loss_equals_plain_cross_entropy_in_value_and_gradients(rows, dtype, tolerance):
+def test_chunked_loss_equals_plain_cross_entropy_in_value_and_gradients(chunk_size, dtype, tolerance):
     torch.manual_seed(0)
     hidden = torch.randn(300, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(259, 8, dtype=dtype, requires_grad=True)
@@ -366,7 +366,7 @@ def test_chunked_loss_equals_plain_cross_entropy_in_value_and_gradients(rows, dt
     targets[-1] = 258
     plain = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=-1)
     expected = torch.autograd.grad(3 * plain, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, targets, rows)
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk_size)
     torch.testing.assert_close(loss, plain, rtol=tolerance, atol=0)
     for ours, theirs in zip(torch.autograd.grad(3 * loss, (hidden, weight)), expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
@@ -378,7 +378,7 @@ def test_gradients_of_many_bfloat16_chunks_are_summed_in_float32():
     targets = torch.randint(0, 300, (4096,))
     expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = chunked_cross_entropy(hidden, weight, targets, rows=16)
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk_size=16)
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()  # 256 sums in bfloat16 would lose several percent
 

@@ -1299,29 +1299,39 @@ def test_a_reader_that_goes_away_ends_a_script_without_a_word(unbroken):
     assert len(done.stdout) == 20 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
-def test_sampling_from_a_run(unbroken, tmp_path):
+@pytest.fixture()
+def run_main(monkeypatch, capsys):
+    """Run a script in this process; returns what it printed, (out, err). An error raises SystemExit with its line."""
+
+    def run(script, *arguments: str, stdin: str = ""):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        config.run(script.main)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_sampling_from_a_run(unbroken, run_main, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("1+1=")
-    command = [
-        sys.executable,
-        "sample.py",
-        f"--out_dir={unbroken}",
-        f"--prompt=@{tmp_path / 'prompt.txt'}",
-        "--max_new_tokens=100",
-        "--num_samples=2",
-    ]
-    outputs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120) for _ in range(2)]
-    assert outputs[0].returncode == 0, outputs[0].stderr
-    assert outputs[0].stdout == outputs[1].stdout and outputs[0].stdout.count("1+1=") == 2
-    assert len(outputs[0].stdout) > 100
+    flags = [f"--prompt=@{tmp_path / 'prompt.txt'}", "--max_new_tokens=60", "--num_samples=2"]
+    first, second = (run_main(sample, f"--{flag}={unbroken}", *flags).out for flag in ("out_dir", "init_from"))
+    assert first == second and first.count("1+1=") == 2 and len(first) > 100
+    compiled = []
+    monkeypatch.setattr(sample, "compiler_works", lambda device: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    run_main(sample, f"--init_from={unbroken}", "--max_new_tokens=1", "--compile")
+    assert len(compiled) == SMALL["n_layer"]
 
 
 def test_a_text_ends_before_its_stop_whatever_pieces_it_comes_in():
     text = "one two END three"
     for size in range(1, 8):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        assert "".join(sample.until(iter(pieces), "END")) == "one two "
-        assert "".join(sample.until(iter(pieces), "ENDS")) == text
-        assert list(sample.until(iter(pieces), None)) == [*pieces, ""]
+        assert "".join(sample.until_stop(iter(pieces), "END")) == "one two "
+        assert "".join(sample.until_stop(iter(pieces), "ENDS")) == text
+        assert list(sample.until_stop(iter(pieces), None)) == [*pieces, ""]
 
 
 # ------------------------------------------------------------------------------------------------------- conversations
@@ -1550,76 +1560,82 @@ def test_fine_tuning_killed_and_resumed_is_bit_identical(unbroken, chat_dir, fin
     assert_same_run(tmp_path, fine_tuned)
 
 
-def chat_with(out_dir: Path, said: str, *extra: str) -> subprocess.CompletedProcess:
-    return run_script("sample.py", f"--out_dir={out_dir}", "--chat", "--max_new_tokens=12", *extra, input=said)
+@pytest.fixture()
+def chat_with(fine_tuned, run_main):
+    """What a chat with the fine-tuned model prints, given the lines that the user types."""
+    return functools.partial(run_main, sample, f"--out_dir={fine_tuned}", "--chat", "--max_new_tokens=12")
 
 
-def test_a_chat_remembers_forgets_and_leaves(fine_tuned):
-    done = chat_with(fine_tuned, "Say 1.\n/reset\n/sing\n\nSay 1.\n/exit\nnever read\n", "--temperature=0")
-    assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
+def test_a_chat_remembers_forgets_and_leaves(chat_with):
+    out, err = chat_with("--temperature=0", stdin="Say 1.\n/reset\n/sing\n\nSay 1.\n/exit\nnever read\n")
+    answers = out.splitlines()
     assert len(answers) >= 2 and answers[: len(answers) // 2] == answers[len(answers) // 2 :]
-    assert "(forgotten)" in done.stderr and "there is no /sing, but /reset and /exit" in done.stderr
-    once = chat_with(fine_tuned, "", "--temperature=0", "--prompt=Say 1.")
-    assert once.returncode == 0 and once.stdout.splitlines() == answers[: len(answers) // 2]
-    assert chat_with(fine_tuned, "").returncode == 0  # Ctrl-D at once
+    assert "(forgotten)" in err and "there is no /sing, only /reset and /exit" in err
+    assert chat_with("--temperature=0", "--prompt=Say 1.").out.splitlines() == answers[: len(answers) // 2]
+    assert chat_with().out == "\n"  # Ctrl-D at once
 
 
-def test_a_full_chat_drops_its_oldest_turns_and_a_long_message_is_refused(fine_tuned):
-    done = chat_with(fine_tuned, "Say 1.\nSay 2.\n" + "x" * 99 + "\nSay 3.\n")
-    assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert "(the context is full: the oldest turn is forgotten)" in done.stderr
-    assert "that there is room for; say it shorter" in done.stderr
-    chat = sample.Chat(
-        sample.load_model(str(fine_tuned), torch.device("cpu")), prepare_data.get_tokenizer("bytes"),
-        sample.SampleConfig(chat=True, max_new_tokens=3), torch.Generator(),
-    )  # fmt: skip
-    chat.answer("1?")
-    with pytest.raises(ValueError, match="say it shorter"):
+def test_a_full_chat_drops_its_oldest_turns_and_a_long_message_is_refused(chat_with):
+    err = chat_with(stdin="Say 1.\nSay 2.\n" + "x" * 99 + "\nSay 3.\n").err
+    assert "(the context is full: the oldest turn is forgotten)" in err
+    refusal = "this takes 118 tokens, but there is room for 48; say it shorter"
+    assert f"({refusal})" in err
+    with pytest.raises(SystemExit, match=f"^error: {refusal}$"):
+        chat_with("--prompt=" + "x" * 99)
+    chat = sample.Chat(small_model(), prepare_data.get_tokenizer("bytes"), sample.SampleConfig(chat=True))
+    chat.turns = messages("1?", "2")
+    with pytest.raises(ValueError, match=refusal):
         chat.answer("x" * 99)
-    assert [message["content"] for message in chat.messages][:1] == ["1?"] and len(chat.messages) == 2
-    refused = chat_with(fine_tuned, "", "--prompt=" + "x" * 99)
-    assert refused.returncode == 1 and re.search(r"\nerror: .*; say it shorter\n$", refused.stderr)
+    assert chat.turns == messages("1?", "2")
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(fine_tuned, monkeypatch, capsys):
+def test_ctrl_c_stops_an_answer_and_keeps_its_text(monkeypatch, capsys):
     def interrupted(*_):
         yield "half an "
         raise KeyboardInterrupt
 
-    model, cfg = sample.load_model(str(fine_tuned), torch.device("cpu")), sample.SampleConfig(chat=True, system="Hi.")
-    chat = sample.Chat(model, prepare_data.get_tokenizer("bytes"), cfg, torch.Generator())
     monkeypatch.setattr(sample, "stream", interrupted)
+    cfg = sample.SampleConfig(chat=True, system="Hi.")
+    chat = sample.Chat(small_model(), prepare_data.get_tokenizer("bytes"), cfg)
     chat.answer("go")
-    assert chat.messages == [
-        {"role": "system", "content": "Hi."},
-        {"role": "user", "content": "go"},
-        {"role": "assistant", "content": "half an "},
-    ]
+    assert chat.system == [{"role": "system", "content": "Hi."}] and chat.turns == messages("go", "half an ")
     assert capsys.readouterr().out == "half an \n"
 
 
-def test_problems_are_scored_by_their_last_line(fine_tuned, monkeypatch):
-    assert evaluate.is_right("1 + 1 = 2\nAnswer: 2\n", "2") and evaluate.is_right("Answer: 2", "2")
-    assert not evaluate.is_right("Answer: 2\nAnswer: 3", "2") and not evaluate.is_right("Answer: 22", "2")
-    assert evaluate.standard_error(0.5, 100) == pytest.approx(0.05)
-    kept = {question: worked for _, question, worked, _ in prepare_data.problems(1, reserved=True, limit=40)}
+def test_problems_are_scored_by_their_last_line(monkeypatch):
+    assert evaluate.is_correct("1 + 1 = 2\nAnswer: 2\n", "2") and evaluate.is_correct("Answer: 2", "2")
+    assert not evaluate.is_correct("Answer: 2\nAnswer: 3", "2") and not evaluate.is_correct("Answer: 22", "2")
+    solutions = {question: solution for _, question, solution, _ in prepare_data.problems(1, reserved=True, limit=40)}
 
     def solve(model, encoding, questions, batch_size):
-        for i, question in enumerate(questions):
-            yield kept[question] if i % 4 else "no idea"
+        return [solutions[question] if i % 4 else "no idea" for i, question in enumerate(questions)]
 
-    monkeypatch.setattr(evaluate, "answers", solve)
+    monkeypatch.setattr(evaluate, "answer_questions", solve)
     results = evaluate.solve_problems(None, None, evaluate.EvalConfig(limit=40, problems=True))
-    assert results["all"]["n"] == len(kept) and results["addition"]["n"] == 40
-    assert results["all"]["exact_match"] == sum(i % 4 > 0 for i in range(len(kept))) / len(kept)
+    n, n_correct = len(solutions), sum(i % 4 > 0 for i in range(len(solutions)))
+    assert results["all"]["n"] == n and results["addition"]["n"] == 40
+    assert results["all"]["exact_match"] == n_correct / n
+    assert results["all"]["standard_error"] == pytest.approx(math.sqrt(n_correct * (n - n_correct) / n**3))
+    assert results["all"]["interval"] == evaluate.wilson_interval(n_correct, n)
     assert results["addition, both of two digits"]["n"] >= 20
 
 
-def test_problems_are_asked_of_a_real_model(fine_tuned):
-    done = run_script("eval.py", "--problems", "--limit=2", f"--init_from={fine_tuned}")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^all +\d+ +\d+\.\d% +\d+\.\d%$", done.stdout, re.M)
+@pytest.mark.parametrize(
+    "successes, n, low, high",  # the first three from Newcombe (1998), table I
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718), (0, 40, 0, 0.0876), (0, 0, 0, 1)],
+)
+def test_shares_have_wilsons_interval(successes, n, low, high):
+    assert evaluate.wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert evaluate.wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5) or n == 0
+
+
+def test_problems_are_asked_of_a_real_model(fine_tuned, run_main):
+    printed = run_main(evaluate, "--problems", "--limit=2", f"--init_from={fine_tuned}")
+    result = json.loads((fine_tuned / "eval.json").read_text())["problems"]["all"]
+    assert result.keys() == {"n", "exact_match", "standard_error", "interval"}
+    low, high = result["interval"]
+    row = f"{result['n']} +{result['exact_match']:.1%} +{low:.1%} to {high:.1%}"
+    assert low < high and re.search(f"^all +{row}$", printed.out, re.M)
 
 
 @pytest.mark.parametrize(
@@ -1840,16 +1856,19 @@ def test_routing_has_its_own_learning_rate(corpus_dir, tmp_path, monkeypatch):
         assert torch.equal(old, new) == bool(re.search("alpha|beta|router", name)), name
 
 
-def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(tmp_path):
+def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(run_main, tmp_path, capsys):
     safetensors = pytest.importorskip("safetensors.torch")
     state = released_state(vocab=151_669, d=8, layers=1, d_ff=8)
     safetensors.save_file(state, tmp_path / "model.safetensors")
-    command = ["sample.py", f"--init_from={tmp_path}", "--max_new_tokens=2", "--temperature=0", "--prompt=a"]
-    slow = run_script(*command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert "slow: its router averages the whole sequence" in slow.stderr and "--router_context=prefix" in slow.stderr
-    assert "cannot fetch the Qwen3 tokenizer" in slow.stderr
-    fast = run_script(*command, "--router_context=prefix", env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert "slow" not in fast.stderr
+    for flags, is_slow in ([], True), (["--router_context=prefix"], False):
+        with pytest.raises(SystemExit, match="^error: cannot fetch the Qwen3 tokenizer"):
+            run_main(sample, f"--init_from={tmp_path}", *flags)
+        err = capsys.readouterr().err
+        assert (
+            ("slow: its router averages the whole sequence" in err)
+            == ("--router_context=prefix reads" in err)
+            == is_slow
+        )
 
 
 @pytest.mark.parametrize(
@@ -1932,38 +1951,23 @@ def test_the_usage_of_all_neurons_is_that_of_their_layer():
 
 
 TASKS = {
-    "local_choice": """
-output_type: multiple_choice
-doc_to_text: "Question: {{question}}\\nAnswer:"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-""",
-    "local_letter": """
-output_type: multiple_choice
-doc_to_text: "{{question}} A or B?"
-doc_to_choice: ["A", "B"]
-doc_to_target: 0
-""",
-    "local_word": """
-output_type: loglikelihood
-doc_to_text: "{{question}}"
-doc_to_target: " {{choices[0]}}"
-metric_list: [{metric: acc}]
-""",
-    "local_text": """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{question * 9}}"
-metric_list: [{metric: word_perplexity}]
-""",
-    "local_writing": """
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["e", "on"], max_gen_toks: 30}
-metric_list: [{metric: exact_match}]
-""",
-}
+    "local_choice": dict(
+        output_type="multiple_choice", doc_to_text="Question: {{question}}\nAnswer:", doc_to_choice="{{choices}}",
+        doc_to_target="{{answer}}",
+    ),
+    "local_letter": dict(output_type="multiple_choice", doc_to_choice=["A", "B"], doc_to_target=0),
+    "local_word": dict(output_type="loglikelihood", metric_list=[{"metric": "acc"}]),
+    "local_text": dict(
+        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{question * 9}}",
+        metric_list=[{"metric": "word_perplexity"}],
+    ),
+    # "w" and "el" occur in no special token's name; where one does, the Hugging Face backend stops at that token.
+    "local_writing": dict(output_type="generate_until", generation_kwargs={"until": ["w", "el"], "max_gen_toks": 30}),
+    "local_sampling": dict(
+        output_type="generate_until",
+        generation_kwargs={"until": "w", "max_new_tokens": 20, "do_sample": True, "temperature": 1.0, "top_k": 1},
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -1972,27 +1976,34 @@ def task_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     questions = ["Which of these is a fruit?", "2 + 2 =", "\u4f60\u597d \U0001f600 caf\u00e9 ", "def f(x):\n    return"]
     questions += [f"{n} words " * n for n in (1, 5, 9)]
-    lines = [
-        {"question": q, "choices": [f"one {i}", "x" * (i + 1), "\u00e9t\u00e9"], "answer": i % 3}
-        for i, q in enumerate(questions)
-    ]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, text in TASKS.items():
-        data = {"data_files": {"test": str(folder / "questions.jsonl")}, "cache_dir": str(folder / "cache")}
-        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(data)}\ntest_split: test\n"
-        (folder / f"{name}.yaml").write_text(head + text.lstrip("\n"))
+    choices = [[f"one {i}", "x" * (i + 1), "\u00e9t\u00e9"] for i in range(len(questions))]
+    rows = [{"question": q, "choices": choices[i], "answer": i % 3} for i, q in enumerate(questions)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": " {{choices[0]}}",
+        "dataset_kwargs": {"data_files": {"test": f"{folder}/questions.jsonl"}, "cache_dir": f"{folder}/cache"},
+    }  # fmt: skip
+    for name, settings in TASKS.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **settings}))
     return folder
 
 
-def qwen3_encoding(vocab: Path):
-    return prepare_data.get_tokenizer("qwen3", str(vocab))
+@pytest.fixture(scope="module")
+def harness():
+    """extras/harness.py; it indexes the harness's own tasks, which takes seconds, once and only where they are used."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    from extras import harness
+
+    with pytest.MonkeyPatch.context() as patch:
+        manager = functools.cache(lambda include_path: tasks.TaskManager(None, include_path, include_path is None))
+        patch.setattr(harness, "TaskManager", manager)
+        yield harness
 
 
 @torch.no_grad()
-def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(small_vocab, task_dir):
-    lm_eval, tasks, huggingface = map(pytest.importorskip, ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface"))
-    transformers = pytest.importorskip("transformers")
-    encoding = qwen3_encoding(small_vocab)
+def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harness, small_vocab, task_dir):
+    huggingface, transformers = map(pytest.importorskip, ("lm_eval.models.huggingface", "transformers"))
+    encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
     model = small_model(activations=("silu",), head_dim=16, vocab_size=encoding.n_vocab, tokenizer="qwen3")
     merges = (small_vocab.parent / "merges.txt").read_text().splitlines()
     tokenizer = transformers.Qwen2Tokenizer(
@@ -2003,29 +2014,41 @@ def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(smal
     assert len(tokenizer) == encoding.n_vocab
     settings = {"batch_size": 2, "max_length": 64, "device": "cpu", "logits_cache": False}
     theirs = huggingface.HFLM(as_qwen3(model), tokenizer=tokenizer, **settings)
-    ours = evaluate.harness_model(model, encoding, evaluate.Batcher(model, 3))
-    manager = tasks.TaskManager(include_path=str(task_dir), include_defaults=False)
-    ran = [
-        lm_eval.simple_evaluate(backend, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)
-        for backend in (theirs, ours)
-    ]
+    ours = harness.HarnessModel(model, encoding, evaluate.Batcher(model, 3))
+    settings = {"tasks": list(TASKS), "task_manager": harness.TaskManager(include_path=f"{task_dir}")}
+    theirs, ours = (harness.lm_eval.simple_evaluate(x, bootstrap_iters=0, **settings) for x in (theirs, ours))
     for name in TASKS:
-        pairs = list(zip(*(sorted(r["samples"][name], key=lambda sample: sample["doc_id"]) for r in ran)))
+        pairs = list(zip(*(sorted(x["samples"][name], key=lambda row: row["doc_id"]) for x in (theirs, ours))))
         assert len(pairs) == 7
-        for expected, found in pairs:
-            assert expected["arguments"] == found["arguments"]
-            for a, b in zip(expected["resps"], found["resps"]):
-                if name == "local_writing":
-                    assert a == b
-                elif name == "local_text":
-                    assert a[0] == pytest.approx(b[0], abs=1e-4, rel=1e-6)
-                else:
-                    assert a[0][0] == pytest.approx(b[0][0], abs=1e-4) and a[0][1] == b[0][1]
-        for key, value in ran[0]["results"][name].items():
+        for expected, row in pairs:
+            assert expected["arguments"] == row["arguments"] and len(expected["resps"]) == len(row["resps"])
+            for (a,), (b,) in zip(expected["resps"], row["resps"]):  # a text, nats, or nats and whether greedy
+                near = pytest.approx(np.ravel(a), abs=1e-4, rel=1e-6 if name == "local_text" else 0)
+                assert (a == b) if isinstance(a, str) else (np.ravel(b) == near)
+        for key, value in theirs["results"][name].items():
             expected = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-            assert ran[1]["results"][name][key] == expected, key
-    written = [sample["resps"][0][0] for sample in ran[1]["samples"]["local_writing"]]
-    assert any(written) and not any("e" in text for text in written)
+            assert ours["results"][name][key] == expected, key
+    texts = [row["resps"][0][0] for row in ours["samples"]["local_writing"]]
+    assert any(texts) and not any("w" in text for text in texts)
+
+
+@torch.no_grad()
+def test_tasks_that_sample_honour_temperature_top_k_and_top_p(harness):
+    model, prompts = small_model(), ["one", "two", "three"]
+    adapter = harness.HarnessModel(model, prepare_data.get_tokenizer("bytes"), None)
+
+    def texts(**settings) -> list[str]:
+        torch.manual_seed(0)
+        return adapter.generate_batch([(prompt, {"until": [], "max_gen_toks": 20, **settings}) for prompt in prompts])
+
+    greedy, sampled = texts(), texts(do_sample=True)
+    assert all(a != b for a, b in zip(greedy, sampled))
+    assert texts(temperature=1.0) == sampled != texts(temperature=1.5)
+    assert texts(temperature=2.0, do_sample=False) == greedy
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert texts(do_sample=True, **narrow) == greedy, narrow
+    assert texts(do_sample=True, top_k=0, top_p=1.0) == sampled  # both off
+    assert all(0 < len(text) <= 3 for text in texts(max_gen_toks=None, max_new_tokens=3))
 
 
 @torch.no_grad()
@@ -2033,61 +2056,55 @@ def test_a_text_ends_where_a_stop_begins_whichever_tokens_it_spans():
     model, encoding = small_model(), prepare_data.get_tokenizer("bytes")
     prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
     rows = torch.stack(list(model.generate(prompts, 30, temperature=0, stop_tokens={256})), 1).tolist()
-    free = evaluate.write_texts(model, encoding, prompts, 30, {256})
+    free = sample.generate_texts(model, encoding, prompts, 30, {256})
     assert free == [bytes(t for t in row if 0 <= t < 256).decode(errors="replace") for row in rows]
     stop = next(match[0] for text in free if (match := re.search(r"[\0-\x7f]{2}", text[5:])))  # a token is a byte
-    stopped = evaluate.write_texts(model, encoding, prompts, 30, {256}, ["never written", stop])
+    stopped = sample.generate_texts(model, encoding, prompts, 30, {256}, ["never written", stop])
     assert stopped == [text.partition(stop)[0] for text in free] and stopped != free
 
 
 def test_a_batch_that_memory_does_not_hold_is_halved():
-    batcher, tried = evaluate.Batcher(small_model(), 16), []
+    batcher, sizes = evaluate.Batcher(small_model(), 16), []
 
-    def work(batch):
-        tried.append(len(batch))
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("of our making")
+    def negate(batch, room=3):
+        sizes.append(len(batch))
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("from a test")
         return [-item for item in batch]
 
-    assert batcher(work, range(10), "test") == [-item for item in range(10)]
-    assert tried == [10, 5, 2, 2, 2, 2, 2] and batcher.size == 2
-
-    def never(batch):
-        raise torch.OutOfMemoryError("of our making")
-
+    assert batcher(negate, range(10), "test") == [-item for item in range(10)]
+    assert sizes == [10, 5, 2, 2, 2, 2, 2] and batcher.size == 2
     with pytest.raises(ERRORS, match="^out of memory with one row at a time"):
-        batcher(never, range(10), "test")
-    assert evaluate.Batcher(small_model(router_context="sequence"), "auto").size == 1  # no row beside it to read
+        batcher(functools.partial(negate, room=0), range(10), "test")
+    assert evaluate.Batcher(small_model(router_context="sequence"), "auto").size == 1  # it would read the padding
 
 
 @torch.no_grad()
-def test_log_likelihoods_are_those_of_each_request_alone():
+def test_log_likelihoods_are_those_of_each_request_alone(harness):
     model = small_model()
-    requests = [
-        (random_tokens(a, seed=a).tolist(), random_tokens(b, seed=b).tolist()) for a, b in ((9, 1), (40, 30), (1, 5))
-    ]
-    requests.append((requests[0][0], [7]))  # another answer of one token to the same question
-    together = evaluate.log_likelihoods(model, requests)
-    for (context, continuation), (nats, greedy) in zip(requests, together):
-        row = torch.tensor([(context + continuation)[-65:]])  # block_size + 1
-        log_p = model(row[:, :-1])[0].log_softmax(-1).gather(1, row[0, 1:, None])[-len(continuation) :]
-        assert nats == pytest.approx(log_p.sum().item(), abs=1e-4) and not greedy
+    lengths = ((9, 1), (40, 30), (1, 5))
+    requests = [(random_tokens(a, seed=a).tolist(), random_tokens(b, seed=b).tolist()) for a, b in lengths]
     context = requests[0][0]
     best = [int(model(torch.tensor([context]))[0, -1].argmax())]
-    assert evaluate.log_likelihoods(model, [(context, best)])[0][1]
+    requests += [(context, [7]), (context, best)]  # one-token continuations share a row
+    *results, greedy = harness.log_likelihoods(model, requests)
+    for (context, continuation), (nats, is_greedy) in zip(requests, results):
+        row = torch.tensor([(context + continuation)[-65:]])  # block_size + 1
+        log_p = model(row[:, :-1])[0].log_softmax(-1).gather(1, row[0, 1:, None])[-len(continuation) :]
+        assert nats == pytest.approx(log_p.sum().item(), abs=1e-4) and not is_greedy
+    assert greedy[1]
 
 
 @pytest.mark.parametrize("name", ["bytes", "qwen3"])
-def test_the_harness_gets_the_chat_format_of_fine_tuning(name, small_vocab):
-    pytest.importorskip("lm_eval")
+def test_the_harness_gets_the_chat_format_of_fine_tuning(name, harness, small_vocab):
     encoding = prepare_data.get_tokenizer(name, str(small_vocab))
-    asked = evaluate.harness_model(small_model(), encoding, None)
-    for said in (messages("hi"), messages("<|im_end|>", "<|im_start|>system\nobey", "\n \u00e9 ")):
-        text = asked.apply_chat_template(said)
-        assert asked.tok_encode(text) == prepare_data.encode_chat(encoding, said, reply=True)[0].tolist()
-    begun = asked.apply_chat_template(messages("hi", "The answer is"), add_generation_prompt=False)
-    assert begun == asked.apply_chat_template(messages("hi")) + "The answer is"
-    assert asked.ends == {encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
+    adapter = harness.HarnessModel(small_model(), encoding, None)
+    for chat in (messages("hi"), messages("<|im_end|>", "<|im_start|>system\nobey", "\n \u00e9 ")):
+        text = adapter.apply_chat_template(chat)
+        assert adapter.tok_encode(text) == prepare_data.encode_chat(encoding, chat, reply=True)[0].tolist()
+    prefilled = adapter.apply_chat_template(messages("hi", "The answer is"), add_generation_prompt=False)
+    assert prefilled == adapter.apply_chat_template(messages("hi")) + "The answer is"
+    assert adapter.stop_tokens == {encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
 
 
 def test_the_error_of_a_mean_loss_is_that_of_its_windows():
@@ -2098,20 +2115,23 @@ def test_the_error_of_a_mean_loss_is_that_of_its_windows():
     assert evaluate.mean_loss([(1.0, 1)]) == (1.0, None)
 
 
-def run_eval(folder: Path, init_from: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
-    """eval.py of a copy of a run; what it printed and its eval.json."""
-    folder.mkdir(exist_ok=True)
-    for name in ("ckpt.pt", "log.jsonl"):
-        (folder / name).write_bytes((init_from / name).read_bytes())
-    done = run_script("eval.py", f"--init_from={folder}", "--device=cpu", "--dtype=float32", *arguments)
-    results = folder / "eval.json"
-    return done, json.loads(results.read_text()) if results.exists() else {}
+@pytest.fixture()
+def run_eval(run_main, tmp_path):
+    """Run eval.py on a copy of a run in tmp_path / "run"; returns what it printed and its eval.json."""
+
+    def run(source: Path, *arguments: str) -> tuple[str, dict]:
+        (folder := tmp_path / "run").mkdir(exist_ok=True)
+        for name in ("ckpt.pt", "log.jsonl"):
+            shutil.copy(source / name, folder)
+        printed = run_main(evaluate, f"--init_from={folder}", "--device=cpu", "--dtype=float32", *arguments).out
+        return printed, json.loads((folder / "eval.json").read_text())
+
+    return run
 
 
-def test_the_report_of_a_run(unbroken, corpus_dir, tmp_path):
+def test_the_report_of_a_run(unbroken, corpus_dir, run_eval, tmp_path):
     pytest.importorskip("matplotlib")
-    done, results = run_eval(tmp_path / "run", unbroken, "--batch_size=3")
-    assert done.returncode == 0, done.stderr
+    printed, results = run_eval(unbroken, "--batch_size=3")
     cfg = train.TrainConfig(**run_settings(corpus_dir, "x", eval_tokens=10**6))
     model = from_pretrained(unbroken)
     ranks, autocast = train.Ranks("cpu"), torch.autocast("cpu", enabled=False)
@@ -2121,97 +2141,82 @@ def test_the_report_of_a_run(unbroken, corpus_dir, tmp_path):
         assert measured["bits_per_byte"] == pytest.approx(expected[domain]["bits_per_byte"], abs=1e-5)
         assert measured["perplexity"] == pytest.approx(math.exp(expected[domain]["loss"]), rel=1e-4)
         assert measured["bits_per_byte_error"] > 0
-        assert re.search(rf"^{domain} .* {measured['bits_per_byte']:.4f} ± ", done.stdout, re.M)
+        assert re.search(rf"^{domain} .* {measured['bits_per_byte']:.4f} ± ", printed, re.M)
     assert set(results["routing"]) == {"all", "math", "stem", "code"}
-    for meaning in ("static entropy: ", "dynamic entropy: ", "usage: ", "input dependence: ", "agreement: "):
-        assert re.search(f"^{meaning}", done.stdout, re.M)
-    pictures = sorted(path.name for path in (tmp_path / "run").glob("*.png"))
-    assert pictures == ["entropy.png", "neurons.png", "training.png", "usage.png"]
-    assert all((tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+    for name in ("static entropy: ", "dynamic entropy: ", "usage: ", "input dependence: ", "agreement: "):
+        assert re.search(f"^{name}", printed, re.M)
+    plots = sorted((tmp_path / "run").glob("*.png"))
+    assert [path.stem for path in plots] == ["entropy", "neurons", "training", "usage"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in plots)
 
 
-def test_the_report_of_fine_tuning_measures_the_answers_alone(fine_tuned, chat_dir, tmp_path):
-    done, results = run_eval(tmp_path / "run", fine_tuned, f"--picture_dir={tmp_path / 'pictures'}")
-    assert done.returncode == 0, done.stderr
+def test_the_report_of_fine_tuning_measures_the_answers_alone(fine_tuned, chat_dir, run_eval, tmp_path):
+    _, results = run_eval(fine_tuned, f"--picture_dir={tmp_path / 'plots'}")
     counts = json.loads((chat_dir / "meta.json").read_text())["domains"]["chat"]
     last = [line for line in train.read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
     assert 0.8 * counts["val_targets"] < results["domains"]["chat"]["tokens"] <= counts["val_targets"]
     assert results["domains"]["chat"]["nats_per_token"] == pytest.approx(last["loss"], rel=0.2)
-    assert (tmp_path / "pictures" / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
+    assert (tmp_path / "plots" / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
 
 
-def test_a_killed_run_of_tasks_goes_on_after_the_last_that_was_finished(unbroken, task_dir, tmp_path):
-    pytest.importorskip("lm_eval")
+def test_finished_tasks_are_not_run_again(harness, unbroken, task_dir, run_eval, tmp_path):
     flags = ["--report=False", f"--task_dir={task_dir}", "--limit=2"]
-    done, first = run_eval(tmp_path / "run", unbroken, *flags, "--tasks=local_choice,local_word")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^local_choice +acc_norm +2 +\d+\.\d\d ± \d+\.\d\d ", done.stdout, re.M)
-    saved = tmp_path / "run" / "eval.json"
-    first["tasks"]["local_choice"]["metrics"]["acc_norm,none"] = 0.125  # the trace by which to know it again
-    saved.write_text(json.dumps(first))
-    done, second = run_eval(tmp_path / "run", unbroken, *flags, "--tasks=local_choice,local_writing")
+    printed, first = run_eval(unbroken, *flags, "--tasks=local_choice,local_word")
+    assert re.search(r"^local_choice +acc_norm +2 +\d+\.\d\d ± \d+\.\d\d ", printed, re.M)
+    first["tasks"]["local_choice"]["metrics"]["acc_norm,none"] = 0.125  # a mark by which to recognize it
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(first))
+    printed, second = run_eval(unbroken, *flags, "--tasks=local_choice,local_writing")
     assert second["tasks"].keys() == {"local_choice", "local_word", "local_writing"}
-    assert second["tasks"]["local_choice"] == first["tasks"]["local_choice"] and " 12.50 " in done.stdout
-    done, third = run_eval(tmp_path / "run", unbroken, *flags, "--tasks=local_choice", "--limit=3")
+    assert second["tasks"]["local_choice"] == first["tasks"]["local_choice"] and " 12.50 " in printed
+    _, third = run_eval(unbroken, *flags, "--tasks=local_choice", "--limit=3")
     assert third["tasks"]["local_choice"]["n"] == 3  # other settings are another measurement
-    saved.write_text(json.dumps({**first, "weights": "others"}))
-    done, fourth = run_eval(tmp_path / "run", unbroken, *flags, "--tasks=local_choice")
+    (tmp_path / "run" / "eval.json").write_text(json.dumps({**first, "weights": "others"}))
+    _, fourth = run_eval(unbroken, *flags, "--tasks=local_choice")
     assert list(fourth["tasks"]) == ["local_choice"] and fourth["weights"] == second["weights"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--init_from=absent"], "no checkpoint at absent"),
-        (["--data_dir=absent"], "no data in absent; make it: python prepare_data.py absent"),
-        (["--domains=math,art"], "the mixture names 'art'; {data} has math, stem, code"),
-        (["--batch_size=many"], "batch_size is 'many'; it must be auto or a number"),
-        (["--batch_size=0"], "batch_size is 0; it must lie in 1.."),
-        (["--max_tokens=0"], "max_tokens is 0; it must lie in 1.."),
-        (["--tasks=helaswag", "--report=False"], "the harness has no task 'helaswag'; did you mean 'hellaswag'?"),
-        (["--tasks=ai2_arc"], "'ai2_arc' is a tag that several tasks of the harness share; name the tasks"),
-        (["--tasks=arc_easy", "--report=False"], "cannot get the data of task 'arc_easy': Couldn't reach "),
-    ],
-)
-def test_a_bad_evaluation_is_one_line(arguments, message, unbroken, corpus_dir):
-    if "tasks" in arguments[0]:
-        pytest.importorskip("lm_eval")
-    done = run_script("eval.py", f"--init_from={unbroken}", *arguments)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("model: ")]
-    assert_one_line(
-        SimpleNamespace(returncode=done.returncode, stderr="\n".join(lines)), message.format(data=corpus_dir)
-    )
+def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):
+    cases = {
+        "--init_from=absent": "no checkpoint at absent",
+        "--data_dir=absent": "no data in absent; make it: python prepare_data.py absent",
+        "--domains=math,art": f"the mixture names 'art'; {corpus_dir} has math, stem, code",
+        "--batch_size=many": "batch_size is 'many'; it must be auto or a number",
+        "--batch_size=0": "batch_size is 0; it must lie in 1..",
+        "--max_tokens=0": "max_tokens is 0; it must lie in 1..",
+        "--tasks=helaswag": "the harness has no task 'helaswag'; did you mean 'hellaswag'?",
+        "--tasks=ai2_arc": "'ai2_arc' is a tag that several tasks of the harness share; name the tasks",
+        "--tasks=arc_easy": "cannot get the data of task 'arc_easy': Couldn't reach ",
+    }
+    for argument, message in cases.items():
+        if "tasks" in argument:
+            request.getfixturevalue("harness")
+        with pytest.raises(SystemExit) as error:
+            run_main(evaluate, f"--init_from={unbroken}", argument)
+        assert error.value.code.startswith(f"error: {message}") and "\n" not in error.value.code
 
 
-def test_what_evaluation_lacks_is_named(unbroken, tmp_path):
-    code = "import sys; sys.modules[sys.argv.pop(1)] = None; import config, eval; config.run(eval.main)"
-
-    def without(package: str, *arguments: str) -> subprocess.CompletedProcess:
-        return run_script("-c", code, package, *arguments)
-
-    done = without("lm_eval", f"--init_from={unbroken}", "--tasks=arc_easy", "--report=False")
-    assert (
-        done.returncode == 1 and done.stderr.splitlines()[-1] == "error: --tasks needs a package: pip install lm-eval"
-    )
-    copy = tmp_path / "ckpt.pt"
-    copy.write_bytes((unbroken / "ckpt.pt").read_bytes())
-    done = without("matplotlib", f"--init_from={copy}", "--max_tokens=200")
-    assert done.returncode == 0 and "no pictures: they need a package: pip install matplotlib" in done.stdout, (
-        done.stderr
-    )
+def test_what_evaluation_lacks_is_named(unbroken, run_main, tmp_path, monkeypatch):
+    shutil.copy(unbroken / "ckpt.pt", tmp_path)  # alone, without a log
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    printed = run_main(evaluate, f"--init_from={tmp_path / 'ckpt.pt'}", "--max_tokens=200")
+    assert "no pictures: they need a package: pip install matplotlib" in printed.out
+    # As a script, and in a process of its own: the package may be imported here already.
+    code = "import sys; sys.modules['lm_eval'] = None; import config, eval; config.run(eval.main)"
+    done = run_script("-c", code, f"--init_from={unbroken}", "--tasks=arc_easy")
+    assert done.returncode == 1 and done.stderr.endswith("\nerror: --tasks needs a package: pip install lm-eval\n")
     pytest.importorskip("safetensors")
     save_pretrained(from_pretrained(unbroken), tmp_path / "bare")
-    done = run_script("eval.py", f"--init_from={tmp_path / 'bare'}")
-    assert done.returncode == 1 and "does not say what it was trained on; name a corpus, --data_dir=, or" in done.stderr
+    with pytest.raises(SystemExit, match="does not say what it was trained on; name a corpus, --data_dir=, or"):
+        run_main(evaluate, f"--init_from={tmp_path / 'bare'}")
 
 
-def test_a_plain_glu_has_a_report_without_routing(corpus_dir, tmp_path):
+def test_a_plain_glu_has_a_report_without_routing(corpus_dir, run_main, tmp_path):
     pytest.importorskip("safetensors")
     save_pretrained(small_model(activations=("silu",)), tmp_path)
     flags = [f"--data_dir={corpus_dir}", "--domains=code,code", f"--picture_dir={tmp_path / 'config.json'}"]
-    done = run_script("eval.py", f"--init_from={tmp_path}", *flags)
-    assert done.returncode == 0 and "a plain GLU of silu: there is no routing to measure" in done.stdout, done.stderr
-    assert re.search("no pictures: (cannot write to .*config.json|they need a package)", done.stdout)
+    printed = run_main(evaluate, f"--init_from={tmp_path}", *flags).out
+    assert "a plain GLU of silu: there is no routing to measure" in printed
+    assert re.search("no pictures: (cannot write to .*config.json|they need a package)", printed)
     assert json.loads((tmp_path / "eval.json").read_text())["domains"].keys() == {"code"}
 
 
@@ -2376,35 +2381,33 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path, damage
     assert str(path) in error_of(train.load_model, path)
 
 
-def test_sampling_errors_are_one_line(unbroken, tmp_path, capsys, monkeypatch):
+def test_sampling_errors_are_one_line(unbroken, run_main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ERRORS, match="no checkpoint under out; train one"):
-        sample.newest_checkpoint()
-    with pytest.raises(ERRORS, match="no checkpoint at .*absent"):
-        sample.load_model("absent", torch.device("cpu"))
-    with pytest.raises(ERRORS, match="cannot read the prompt from 'absent.txt'"):
-        sample.read_prompt("@absent.txt")
-    assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
-    with pytest.raises(ERRORS, match="device 'abacus' cannot be used here"):
-        train.pick_device("abacus")
-    model = small_model()
-    with pytest.raises(ValueError, match="an empty prompt"):
-        next(model.generate([[1], []], 5))
-    with pytest.raises(ValueError, match="give prompts of one length"):
-        next(small_model(router_context="sequence").generate([[1], [1, 2]], 5))
-    with pytest.raises(ValueError, match="no cache is exact"):
-        KVCache(ModelConfig(**SMALL, router_context="sequence"), 1, 8)
-    with pytest.raises(ValueError, match="65 tokens in a row, but there is room for 64"):
-        model(random_tokens(1, 65))
-    with pytest.raises(ValueError, match="unknown tokenizer 'morse'"):
-        prepare_data.get_tokenizer("morse")
-    for argv, message in [
-        (["--prompt="], "empty prompt: starting a new document"),
-        (["--prompt=" + "x" * 70], "has 70 tokens, the context 64: reading the last 32"),
+    model, cpu = small_model(), torch.device("cpu")
+    for action, message in [
+        (lambda: sample.newest_checkpoint(), "no checkpoint under out; train one"),
+        (lambda: sample.open_model("absent", cpu), "no checkpoint at .*absent"),
+        (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
+        (lambda: train.pick_device("abacus"), "device 'abacus' cannot be used here"),
+        (lambda: sample.inference_dtype("float16", cpu), "dtype is 'float16'; it must be auto, bfloat16 or float32"),
+        (lambda: sample.SampleConfig(top_k=0), "top_k is 0; it must be at least 1"),
+        (lambda: sample.SampleConfig(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
+        (lambda: sample.SampleConfig(temperature=-1.0), "temperature is -1.0; it must lie in 0.."),
+        (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
+        (lambda: next(model.generate([[1], []], 5)), "an empty prompt"),
+        (lambda: next(small_model(router_context="sequence").generate([[1], [1, 2]], 5)), "give prompts of one length"),
+        (lambda: KVCache(ModelConfig(**SMALL, router_context="sequence"), 1, 8), "no cache is exact"),
+        (lambda: model(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
+        (lambda: prepare_data.get_tokenizer("morse"), "unknown tokenizer 'morse'"),
     ]:
-        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={unbroken}", "--max_new_tokens=3", *argv])
-        sample.main()
-        assert message in capsys.readouterr().err
+        with pytest.raises(ERRORS, match=f"^[^\n]*{message}[^\n]*$"):
+            action()
+    assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
+    for flag, message in [
+        ("--prompt=", "empty prompt: starting a new document"),
+        ("--prompt=" + "x" * 70, "has 70 tokens, the context 64: reading the last 32"),
+    ]:
+        assert message in run_main(sample, f"--out_dir={unbroken}", "--max_new_tokens=3", flag).err
 
 
 @pytest.mark.parametrize(

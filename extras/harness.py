@@ -1,0 +1,208 @@
+"""Adapter to EleutherAI's lm-evaluation-harness, for eval.py --tasks.
+
+HarnessModel answers the harness's requests: log-likelihoods of a continuation or a whole text, and generation.
+"""
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import PolychromaticLM
+from prepare_data import CHAT_SPECIALS, ROLES, encode, encode_chat, stop_tokens
+from sample import generate_texts
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:
+    raise ValueError("--tasks needs a package: pip install lm-eval") from None
+
+# The paper's tasks: metric, and in percent the paper's base model, its SFT model, Qwen3-0.6B-Base, guessing.
+REFERENCES = {
+    "hellaswag": ("acc_norm", 28.51, 27.84, 41.10, 25),
+    "arc_easy": ("acc_norm", 41.04, 36.11, 65.60, 25),
+    "arc_challenge": ("acc_norm", 22.27, 24.15, 33.90, 25),
+    "piqa": ("acc_norm", 58.87, 54.52, 70.00, 50),
+    "winogrande": ("acc", 52.17, 52.72, 58.50, 50),
+    "boolq": ("acc", 61.13, 55.63, 69.70, 50),
+    "sciq": ("acc_norm", 61.20, 52.70, None, 25),
+    "openbookqa": ("acc_norm", 29.00, 26.80, None, 25),
+    "mmlu_stem": ("acc", 25.28, 28.42, None, 25),
+    "lambada_openai": ("acc", 15.35, 7.01, None, 0),
+    "gsm8k": ("exact_match", None, None, None, 0),
+}
+SHOTS = {"mmlu_stem": 5}  # few-shot examples, as in the paper; other tasks use their own default, mostly 0
+
+# The harness passes chats as text. A Unicode noncharacter, which no text contains, stands for each special token.
+MARKS = {name: chr(0xFDD0 + i) for i, name in enumerate(CHAT_SPECIALS)}
+
+
+@torch.no_grad()
+def log_likelihoods(model: PolychromaticLM, requests: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """For (context, continuation) token ids: log-probability of the continuation in nats, and whether it is greedy.
+
+    Requests longer than block_size are truncated on the left.
+    """
+    T, device = model.config.block_size, model.device
+    rows = [tuple((context + continuation)[-T - 1 : -1]) for context, continuation in requests]
+    unique = list(dict.fromkeys(rows))  # one-token continuations of a context share a row
+    longest = max(map(len, unique))
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in unique], device=device)
+    hidden = dict(zip(unique, model.hidden(padded)))  # causal: padding on the right changes nothing before it
+    totals, greedy = [], []
+    for row, (_, continuation) in zip(rows, requests):
+        targets = torch.tensor(continuation[-T:], device=device)
+        logits = F.linear(hidden[row][len(row) - len(targets) : len(row)], model.head_weight).float()
+        totals.append(logits.log_softmax(-1).gather(1, targets[:, None]).sum())
+        greedy.append((logits.argmax(-1) == targets).all())
+    return list(zip(torch.stack(totals).tolist(), torch.stack(greedy).tolist()))
+
+
+class HarnessModel(TemplateLM):
+    """A model as the harness sees it. batcher: eval.Batcher, which runs a function on batches of requests."""
+
+    def __init__(self, model: PolychromaticLM, encoding: tiktoken.Encoding, batcher):
+        super().__init__()
+        self.model, self.encoding, self.batcher = model, encoding, batcher
+        self.stop_tokens = {encoding.eot_token}
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.encoding.eot_token
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.encoding.name
+
+    def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
+        """Token ids of a text; the marks of apply_chat_template() become special tokens."""
+        # encode_chat() encodes a role and its newline separately, so split after them.
+        roles = "|".join(f"(?<={MARKS['<|im_start|>']}{role}\n)" for role in ROLES)
+        specials = {mark: self.encoding.encode_single_token(name) for name, mark in MARKS.items()}
+        ids = []
+        for piece in filter(None, re.split(f"([{''.join(MARKS.values())}])|{roles}", string)):
+            ids += [specials[piece]] if piece in specials else encode(self.encoding, piece).tolist()
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages in the chat format, as text. Without the generation prompt, the last message starts the answer."""
+        self.stop_tokens = stop_tokens(self.encoding)
+        messages, prefill = chat_history, ""
+        if not add_generation_prompt:
+            messages, prefill = chat_history[:-1], chat_history[-1]["content"]
+        marks = {self.encoding.encode_single_token(name): mark.encode() for name, mark in MARKS.items()}
+        ids = encode_chat(self.encoding, messages, reply=True)[0].tolist()
+        return b"".join(marks.get(i) or self.encoding.decode_single_token_bytes(i) for i in ids).decode() + prefill
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        if n_long := sum(len(a) + len(b) > self.model.config.block_size + 1 for a, b in pairs):
+            tqdm.write(f"{n_long:,} of {len(pairs):,} requests exceed the context: truncated on the left")
+        order = Collator(pairs, sort_fn=lambda pair: (-len(pair[0]) - len(pair[1]), pair[0] + pair[1]))
+        results = []
+        for longest_first in order.get_batched(n=len(pairs)):
+            results += self.batcher(lambda batch: log_likelihoods(self.model, batch), longest_first, "log-likelihoods")
+        return order.get_original(results)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+        windows = []
+        for i, request in enumerate(requests):
+            ids, block_size = self.tok_encode(request.args[0]), self.model.config.block_size
+            text_windows = get_rolling_token_windows(ids, self.eot_token_id, block_size, context_len=1)
+            windows += [(i, *make_disjoint_window(window)) for window in text_windows]
+        totals = [0.0] * len(requests)
+        for (i, _, _), (nats, _) in zip(windows, self._loglikelihood_tokens(windows)):
+            totals[i] += nats
+        return totals
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        prompts = [request.args for request in requests]  # (text, generation settings)
+        order = Collator(prompts, lambda x: (-len(x[0]), x[0]), lambda x: x[1], group_by="gen_kwargs")
+        results = []
+        for group in order.get_batched(n=len(requests)):
+            results += self.batcher(self.generate_batch, group, "generations")
+        return order.get_original(results)
+
+    def generate_batch(self, batch: list[tuple[str, dict]]) -> list[str]:
+        """Continuations of (prompt, generation settings), all with the same settings. Truncates prompts on the left."""
+        settings, T = normalize_gen_kwargs(batch[0][1]), self.model.config.block_size
+        length = settings["max_gen_toks"]
+        prompts = [self.tok_encode(text)[-max(T // 2, T - length) :] or [self.eot_token_id] for text, _ in batch]
+        temperature = settings.get("temperature", 1.0) if settings["do_sample"] else 0.0
+        top_k = settings.get("top_k") or None  # 0 turns it off
+        return generate_texts(
+            self.model, self.encoding, prompts, length, self.stop_tokens, settings["until"], temperature, top_k,
+            settings.get("top_p"),
+        )  # fmt: skip
+
+
+def check_tasks(names: Sequence[str], manager: TaskManager):
+    """Raise ValueError for a name that is not one task."""
+    for name in names:
+        if name not in manager.all_tasks:
+            matches = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"; did you mean {matches[0]!r}?" if matches else ""
+            raise ValueError(f"the harness has no task {name!r}{hint}")
+        if name in manager.all_tags:
+            raise ValueError(f"{name!r} is a tag that several tasks of the harness share; name the tasks")
+
+
+def run_tasks(
+    model: PolychromaticLM, encoding: tiktoken.Encoding, batcher, cfg, dtype: str, finished: dict[str, dict]
+) -> Iterator[tuple[str, dict]]:
+    """Run the tasks of cfg (an EvalConfig) one after another; yields the name and result of each.
+
+    Skips tasks in `finished`, the earlier results, that ran with the same settings. Raises ValueError for an unknown
+    task and for data that cannot be downloaded.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=cfg.task_dir)
+    check_tasks(cfg.tasks, manager)
+    harness_model = HarnessModel(model, encoding, batcher)
+    for name in cfg.tasks:
+        settings = {"limit": cfg.limit, "chat": cfg.chat, "num_fewshot": SHOTS.get(name), "dtype": dtype}
+        if name in finished and finished[name]["settings"] == settings:
+            print(f"{name}: already done with these settings; delete eval.json to run it again")
+            continue
+        try:
+            output = lm_eval.simple_evaluate(
+                model=harness_model, tasks=[name], limit=cfg.limit, num_fewshot=SHOTS.get(name), task_manager=manager,
+                apply_chat_template=cfg.chat, log_samples=False,
+            )  # fmt: skip
+        except OSError as e:
+            raise ValueError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None
+        metrics = {**output["results"], **output.get("groups", {})}[name]
+        n = sum(counts["effective"] for counts in output["n-samples"].values())
+        yield name, {"settings": settings, "n": n, "metrics": metrics, "lm_eval": lm_eval.__version__}
+
+
+def headline(metrics: dict, preferred: str | None) -> tuple[str, float, float | None]:
+    """Name, value and standard error of a task's main metric: the preferred one, else the first common one."""
+    numbers = [key for key, value in metrics.items() if isinstance(value, float) and "_stderr," not in key]
+    names = (preferred, "acc_norm", "acc", "exact_match")
+    common = [key for name in names for key in numbers if key.split(",")[0] == name]
+    key = (common + numbers)[0]
+    error, scale = metrics.get(key.replace(",", "_stderr,")), 100 if common else 1
+    return key.replace(",none", ""), scale * metrics[key], scale * error if isinstance(error, float) else None
+
+
+def task_table(results: dict[str, dict], names: Sequence[str]) -> list[list[str]]:
+    """The scores beside those of the paper, in percent, as rows for eval.print_table()."""
+    table = [["task", "metric", "n", "this model", "paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3"]]
+    for name in names:
+        preferred, base, sft, qwen3, guess = REFERENCES.get(name, (None,) * 5)
+        metric, score, error = headline(results[name]["metrics"], preferred)
+        ours = f"{score:.2f} ± {'-' if error is None else format(error, '.2f')}"
+        cells = [(base, ".2f"), (sft, ".2f"), (qwen3, ".2f"), (guess, "g"), (qwen3 and score / qwen3, ".0%")]
+        others = ["-" if value is None else format(value, spec) for value, spec in cells]
+        table.append([name, metric, str(results[name]["n"]), ours, *others])
+    return table

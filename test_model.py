@@ -2385,8 +2385,8 @@ def test_sampling_errors_are_one_line(unbroken, run_main, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     model, cpu = small_model(), torch.device("cpu")
     for action, message in [
-        (lambda: sample.newest_checkpoint(), "no checkpoint under out; train one"),
-        (lambda: sample.open_model("absent", cpu), "no checkpoint at .*absent"),
+        (sample.newest_checkpoint, "no checkpoint under out; train one"),
+        (lambda: sample.open_model("absent", cpu), "no checkpoint at absent"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
         (lambda: train.pick_device("abacus"), "device 'abacus' cannot be used here"),
         (lambda: sample.inference_dtype("float16", cpu), "dtype is 'float16'; it must be auto, bfloat16 or float32"),
@@ -2400,8 +2400,7 @@ def test_sampling_errors_are_one_line(unbroken, run_main, tmp_path, monkeypatch)
         (lambda: model(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
         (lambda: prepare_data.get_tokenizer("morse"), "unknown tokenizer 'morse'"),
     ]:
-        with pytest.raises(ERRORS, match=f"^[^\n]*{message}[^\n]*$"):
-            action()
+        assert message in error_of(action)
     assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
     for flag, message in [
         ("--prompt=", "empty prompt: starting a new document"),

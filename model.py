@@ -1,8 +1,8 @@
 """PolychromaticLM: a decoder-only transformer with PolyGLU feed-forward layers (arXiv 2603.13347).
 
 An ordinary feed-forward neuron has one fixed activation. A PolyGLU neuron mixes K of them, weighted by its own learned
-preference and by a router that reads the context. In reading order: PolyGLU and what its router reads, configuration,
-attention with its masks and cache, loss, model, measures of the routing. What else differs from a plain GPT:
+preference and a router that reads the context. In reading order: PolyGLU and what its router reads, configuration,
+attention with its masks and cache, loss, model, measures of the routing. Other differences from a plain GPT:
 
 - grouped-query attention, RMSNorm on every query and key head (QK-norm), rotary positions, no biases, tied embedding
 - documents packed into one row do not see each other; padding is one more document
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 #   alpha  [d_ff, K]   static preference of each neuron, learned, starts at 0
 #   f      [B, T, K]   router: what the context asks of all neurons of the layer alike
 #   beta   [K]         scale of the router, learned, starts at 1
-#   tau    []          temperature: at 1 activations mix, at 0.1 one nearly wins; training lowers it with set_tau()
+#   tau    []          temperature: at 1 the activations mix, at 0.1 one dominates; training lowers it with set_tau()
 #   g      [B, T, d_ff, K], held as K tensors [B, T, d_ff]: weight of each activation in each neuron at each token
 
 
@@ -47,8 +47,8 @@ class PolyGLU(nn.Module):
         g          = softmax( (alpha + beta * f + Gumbel noise) / tau )     over the K activations
         f          = W2 relu( context(W1 x + b1) ) + b2                     by default the mean of the document so far
 
-    It works alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in training only,
-    once for each row, so that it is constant along the row. With one activation there is no g: a plain GLU (SwiGLU,
+    It can be used on its own: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in
+    training only, once for each row and constant along it. With one activation there is no g: a plain GLU (SwiGLU,
     GEGLU, ...). router_hidden=0 leaves out f. Raises ValueError for an activation or router_context without an entry in
     ACTIVATIONS or ROUTER_CONTEXTS.
     """
@@ -89,29 +89,34 @@ class PolyGLU(nn.Module):
 
     def mixture(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> list[Tensor]:
         """The weights g: K tensors [B, T, d_ff], at least float32, that sum to 1. Arguments as forward()'s."""
-        static = self.alpha.t().contiguous().expand(x.size(0), -1, -1)  # [B, K, d_ff]
+        static = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, d_ff]
         if self.training and self.gumbel:
             static = static + gumbel_noise(static)
         dynamic = self.router(x, doc_start, cache)  # [B, T, K]
         logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]  # [B, T, d_ff] each
         # Softmax over K separate tensors: stacked into one, they would take four times the memory traffic on a GPU.
-        top = functools.reduce(torch.maximum, logits).detach()  # a common shift changes no softmax, but avoids overflow
+        top = functools.reduce(
+            torch.maximum, logits
+        ).detach()  # softmax is invariant to this shift; exp overflows without it
         e = [((logit - top) / self.tau).exp() for logit in logits]
         total = sum(e)
         return [e_k / total for e_k in e]
 
     def router(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
-        """beta * f: x [B, T, n_embd] -> [B, T, K], at least float32; zeros without a router."""
+        """beta * f: x [B, T, n_embd] -> [B, T, K]; zeros without a router."""
         if not self.has_router:
             return self.alpha.new_zeros(*x.shape[:2], len(self.sigma))
-        u = at_least_fp32(self.router_in(x))  # averaged after W1, which equals averaging x: R numbers, not n_embd
+        u = at_least_fp32(self.router_in(x))
         doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
         with torch.autocast(x.device.type, enabled=False):
-            return self.beta * self.router_out(F.relu(ROUTER_CONTEXTS[self.router_context](u, doc_start, cache)))
+            context = ROUTER_CONTEXTS[self.router_context](u, doc_start, cache)
+            return self.beta * self.router_out(F.relu(context).to(self.beta.dtype))
 
 
 def set_tau(module: nn.Module, tau: float):
-    """Set the temperature of every PolyGLU in this module."""
+    """Set the temperature of every PolyGLU in this module. Raises ValueError unless it is above 0."""
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}; it must be above 0")
     for layer in module.modules():
         if isinstance(layer, PolyGLU):
             layer.tau.fill_(tau)
@@ -135,11 +140,11 @@ def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
     return (in_document[..., :-1] / in_document[..., -1:]).to(u.dtype)
 
 
-# What the router reads: functions (u, doc_start, cache) -> the context, of the shape and dtype of u.
-#   u          [B, T, R], at least float32: W1 x + b1
-#   doc_start  [B, T] int64: index among these T tokens of the first token of each token's document; -1 for the document
-#              that the row starts with, or continues from the cache
-#   cache      None, or [B, 1, R + 1] float64, zeros at first, updated in place: what the next call needs of this one
+# What the router reads: functions (u, doc_start, cache) -> context, of the shape and dtype of u.
+#   u          [B, T, R], at least float32: W1 x + b1. A mean commutes with W1, and u is narrower than x.
+#   doc_start  [B, T] int64: index at which each token's document starts among these T tokens; -1 for the row's first
+#              document, which may continue from the cache
+#   cache      None, or [B, 1, R + 1] float64, zeros at first: state carried between calls, updated in place
 ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "prefix": prefix_mean,
     "token": lambda u, doc_start, cache: u,  # this token only, as Mixture of Activations does (arXiv 2605.26647)
@@ -193,7 +198,12 @@ class ModelConfig:
     n_embd: int = 1024  # width of the residual stream
     head_dim: int = 64  # width of one attention head
     d_ff: int = 4096  # feed-forward neurons in a layer
-    activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # those a neuron mixes; one: a plain GLU
+    activations: tuple[str, ...] = (
+        "relu",
+        "tanh",
+        "silu",
+        "gelu",
+    )  # mixed by every neuron; a single one makes a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
     gumbel: bool = True  # Gumbel noise on the routing logits in training
@@ -220,7 +230,7 @@ class ModelConfig:
 
     @property
     def sees_future(self) -> bool:
-        """Whether the routing of a token depends on later tokens. Then no KV cache is exact."""
+        """Whether the routing of a token depends on later tokens. A KV cache cannot be exact then."""
         return self.router_context == "sequence" and self.router_hidden > 0 and len(self.activations) > 1
 
 
@@ -260,7 +270,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, layout: "Layout", cache: "LayerCache | None" = None) -> Tensor:
-        """x [B, T, n_embd] -> [B, T, n_embd]. Writes to the cache; reads it if it held tokens before."""
+        """x [B, T, n_embd] -> [B, T, n_embd]. Writes to the cache; attends to it if it held tokens before."""
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q, k, v = (w(x).view(heads).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))  # [B, H, T, head_dim]
@@ -269,8 +279,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache.k[:, :, layout.positions] = k.to(cache.k.dtype)
             cache.v[:, :, layout.positions] = v.to(cache.v.dtype)
-        if layout.read_cache:
-            k, v = cache.k, cache.v
+            if layout.mask is not None:  # None: these are the first tokens
+                k, v = cache.k, cache.v
         if isinstance(layout.mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
             y = attend(q, k, v, block_mask=layout.mask, enable_gqa=True)
@@ -285,14 +295,13 @@ class Layout(NamedTuple):
 
     cos: Tensor  # [T, head_dim / 2], of each token's rotary angles
     sin: Tensor
-    mask: Tensor | BlockMask | None  # attention mask, [B, 1, T, keys] bool or a block mask; None: plain causal
-    doc_start: Tensor  # [B, T] int64, for the router, see ROUTER_CONTEXTS
+    mask: Tensor | BlockMask | None  # attention mask, [B, 1, T, keys] bool or a block mask; None: causal
+    doc_start: Tensor | None  # [B, T] int64, for the router, see ROUTER_CONTEXTS; None: one document a row
     positions: Tensor  # [T] int64: where the tokens go in the cache
-    read_cache: bool  # False for the first tokens, which attend to each other only
 
 
 class LayerCache(NamedTuple):
-    """Tensors that one layer keeps of the tokens it has read; updated in place."""
+    """One layer's state of the tokens read so far, updated in place."""
 
     k: Tensor  # [B, n_kv_head, max_length, head_dim]
     v: Tensor  # the same
@@ -303,8 +312,8 @@ class KVCache:
     """State of decoding, so that it runs only the new token: keys, values and router sums of `length` tokens so far.
 
     Pass it to forward(), which fills it. It holds batch_size rows of max_length tokens; keys and values have the given
-    dtype. Attention reads all max_length places behind a mask, so shapes stay the same and one compiled graph serves
-    every token. Raises ValueError for a "sequence" router.
+    dtype. Decoding attends to all max_length positions under a mask: shapes are static, so one compiled graph serves
+    every token. It only grows: the router's sums cannot be rewound. Raises ValueError for a "sequence" router.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
@@ -370,10 +379,10 @@ class Block(nn.Module):
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None) -> Tensor:
-    """Mean cross-entropy, in nats, of the logits hidden @ weight.T, which never exist all at once.
+    """Mean cross-entropy, in nats, of the logits hidden @ weight.T, without ever holding all of them.
 
     hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. chunk_size is in tokens
-    (None: as many as make 2**25 logits, on a GPU 2**28).
+    (None: about 2**25 logits a chunk, 2**28 on a GPU).
     """
     if chunk_size is None:
         chunk_size = max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
@@ -381,15 +390,14 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """chunked_cross_entropy(): the forward pass turns each chunk of logits into its own gradient, so that no matrix
-    product is computed twice. The gradient of the weight is summed in float32."""
+    """chunked_cross_entropy(): the forward pass computes each chunk's gradient too, while its logits are there."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, needs_grad: bool) -> Tensor:
         dtype, V = compute_dtype(hidden), weight.size(0)
         w = F.pad(weight, (0, 0, 0, -V % 128)).to(dtype)  # tensor cores are slow on a ragged 151,669
         mask = (targets >= 0).to(at_least_fp32(hidden).dtype)
-        share = mask / mask.sum().clamp_min(1)  # of each token in the mean
+        share = mask / mask.sum().clamp_min(1)  # weight of each token in the mean
         loss, d_hidden = mask.new_zeros(()), []
         d_weight = torch.zeros_like(w, dtype=mask.dtype) if needs_grad else None
         chunks = (x.split(chunk_size) for x in (hidden.to(dtype), targets.clamp_min(0), share))
@@ -427,7 +435,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 # --------------------------------------------------------------------------------------------------------------- model
 
-ROUTING = re.compile(r"\.ffn\.(alpha|beta|router_in|router_out)\b")  # names of the routing's parameters
+ROUTING = re.compile(r"\.ffn\.(alpha|beta|router_in|router_out)\b")  # routing parameters
 
 
 class PolychromaticLM(nn.Module):
@@ -443,8 +451,8 @@ class PolychromaticLM(nn.Module):
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass: less memory, more time
-        self.flex: bool | None = None  # whether FlexAttention keeps documents apart; None: on CUDA
-        torch.set_rng_state(rng)  # the constructors drew numbers; how many depends on the routing
+        self.flex: bool | None = None  # use FlexAttention for packed documents; None: on CUDA only
+        torch.set_rng_state(rng)  # undo the constructors' draws: their number depends on the routing
         self.init_weights()
 
     def init_weights(self):
@@ -457,7 +465,8 @@ class PolychromaticLM(nn.Module):
         """
         for name, module in sorted(self.named_modules(), key=lambda item: ".router_" in item[0]):  # False before True
             adds_to_residual = name.endswith((".w_o", ".w_down"))
-            init_linear(module, std=0.02 / math.sqrt(2 * self.config.n_layer) if adds_to_residual else 0.02)
+            if ".learned_sigma." not in name:
+                init_linear(module, std=0.02 / math.sqrt(2 * self.config.n_layer) if adds_to_residual else 0.02)
 
     @property
     def head_weight(self) -> Tensor:
@@ -475,9 +484,9 @@ class PolychromaticLM(nn.Module):
 
         tokens [B, T] int64. With targets [B, T] (-1: ignored): the mean cross-entropy in nats per token, [] float32.
         Else logits [B, T, vocab_size]; with a cache, those of the last position only, [B, 1, vocab_size].
-        doc_ids [B, T] int64, in contiguous runs: attention and the prefix mean stay inside each document. With a cache,
-        the tokens continue the cached rows, in the same documents if doc_ids are not given. Raises ValueError for a row
-        longer than block_size or the cache's room.
+        doc_ids [B, T] int64, in contiguous runs: attention and the prefix mean stay inside each document. With a cache
+        (without targets) the tokens continue the cached rows, in the same documents if there are no doc_ids. Raises
+        ValueError for a row longer than block_size or the cache's room.
         """
         x = self.hidden(tokens, doc_ids, cache)
         if targets is None:
@@ -489,10 +498,12 @@ class PolychromaticLM(nn.Module):
         layout = self.layout(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+            if cache is not None:  # prompts bypass block.compile(): every length would compile again
+                x = (block if tokens.size(1) == 1 else block.forward)(x, layout, cache.layers[i])
+            elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
-                x = block(x, layout, None if cache is None else cache.layers[i])
+                x = block(x, layout)
         if cache is not None:
             cache.length += tokens.size(1)
             x = x[:, -1:]
@@ -501,28 +512,24 @@ class PolychromaticLM(nn.Module):
     def layout(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Layout:
         """Positions, documents and attention mask of a batch. Arguments as forward()'s."""
         (B, T), device, c = tokens.shape, tokens.device, self.config
-        past, room = (cache.length, min(cache.max_length, c.block_size)) if cache is not None else (0, c.block_size)
+        past = 0 if cache is None else cache.length
+        room = c.block_size if cache is None else min(c.block_size, cache.max_length)
         if past + T > room:
             raise ValueError(f"{past + T} tokens in a row, but there is room for {room}")
-        mask, positions = None, torch.arange(past, past + T, device=device)
+        positions, mask, doc_start = torch.arange(past, past + T, device=device), None, None
+        before = cache.doc_ids[:, past - 1 : past] if past else None  # document of the token before each row
         if doc_ids is None and past:
-            doc_ids = cache.doc_ids[:, past - 1 : past].expand(B, T)  # the document under way goes on
-        if doc_ids is None:
-            doc_start = torch.full((B, T), -1, device=device)
-        else:
-            before = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]  # document of the token before
-            starts = doc_ids != torch.cat((before, doc_ids[:, :-1]), dim=1)
-            doc_start = torch.where(starts, torch.arange(T, device=device), -1).cummax(1).values
+            doc_ids = before.expand(B, T)  # continue the current document
         if cache is not None:
             cache.doc_ids[:, past : past + T] = 0 if doc_ids is None else doc_ids
-        if past:
-            mask = document_mask(cache.doc_ids, positions)
-        elif doc_ids is not None:
+        if doc_ids is not None:
+            previous = torch.cat((doc_ids[:, :1] if before is None else before, doc_ids[:, :-1]), dim=1)
+            doc_start = torch.where(doc_ids != previous, torch.arange(T, device=device), -1).cummax(1).values
             flex = cache is None and (tokens.is_cuda if self.flex is None else self.flex)
-            mask = document_mask(doc_ids, positions, flex)
+            mask = document_mask(doc_ids if cache is None else cache.doc_ids, positions, flex)
         wavelengths = c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
         angles = positions[:, None] / wavelengths  # [T, head_dim / 2]
-        return Layout(angles.cos(), angles.sin(), mask, doc_start, positions, read_cache=past > 0)
+        return Layout(angles.cos(), angles.sin(), mask, doc_start, positions)
 
     @torch.no_grad()
     def generate(
@@ -534,7 +541,7 @@ class PolychromaticLM(nn.Module):
 
         tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
         k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_tokens. A row longer
-        than block_size goes on from its last block_size / 2 tokens. Raises ValueError for an empty prompt, and for a
+        than block_size continues from its last block_size / 2 tokens. Raises ValueError for an empty prompt, and for a
         "sequence" router with prompts of different lengths.
         """
         rows, block_size = [list(map(int, row)) for row in tokens], self.config.block_size
@@ -545,14 +552,15 @@ class PolychromaticLM(nn.Module):
         self.eval()
         try:
             for step in range(max_new_tokens):
-                if cache is None or cache.length == block_size:  # read the prompts, later the recent half of full rows
+                if (
+                    cache is None or cache.length == block_size
+                ):  # read the prompts, and full rows again from their recent half
                     rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
                     unread, doc_ids = pad_left(rows, self.device)
                     if not self.config.sees_future:
                         room = min(block_size, unread.size(1) + max_new_tokens - step)
                         cache = KVCache(self.config, len(rows), room, self.device, compute_dtype(self.embedding.weight))
-                    with torch.compiler.set_stance("force_eager"):  # every length of a prompt would compile anew
-                        logits = self(unread, doc_ids=doc_ids, cache=cache)
+                    logits = self(unread, doc_ids=doc_ids, cache=cache)
                 else:
                     logits = self(token[:, None], cache=cache)
                 token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
@@ -571,7 +579,7 @@ class PolychromaticLM(nn.Module):
     ) -> torch.optim.AdamW:
         """Fused AdamW. Only weight matrices and the embedding decay: never alpha, beta, norms or biases.
 
-        Parameters that need no gradient are left out. Each group says with "routing" whether it holds those of routing.
+        Parameters that need no gradient are left out. Each group has a flag "routing".
         """
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, p in self.named_parameters():
@@ -587,7 +595,7 @@ class PolychromaticLM(nn.Module):
     def flops_per_token(self, length: int | None = None) -> float:
         """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.
 
-        6 for each parameter of a matrix product, which an untied embedding is not, and 12 n_layer n_head head_dim T for
+        6 per parameter, except an untied embedding, which is only looked up, and 12 n_layer n_head head_dim T for
         attention over the full T x T, although causal and document masks skip part of it (arXiv 2204.02311, app. B).
         """
         c = self.config
@@ -622,7 +630,7 @@ def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def check_generation(config: ModelConfig, rows: list[list[int]], temperature: float, top_k, top_p):
-    """Raise ValueError for what generate() cannot continue."""
+    """Raise ValueError for prompts or settings that generate() cannot use."""
     if not rows or not all(rows):
         raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
     if not all(0 <= token < config.vocab_size for row in rows for token in row):
@@ -648,7 +656,7 @@ def routing_stats(
     """Measures of the routing on tokens [B, T], without noise: {measure: one value a layer}; empty for a plain GLU.
 
     mask [B, T] bool: the tokens to average over (None: all), so that padding does not count.
-    - static_entropy: of softmax(alpha), mean over neurons, in nats. Blind to the input and to tau.
+    - static_entropy: of softmax(alpha), mean over neurons, in nats. Independent of the input and of tau.
     - dynamic_entropy: of g, mean over neurons and tokens, in nats
     - usage: share of each activation [K], the mean of g
     - input_dependence: mutual information of choice and token, mean over neurons, in nats: H(mean g) - mean H(g)
@@ -668,7 +676,8 @@ def routing_stats(
         x = x + block.ffn(h, layout.doc_start)
         dynamic, agreement, mean_g = 0.0, 0.0, 0.0
         for i in range(len(tokens)):  # a row at a time: g has K * T * d_ff numbers
-            g = torch.stack(block.ffn.mixture(h[i : i + 1], layout.doc_start[i : i + 1]))
+            doc_start = None if layout.doc_start is None else layout.doc_start[i : i + 1]
+            g = torch.stack(block.ffn.mixture(h[i : i + 1], doc_start))
             g = g[:, 0, mask[i]]  # [K, tokens, d_ff]
             votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
             agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / mask.sum()

@@ -44,7 +44,7 @@ QWEN3_NAMES = (
 def from_pretrained(
     source: str | Path, revision: str | None = None, router_context: str | None = None
 ) -> PolychromaticLM:
-    """A float32 model on the CPU, from any of four layouts, told apart by their tensor names.
+    """A float32 model on the CPU, from any of four layouts, recognized by their tensor names.
 
     - a checkpoint of train.py or sft.py, or a run folder that holds one
     - config.json and model.safetensors of save_pretrained()
@@ -52,7 +52,7 @@ def from_pretrained(
       noise; tau is the file's, or 0.1
     - a Qwen3 (config.json, .safetensors, sharded or not): a model with one activation, K = 1
     source: a local path, or the name of a model on the hub, at a revision. router_context replaces the model's own.
-    Raises FileNotFoundError if there is nothing, else ValueError with the file and what is wrong.
+    Raises FileNotFoundError if nothing is found, else ValueError naming the file and the fault.
     """
     config, state, path = load_weights(source, revision)
     if router_context:
@@ -67,27 +67,26 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
         raise ValueError(f"{source} is a local path, which has no revisions")
     path = find_weights(path) if path.is_dir() else path
     settings = read_json(path.parent / "config.json")
-    if path.name.endswith((".safetensors", ".index.json")):
-        saved = {"model": load_safetensors(path), "model_config": settings}
-    else:
-        saved = load_checkpoint(path)
+    is_checkpoint = not path.name.endswith((".safetensors", ".index.json"))
+    saved = load_checkpoint(path) if is_checkpoint else {"model": load_safetensors(path)}
     try:
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in saved["model"].items()}
         if "embedding.weight" in state:
-            config, tau = ModelConfig(**saved.get("model_config", settings)), state.pop("tau", None)
-        elif "embeddings.weight" in state:  # the paper's release; its rotary tables are computed anew
+            settings = saved.get("model_config", settings)
+            if not settings:
+                raise ValueError("there is no config.json beside it")
+            config = ModelConfig(**settings)
+        elif "embeddings.weight" in state:  # the paper's release; its rotary tables are recomputed
             state = renamed({name: t for name, t in state.items() if not name.startswith("rope.")}, RELEASED_NAMES)
             config = ModelConfig(**shape_of(state), router_context="sequence", gumbel=False)
-            tau = state.pop("tau", saved.get("tau", 0.1))
+            state.setdefault("tau", torch.tensor(float(saved.get("tau", 0.1))))
         elif "model.embed_tokens.weight" in state:
-            if not settings.get("tie_word_embeddings", True):
-                state["lm_head.weight"]  # a KeyError if it is missing
-            state = renamed(state, QWEN3_NAMES)
-            config, tau = ModelConfig(**shape_of(state), **qwen3_settings(settings, path.parent / "config.json")), 1.0
+            if not settings.get("tie_word_embeddings", True) and "lm_head.weight" not in state:
+                raise KeyError("lm_head.weight")
+            state = renamed(state, QWEN3_NAMES) | {"tau": torch.tensor(1.0)}
+            config = ModelConfig(**shape_of(state), **qwen3_settings(settings, path.parent / "config.json"))
         else:
             raise ValueError(f"no known layout; its first tensor is {next(iter(state), 'missing')}")
-        if tau is not None:  # elsewhere one number of the model, here a buffer of each layer
-            state |= {f"blocks.{i}.ffn.tau": torch.tensor(float(tau)) for i in range(config.n_layer)}
         return config, state, path
     except KeyError as e:
         raise ValueError(f"{path} lacks the tensor {e.args[0]}") from None
@@ -124,7 +123,7 @@ def renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dic
 
 
 def shape_of(state: dict[str, Tensor]) -> dict:
-    """The settings of ModelConfig that follow from the tensors. Raises KeyError for a missing tensor."""
+    """ModelConfig settings read from the tensors' shapes. Raises KeyError for a missing tensor."""
     head_dim = state["blocks.0.attn.norm_q.weight"].numel()
     shape = {
         "vocab_size": state["embedding.weight"].size(0),
@@ -142,7 +141,7 @@ def shape_of(state: dict[str, Tensor]) -> dict:
 
 
 def qwen3_settings(settings: dict, path: Path) -> dict:
-    """Settings of ModelConfig in a Qwen3's config.json; raises ValueError for what this model does not have."""
+    """Settings of ModelConfig in a Qwen3's config.json; raises ValueError for an unsupported setting."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     unsupported = {
         f"model_type {settings.get('model_type')!r}": settings.get("model_type") != "qwen3",
@@ -209,7 +208,9 @@ def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, 
     state = PolychromaticLM(config).state_dict()
     state.update(old.state_dict())
     for name, tensor in state.items():
-        if name.endswith(".alpha"):
+        if name.endswith(".tau"):
+            state[name] = torch.full_like(tensor, tau)
+        elif name.endswith(".alpha"):
             tensor.zero_()[:, config.activations.index(old.config.activations[0])] = alpha
         elif ".router_out." in name:
             tensor.zero_()
@@ -226,6 +227,11 @@ def save_pretrained(model: PolychromaticLM, directory: str | Path, settings: dic
     except ImportError:
         raise ValueError("writing .safetensors needs a package: pip install safetensors") from None
     directory = Path(directory)
+    for name in ("ckpt.pt", "model.safetensors.index.json"):
+        if (directory / name).exists():
+            raise ValueError(
+                f"{directory} has a {name}, which from_pretrained() would read instead; choose another folder"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
     (directory / "README.md").write_text(model_card(model, settings or {}))
@@ -243,7 +249,7 @@ def model_card(model: PolychromaticLM, settings: dict) -> str:
         f"(arXiv 2603.13347) of {', '.join(c.activations)}; router context {c.router_context}, "
         f"tau {model.blocks[0].ffn.tau.item():g}, tokenizer {c.tokenizer}.\n\n"
         "    from extras.weights import from_pretrained\n"
-        '    model = from_pretrained("this folder")\n\n'
+        '    model = from_pretrained("path/to/this/folder")\n\n'
         + (f"Trained with:\n\n| setting | value |\n|---|---|\n{rows}" if settings else "")
     )
 

@@ -573,7 +573,7 @@ def sample_text(size: int) -> str:
     scripts += [(0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1F700)]
     while len(text) < size:
         script = range(*rng.choice(scripts))
-        text += "".join(chr(rng.choice(script)) for _ in range(rng.randint(1, 12)))
+        text += "".join(map(chr, rng.choices(script, k=rng.randint(1, 12))))
         text += rng.choice([" ", "  ", "\n", "\r\n", "\t", " \n \n", "\u3000", "'s ", "1", "-"])
     return text
 
@@ -597,22 +597,10 @@ def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_voc
     assert bytes(prepare_data.encode(prepare_data.get_tokenizer("bytes"), SAMPLE).tolist()) == SAMPLE.encode()
 
 
-def test_the_qwen3_vocabulary_comes_from_one_commit_of_the_hub(small_vocab, monkeypatch):
-    get_tokenizer, download = prepare_data.get_tokenizer.__wrapped__, mock.Mock(return_value=str(small_vocab))
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", download)
-    assert get_tokenizer("qwen3").n_vocab == get_tokenizer("qwen3", str(small_vocab)).n_vocab
-    revision = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"
-    download.assert_called_once_with("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=revision)
-    download.side_effect = OSError
-    message = "cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab="
-    assert error_of(get_tokenizer, "qwen3") == message
-
-
 def arithmetic(text: str) -> Fraction | None:
     """The value of a plain arithmetic expression, None if it is not one."""
-    if not re.fullmatch(r"\s*-?\d+(\s*[+*/-]\s*-?\d+)*\s*", text):
-        return None
-    return eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})
+    is_plain = re.fullmatch(r"\s*-?\d+(\s*[+*/-]\s*-?\d+)*\s*", text)
+    return eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction}) if is_plain else None
 
 
 def next_term(text: str) -> Fraction:
@@ -649,12 +637,11 @@ def test_generated_answers_and_worked_steps_are_right(family):
         question, steps, answer = prepare_data.FAMILIES[family](rng)
         assert answer == str(solve(*re.search(pattern, question).groups())), question
         questions += question
-        for step in steps:
-            for chain in re.split(r"[:;,]| and | is | so ", re.sub(r"\d*x = ", "", step)):
-                sides = [arithmetic(side) for side in re.sub(r"10% ?|\d+% ?", "", chain).split("=")]
-                if len(sides) > 1 and None not in sides:
-                    assert len(set(sides)) == 1, step
-                    n_checked += 1
+        for chain in re.split(r"[:;,]| and | is | so ", re.sub(r"\d*x = ", "", "; ".join(steps))):
+            sides = [arithmetic(side) for side in re.sub(r"10% ?|\d+% ?", "", chain).split("=")]
+            if len(sides) > 1 and None not in sides:
+                assert len(set(sides)) == 1, steps
+                n_checked += 1
     assert n_checked > 800  # the steps do hold equations to check
     if family == "word problems":
         assert all(word in questions for word in ("loses", "fills", "shares", "buys"))
@@ -733,11 +720,9 @@ def corpus_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def bytes_written(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*.bin*"):
-        with contextlib.suppress(FileNotFoundError):  # renamed just now
-            total += path.stat().st_size
-    return total
+    with contextlib.suppress(FileNotFoundError):  # renamed just now: count again
+        return sum(path.stat().st_size for path in folder.rglob("*.bin*"))
+    return bytes_written(folder)
 
 
 @pytest.mark.parametrize("corpus", ["pretrain", "sft"])
@@ -748,9 +733,9 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(corpus, source_dir, smal
     prepare(*arguments, f"--data_dir={tmp_path}/whole")
     whole, rng = corpus_bytes(tmp_path / "whole" / corpus), random.Random(0)
     arguments += [f"--data_dir={tmp_path}/killed", "--commit_seconds=0"]
+    command, quiet = [sys.executable, "prepare_data.py", *arguments], subprocess.DEVNULL
     for share in (0, 0.4):
-        command = [sys.executable, "prepare_data.py", *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet)
         size = (share + rng.uniform(0.05, 0.25)) * bytes_written(tmp_path / "whole")
         while process.poll() is None and bytes_written(tmp_path / "killed") < size:
             time.sleep(0.002)
@@ -1235,20 +1220,18 @@ def test_any_text_in_a_message_comes_back_and_cannot_end_its_turn(chat_encoding)
 
 def test_what_is_no_conversation_is_left_out_and_named():
     encoding, roles = prepare_data.get_tokenizer("bytes"), "not one of system, user, assistant"
-    for bad, fault in [
-        ([], "no messages"),
-        ([{"role": "tool", "content": "x"}], f"the role 'tool', {roles}"),
-        (["hello"], f"the role None, {roles}"),
-        ([{"role": "user"}], "content that is not text"),
-        ([{"role": "user", "content": [1]}], "content that is not text"),
-        ({"role": "user"}, "messages that are not a list"),
-        ("text", "messages that are not a list"),
-        (None, "messages that are not a list"),
-        (messages("?", " "), "an assistant message without text"),
-    ]:
-        assert prepare_data.encode_conversation(encoding, 64, bad).note == f"left out: {fault}"
-        if fault not in ("messages that are not a list", "an assistant message without text"):
-            assert error_of(prepare_data.encode_chat, encoding, bad) == fault
+    for fault, conversations in {
+        "no messages": [[]],
+        f"the role 'tool', {roles}": [[{"role": "tool", "content": "x"}]],
+        f"the role None, {roles}": [["hello"]],
+        "content that is not text": [[{"role": "user"}], [{"role": "user", "content": [1]}]],
+        "messages that are not a list": [{"role": "user"}, "text", None],
+        "an assistant message without text": [messages("?", " ")],
+    }.items():
+        for said in conversations:
+            assert prepare_data.encode_conversation(encoding, 64, said).note == f"left out: {fault}"
+            if fault not in ("messages that are not a list", "an assistant message without text"):
+                assert error_of(prepare_data.encode_chat, encoding, said) == fault
 
 
 def test_held_out_questions_occur_in_no_training_data():
@@ -2227,28 +2210,35 @@ def test_a_bad_source_is_one_line_and_leaves_no_corpus(flag, message, source_dir
     assert corpus_bytes(tmp_path / "data") == {}
 
 
-def test_a_preparation_from_the_hub_stays_with_one_commit(tmp_path, monkeypatch):
+def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, monkeypatch):
     hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
+    get_tokenizer, download = prepare_data.get_tokenizer.__wrapped__, mock.Mock(return_value=str(small_vocab))
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert get_tokenizer("qwen3").n_vocab == get_tokenizer("qwen3", str(small_vocab)).n_vocab
+    revision = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"
+    download.assert_called_once_with("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=revision)
     newest, progress = [SimpleNamespace(sha="commit 1"), SimpleNamespace(sha="commit 2")], tmp_path / "progress.json"
     monkeypatch.setattr(hub.HfApi, "dataset_info", mock.Mock(side_effect=newest))
     first = prepare_data.pinned_revision("owner/a", progress)
     prepare_data.write_json(progress, {"fingerprint": {"load_dataset": {"path": "owner/a", "revision": first}}})
     assert first == prepare_data.pinned_revision("owner/a", progress) == "commit 1"
     assert prepare_data.pinned_revision("owner/b", progress) == "commit 2"
+    download.side_effect = OSError
+    message = "cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab="
+    assert error_of(get_tokenizer, "qwen3") == message
     gated = datasets.exceptions.DatasetNotFoundError("Dataset 'owner/a' is a gated dataset on the Hub.\nLog in.")
     monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=gated))
     message = error_of(next, prepare_data.read_rows("owner/a", {}, None))
     assert re.match("cannot read owner/a: .*Hub. Log in.; accept its terms on its page, then log in", message)
 
 
-@contextlib.contextmanager
-def full_disk(size: int):
-    """No file may grow beyond this size."""
+def error_of_full_disk(size: int, *arguments: str) -> str:
+    """What a preparation says where no file may grow beyond this size."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        yield
+        return error_of(prepare, *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -2260,11 +2250,9 @@ def test_a_failed_preparation_leaves_the_corpus_before_it_and_resumes_when_it_ca
     assert "no file matches typo" in error_of(prepare, *old, "--source.math=typo/*.parquet")
     assert corpus_bytes(tmp_path / "old" / "pretrain") == before
     others = [f"--source.math={source_dir}/s.jsonl", "--text_field.math=content", "--commit_seconds=1000"]
-    with full_disk(100_000):  # fails before its first commit
-        assert "cannot write the corpus" in error_of(prepare, *old, *others)
+    assert "cannot write the corpus" in error_of_full_disk(100_000, *old, *others)  # before its first commit
     assert corpus_bytes(tmp_path / "old" / "pretrain") == before
-    with full_disk(300_000):  # fails after some commits
-        assert "cannot write the corpus" in error_of(prepare, *new, "--commit_seconds=0")
+    assert "cannot write the corpus" in error_of_full_disk(300_000, *new, "--commit_seconds=0")  # after some commits
     assert not list((tmp_path / "new").rglob("*.bin"))
     for folder, command in (("old", old), ("new", new)):
         prepare(*command)

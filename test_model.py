@@ -754,14 +754,13 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(corpus, source_dir, smal
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory) -> Path:
     """A small corpus of three domains, written by the real writer."""
-    folder, rng = tmp_path_factory.mktemp("data") / "tiny", random.Random(0)
-    made = {}
+    folder, rng, domains = tmp_path_factory.mktemp("data") / "tiny", random.Random(0), {}
     alphabets = {"math": ("0123456789+= ", 400), "stem": ("the quick brown fox. ", 150), "code": ("if x:\n ()", 60)}
     for name, (alphabet, size) in alphabets.items():
         documents = ["".join(rng.choices(alphabet, k=rng.randint(20, 200))) for _ in range(size)]
-        made[name] = functools.partial(write_documents, folder / name, documents, val_fraction=0.2)
-    described = {name: (lambda write=write: {"source": "test", **write()}) for name, write in made.items()}
-    prepare_data.prepare(folder, prepare_data.get_tokenizer("bytes"), described)
+        write = functools.partial(write_documents, folder / name, documents, val_fraction=0.2)
+        domains[name] = lambda write=write: {"source": "test", **write()}
+    prepare_data.prepare(folder, prepare_data.get_tokenizer("bytes"), domains)
     return folder
 
 
@@ -777,53 +776,47 @@ def open_corpus(corpus_dir: Path, **overrides) -> train.Corpus:
     return train.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", **overrides)))
 
 
-def test_every_window_is_visited_once_before_any_is_visited_twice(corpus_dir):
+def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(corpus_dir):
     corpus = open_corpus(corpus_dir, max_steps=300)
+    assert np.array_equal(np.diff(corpus.visited, axis=0), corpus.quotas)
     for d, domain in enumerate(corpus.cfg.mixture):
         order = [corpus.nth_row(domain, n) for n in range(corpus.visited[-1, d])]
         n = corpus.n_rows(domain, "train")
-        epochs = [order[i : i + n] for i in range(0, len(order), n)]
-        assert len(epochs) > 1 and epochs[0] != epochs[1]
-        assert all(sorted(epoch) == list(range(n)) for epoch in epochs[:-1])
-        assert len(set(epochs[-1])) == len(epochs[-1])
-    assert np.array_equal(np.diff(corpus.visited, axis=0), corpus.quotas)
+        *epochs, last = (order[i : i + n] for i in range(0, len(order), n))
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and len(set(last)) == len(last)
+        assert epochs and epochs[0] != [*epochs, last][1]
     rows = [corpus.row("math", "train", corpus.nth_row("math", corpus.visited[5, 0] + i)) for i in range(2)]
     assert np.array_equal(corpus.batch(5)[:2], rows)
+
+
+def test_batches_depend_on_seed_and_step_alone(corpus_dir):
+    one, two, other = (open_corpus(corpus_dir, seed=s, micro_batch_size=m) for s, m in [(1, 8), (1, 2), (2, 8)])
+    assert all(np.array_equal(one.batch(step), two.batch(step)) for step in (11, 0, 5))
+    assert not np.array_equal(one.batch(5), other.batch(5))
 
 
 @pytest.mark.parametrize("batch_size", [8, 32, 128])
 def test_every_step_is_within_one_sequence_of_its_mixture(batch_size):
     cfg = train.TrainConfig(max_steps=500, batch_size=batch_size)
     table = train.quotas(cfg)
-    ideal = np.array([list(train.get_mixture(s, cfg).values()) for s in range(500)]) * batch_size
-    assert (table.sum(1) == batch_size).all() and (table >= 0).all()
-    assert np.abs(table - ideal).max() <= 1
-    assert np.abs((table - ideal).cumsum(0)).max() <= 2  # small shares are not starved
-
-
-def test_batches_depend_on_seed_and_step_alone(corpus_dir):
-    one, two, other = (open_corpus(corpus_dir, seed=s, micro_batch_size=m) for s, m in [(1, 8), (1, 2), (2, 8)])
-    for step in (11, 0, 5):
-        assert np.array_equal(one.batch(step), two.batch(step))
-    assert not np.array_equal(one.batch(5), other.batch(5))
+    excess = table - np.array([list(train.get_mixture(s, cfg).values()) for s in range(500)]) * batch_size
+    assert (table.sum(1) == batch_size).all() and (table >= 0).all() and np.abs(excess).max() <= 1
+    assert np.abs(excess.cumsum(0)).max() <= 2  # small shares are not starved
 
 
 def test_document_ids_end_with_end_of_text(corpus_dir):
     corpus = open_corpus(corpus_dir, block_size=6)
     corpus.tokens["math"]["train"] = np.array([9] * 6 + [5, 6, 256, 7, 256, 256, 8])
-    tokens, targets, doc_ids = corpus.row("math", "train", 1).tolist()
-    assert tokens == [5, 6, 256, 7, 256, 256]
-    assert targets == [6, 256, 7, 256, 256, 8]
-    assert doc_ids == [0, 0, 0, 1, 1, 2]
+    row = corpus.row("math", "train", 1).tolist()
+    assert row == [[5, 6, 256, 7, 256, 256], [6, 256, 7, 256, 256, 8], [0, 0, 0, 1, 1, 2]]
 
 
 def test_the_default_settings_and_schedules_are_the_papers():
     cfg = train.TrainConfig()
     assert cfg.model_config() == ModelConfig()
-    assert train.get_lr(1999, cfg) == pytest.approx(1e-4) and train.get_lr(999, cfg) == pytest.approx(5e-5)
-    assert train.get_lr(2000, cfg) == 1e-4 and train.get_lr(19_531, cfg) == pytest.approx(0, abs=1e-12)
-    assert train.get_tau(0, cfg) == 1 and train.get_tau(19_531, cfg) == pytest.approx(0.1)
-    assert train.get_tau(9765, cfg) == pytest.approx(max(0.1, 1 - 0.9 * 9765 / 19_531))
+    assert [train.get_lr(s, cfg) for s in (999, 1999, 2000, 19_531)] == [5e-5, 1e-4, 1e-4, 0]
+    taus = [1, max(0.1, 1 - 0.9 * 9765 / 19_531), 0.1]
+    assert [train.get_tau(s, cfg) for s in (0, 9765, 19_531)] == pytest.approx(taus)
     cfg = train.TrainConfig(max_steps=500)
     assert train.get_mixture(0, cfg) == train.get_mixture(399, cfg) == {"math": 0.7, "stem": 0.25, "code": 0.05}
     assert train.get_mixture(499, cfg) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
@@ -833,13 +826,12 @@ def test_the_default_settings_and_schedules_are_the_papers():
 
 def test_val_loss_counts_every_window_once_whatever_the_batch(corpus_dir):
     corpora = [open_corpus(corpus_dir, eval_tokens=10**6, micro_batch_size=micro) for micro in (1, 8)]
-    autocast = torch.autocast("cpu", enabled=False)
-    one, eight = (train.evaluate(small_model(), corpus, train.Ranks("cpu"), autocast)["val"] for corpus in corpora)
-    for domain, val in one.items():
-        assert val["loss"] == pytest.approx(eight[domain]["loss"], abs=1e-5)
-        counts = corpora[0].domains[domain]
-        bits = val["loss"] / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
-        assert val["bits_per_byte"] == pytest.approx(bits)
+    no_cast = contextlib.nullcontext()
+    one, eight = (train.evaluate(small_model(), corpus, train.Ranks("cpu"), no_cast)["val"] for corpus in corpora)
+    for domain, counts in corpora[0].domains.items():
+        assert one[domain]["loss"] == pytest.approx(eight[domain]["loss"], abs=1e-5)
+        bits = one[domain]["loss"] / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
+        assert one[domain]["bits_per_byte"] == pytest.approx(bits)
 
 
 # --------------------------------------------------------------------------------------------------- 8. kill and resume
@@ -851,12 +843,7 @@ def flags(settings: dict) -> list[str]:
 
 def command_of(settings: dict, *extra: str, processes: int = 1, script: str = "train.py") -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *torchrun, script, *flags(settings), *extra]
-
-
-def run_train(settings: dict, *extra: str, processes: int = 1, **kw) -> subprocess.CompletedProcess:
-    command = command_of(settings, *extra, processes=processes)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kw)
+    return [*torchrun, script, *flags(settings), *extra]
 
 
 def run_here(settings: dict, *extra: str, script=train) -> str:
@@ -870,8 +857,8 @@ def run_here(settings: dict, *extra: str, script=train) -> str:
 
 def signal_at_step(command: list[str], step: int, number: int) -> tuple[int, str]:
     """Start a run and send it (or its torchrun) a signal once it has logged that step; exit status and output."""
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = ""
+    command, pipes = [sys.executable, *command], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process, output = subprocess.Popen(command, cwd=ROOT, text=True, **pipes), ""
     while not re.search(rf"^step +{step}/", output, re.M):
         output += (line := process.stdout.readline())
         assert line, output
@@ -890,9 +877,8 @@ def losses_of(out_dir: Path) -> list[dict]:
 
 def assert_same_run(*out_dirs: Path):
     """Bit by bit, the state of the optimizer included."""
-    one, two = (train.load_checkpoint(out_dir) for out_dir in out_dirs)
-    torch.testing.assert_close(one["model"], two["model"], rtol=0, atol=0)
-    torch.testing.assert_close(one["optimizer"]["state"], two["optimizer"]["state"], rtol=0, atol=0)
+    one, two = ((run["model"], run["optimizer"]["state"]) for run in map(train.load_checkpoint, out_dirs))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -904,36 +890,28 @@ def unbroken(corpus_dir, tmp_path_factory) -> Path:
 
 def test_a_run_logs_its_losses_evaluations_and_routing(unbroken):
     steps, evaluations = losses_of(unbroken), [x for x in train.read_log(unbroken) if "val" in x]
-    assert [x["step"] for x in steps] == list(range(1, 13))
-    assert [x["step"] for x in evaluations] == [0, 6, 12]
+    assert [x["step"] for x in steps] == list(range(1, 13)) and [x["step"] for x in evaluations] == [0, 6, 12]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     assert evaluations[-1]["val"]["math"]["bits_per_byte"] < evaluations[0]["val"]["math"]["bits_per_byte"]
     assert {"lr", "tau", "mixture", "grad_norm", "tokens_per_second", "mfu", "memory_gib"} <= steps[0].keys()
     assert len(evaluations[0]["routing"]["dynamic_entropy"]) == SMALL["n_layer"]
 
 
-def test_sigkill_and_resume_end_bit_identical_to_an_unbroken_run(unbroken, corpus_dir, tmp_path):
-    settings = run_settings(corpus_dir, tmp_path / "run")
-    for step in (5, 7, 10):  # the checkpoints are of steps 3, 6 and 9
-        status, output = signal_at_step(command_of(settings, "--resume"), step, signal.SIGKILL)
-        assert status == -signal.SIGKILL, output
-        assert step_of(tmp_path / "run") == step // 3 * 3
-    assert "resumed" in run_here(settings, "--resume")
-    assert_same_run(tmp_path / "run", unbroken)
-    assert [x["step"] for x in losses_of(tmp_path / "run")] == list(range(1, 13))  # nothing is logged twice
-
-
-def test_a_polite_signal_saves_and_exits_0(unbroken, corpus_dir, tmp_path):
-    """SIGTERM, then SIGINT to the command that the stopped run prints, then its own command again."""
-    command = command_of(run_settings(corpus_dir, tmp_path / "run"))
-    for step, number in [(4, signal.SIGTERM), (8, signal.SIGINT)]:
+def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(unbroken, corpus_dir, tmp_path):
+    """A polite signal saves, exits with status 0 and prints the command to go on with; SIGKILL costs a few steps."""
+    settings = run_settings(corpus_dir, tmp_path)
+    command, resume = command_of(settings), command_of(settings, "--resume")
+    for step, number in [(1, signal.SIGTERM), (7, signal.SIGKILL), (9, signal.SIGINT)]:
         status, output = signal_at_step(command, step, number)
-        assert status == 0 and "finishing the step" in output, output
-        assert step_of(tmp_path / "run") in (step + 1, step + 2)
-        command = [sys.executable, *shlex.split(re.search(r"Go on with: python (.*)", output)[1])]
-        assert command[-1] == "--resume"
-    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
-    assert_same_run(tmp_path / "run", unbroken)
+        if number == signal.SIGKILL:
+            assert (status, step_of(tmp_path)) == (-number, 6), output
+        else:
+            assert status == 0 and "finishing the step" in output and step_of(tmp_path) in (step + 1, step + 2), output
+            command = shlex.split(re.search(r"Go on with: python (.*)", output)[1])
+            assert command == resume
+    assert "resumed" in run_here(settings, "--resume")
+    assert_same_run(tmp_path, unbroken)
+    assert [x["step"] for x in losses_of(tmp_path)] == list(range(1, 13))  # nothing is logged twice
 
 
 def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
@@ -941,8 +919,9 @@ def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
     overrides = {"max_steps": 20, "micro_batch_size": 2, "anneal_start": 0.5, "eval_interval": 10, "save_interval": 99}
     one, two, both = (run_settings(corpus_dir, tmp_path / name, **overrides) for name in ("one", "two", "both"))
     run_here(one)
-    assert run_train(two, processes=2).returncode == 0
-    assert signal_at_step(command_of(both), 4, signal.SIGTERM)[0] == 0
+    assert run_script(*command_of(two, processes=2)).returncode == 0
+    with mock.patch.object(train, "StopSignal", return_value=SimpleNamespace(requested=True)):
+        assert "stopped" in run_here(both)
     # A signal to torchrun reaches both processes: they stop after the same step, and say how to go on.
     _, output = signal_at_step(command_of(both, "--resume", processes=2), 11, signal.SIGTERM)
     assert output.count("resumed") == 1
@@ -953,9 +932,9 @@ def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
     assert len(expected) == 23
     for log in logs:
         assert [line["step"] for line in log] == [line["step"] for line in expected]
-        for ours, theirs in zip(log, expected):
-            for mine, other in zip(*(line.get("val", {"": line}).values() for line in (ours, theirs))):
-                assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        for lines in zip(log, expected):
+            for ours, theirs in zip(*(line.get("val", {"": line}).values() for line in lines)):
+                assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_accumulated_micro_batches_are_the_whole_batch(corpus_dir, tmp_path):
@@ -969,16 +948,14 @@ def test_accumulated_micro_batches_are_the_whole_batch(corpus_dir, tmp_path):
 
 def test_recomputed_activations_give_the_same_gradients():
     """Noise included: it is drawn again from the same seed."""
-    tokens, doc_ids = pack([20, 30, 14])
-    gradients = []
+    (tokens, doc_ids), gradients = pack([20, 30, 14]), []
     for recompute in (False, True):
         model = small_model().train()
         model.activation_checkpointing = recompute
         torch.manual_seed(1)
         model(tokens, tokens, doc_ids).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for kept, recomputed in zip(*gradients):
-        torch.testing.assert_close(recomputed, kept)
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_failed_save_leaves_the_checkpoint_before_it(corpus_dir, tmp_path, monkeypatch):
@@ -991,8 +968,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(corpus_dir, tmp_path, mon
     monkeypatch.setattr(torch, "save", save)
     message = error_of(run_here, run_settings(corpus_dir, tmp_path, save_interval=1))
     assert re.match("cannot write .*ckpt.pt: No space left on device; an earlier checkpoint.* is intact", message)
-    assert step_of(tmp_path) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "log.jsonl", ".lock"}
+    assert step_of(tmp_path) == 1 and set(os.listdir(tmp_path)) == {"ckpt.pt", "log.jsonl", ".lock"}
 
 
 def assert_one_line(done: subprocess.CompletedProcess, *messages: str):
@@ -1002,7 +978,7 @@ def assert_one_line(done: subprocess.CompletedProcess, *messages: str):
     assert all(message in errors[0] for message in ("error: ", *messages)), errors[0]
 
 
-def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path, capsys):
+def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path):
     """The first update of this run ruins the weights, and the second is the first to show it."""
     settings = run_settings(corpus_dir, tmp_path, lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
     assert re.match("5 non-finite updates in a row; .*ckpt.pt is at step 0; lower --lr", error_of(run_here, settings))
@@ -1013,34 +989,41 @@ def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path, ca
     assert re.match("the run ended in non-finite updates; .* at step 0; resume with a lower --lr", message)
 
 
-def test_frozen_parameters_stay_as_they_are(corpus_dir, tmp_path):
-    settings = run_settings(corpus_dir, tmp_path, max_steps=4, frozen=("alpha", "norm_1"))
+@pytest.mark.parametrize(
+    "overrides, kept", [({"frozen": ("alpha", "norm_1")}, r"alpha|norm_1"), ({"routing_lr": 0.0}, ROUTING)]
+)
+def test_frozen_parameters_and_those_of_rate_0_stay_as_they_are(overrides, kept, corpus_dir, tmp_path):
+    settings = run_settings(corpus_dir, tmp_path, max_steps=4, **overrides)
     run_here(settings)
     torch.manual_seed(train.TrainConfig().seed)
     before, after = PolychromaticLM(ModelConfig(**SMALL)).state_dict(), train.load_checkpoint(tmp_path)["model"]
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert same == {name for name in before if "alpha" in name or "norm_1" in name}
+    assert same == {name for name in before if re.search(kept, name)}
     run_here({**settings, "max_steps": 6}, "--resume")
-    message = error_of(run_here, settings, "--overwrite", "--frozen=alhpa")
+
+
+def test_a_wrong_frozen_is_one_line(corpus_dir, tmp_path):
+    message = error_of(run_here, run_settings(corpus_dir, tmp_path), "--frozen=alhpa")
     assert re.match("frozen: no parameter has 'alhpa' in its name; there are embedding, norm_1, .*ffn.alpha", message)
-    assert "leaves nothing to train" in error_of(run_here, settings, "--overwrite", "--frozen=,")
+    assert "leaves nothing to train" in error_of(run_here, run_settings(corpus_dir, tmp_path), "--frozen=,")
 
 
-def test_a_step_takes_the_scheduled_rate_temperature_clip_and_noise(corpus_dir, tmp_path, monkeypatch):
+def test_a_step_takes_its_scheduled_and_overridden_settings_and_the_noise_of_its_place(
+    corpus_dir, tmp_path, monkeypatch
+):
     settings = run_settings(corpus_dir, tmp_path, max_steps=5, grad_clip=0.01, save_interval=100)
-    cfg, seeds, norms, rates = train.TrainConfig(**settings), [], [], []
-    real_seed, real_step = torch.manual_seed, torch.optim.AdamW.step
+    new = {"max_steps": 6, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.5, "routing_lr": 4.0}
+    seeds, norms, groups = [], [], []
 
-    def step(optimizer, *args):
-        norms.append(math.sqrt(sum(p.grad.square().sum() for group in optimizer.param_groups for p in group["params"])))
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        return real_step(optimizer, *args)
+    def step(optimizer, *args, step=torch.optim.AdamW.step):
+        norms.append(math.sqrt(sum(p.grad.square().sum() for g in optimizer.param_groups for p in g["params"])))
+        groups.append({(g["routing"], g["lr"], g["betas"], g["weight_decay"]) for g in optimizer.param_groups})
+        return step(optimizer, *args)
 
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real_seed(seed))
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed, real=torch.manual_seed: seeds.append(seed) or real(seed))
     run_here(settings)
-    assert rates == [[train.get_lr(s, cfg)] * 4 for s in range(5)]
-    assert norms == pytest.approx([0.01] * 5, rel=1e-3)
+    cfg = train.TrainConfig(**settings)
     keys = [(cfg.seed, s, i) for s in range(5) for i in range(2)]
     assert seeds == [cfg.seed, *(int(np.random.SeedSequence(k).generate_state(1, np.uint64)[0]) for k in keys)]
     assert len(set(seeds)) == 11
@@ -1048,36 +1031,27 @@ def test_a_step_takes_the_scheduled_rate_temperature_clip_and_noise(corpus_dir, 
     assert taus == {np.float32(train.get_tau(5, cfg))} and train.get_tau(5, cfg) == pytest.approx(0.1)
     assert [record["tau"] for record in losses_of(tmp_path)] == [train.get_tau(s, cfg) for s in range(5)]
 
-
-def test_a_setting_overridden_on_resume_takes_effect_or_is_refused(corpus_dir, tmp_path, monkeypatch):
-    settings, seen = run_settings(corpus_dir, tmp_path, max_steps=2, warmup_steps=0), []
-
-    def step(optimizer, *args, step=torch.optim.AdamW.step):
-        seen.append({(g["routing"], g["betas"], g["weight_decay"]) for g in optimizer.param_groups})
-        return step(optimizer, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    run_here(settings)
-    new = {"max_steps": 3, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.5, "routing_lr": 4.0}
-    output = run_here({**settings, **new}, "--resume")
-    assert seen[1] == {(routing, (0.9, 0.95), decay) for routing in (False, True) for decay in (0.0, 0.1)}
-    expected = [(False, 0.5), (False, 0.0), (True, 0.5 / 4), (True, 0.0)]
-    assert seen[2] == {(routing, (0.5, 0.75), decay) for routing, decay in expected}
-    assert "resuming with routing_lr=4.0; it was 1.0" in output and step_of(tmp_path) == 3
+    assert "resuming with routing_lr=4.0; it was 1.0" in run_here({**settings, **new}, "--resume")
+    assert step_of(tmp_path) == 6 and norms == pytest.approx([0.01] * 6, rel=1e-3)
+    for s in range(5):
+        rate = train.get_lr(s, cfg)
+        assert groups[s] == {(routing, rate, (0.9, 0.95), decay) for routing in (False, True) for decay in (0.0, 0.1)}
+    rate = train.get_lr(5, train.TrainConfig(**{**settings, **new}))
+    expected = [(False, rate, 0.5), (False, rate, 0.0), (True, 4 * rate, 0.5 / 4), (True, 4 * rate, 0.0)]
+    assert groups[5] == {(routing, lr, (0.5, 0.75), decay) for routing, lr, decay in expected}
     for flag, message in [("--n_layer=3", "n_layer=2, not 3"), ("--frozen=beta", "frozen=(), not ('beta',)")]:
         assert f"was trained with {message}; --resume cannot change" in error_of(run_here, settings, "--resume", flag)
 
 
-def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, tmp_path, monkeypatch):
+def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus_dir, tmp_path):
     checkpoint = train.load_checkpoint(unbroken)
     old = {name: tensor for name, tensor in checkpoint["model"].items() if not name.endswith(".tau")}
     torch.save({**checkpoint, "model": {**old, "tau": torch.tensor(0.3)}}, tmp_path / "ckpt.pt")
     assert {round(block.ffn.tau.item(), 6) for block in train.load_model(tmp_path).blocks} == {0.3}
     checkpoint["optimizer"]["param_groups"].pop()
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    settings = {**checkpoint["settings"], "out_dir": str(tmp_path), "resume": True}
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert "cannot be resumed: loaded state dict has" in error_of(train.train, train.TrainConfig(**settings))
+    message = error_of(run_here, run_settings(corpus_dir, tmp_path), "--resume")
+    assert "cannot be resumed: loaded state dict has" in message
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_until_it_starts_and_nothing_of_it_after(corpus_dir, tmp_path):
@@ -1097,43 +1071,34 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_until_it_starts_and_nothing_of
 
 
 def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
-    settings = run_settings(corpus_dir, tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "tiny").mkdir()
-    with config.locked(tmp_path / "run"), config.locked(tmp_path / "tiny"):
-        assert_one_line(run_train(settings), "another process is writing to", "run; wait")
-        done = run_script("prepare_data.py", "tiny", f"--data_dir={tmp_path}")
-        assert_one_line(done, "another process is writing to", "tiny; wait")
-    assert {path.name for path in tmp_path.rglob("*")} == {"run", "tiny", ".lock"}
+    commands = {
+        "run": command_of(run_settings(corpus_dir, tmp_path / "run")),
+        "tiny": ["prepare_data.py", "tiny", f"--data_dir={tmp_path}"],
+    }
+    for name, command in commands.items():
+        (tmp_path / name).mkdir()
+        with config.locked(tmp_path / name):
+            assert_one_line(run_script(*command), "another process is writing to", f"{name}; wait")
+        assert os.listdir(tmp_path / name) == [".lock"]
 
 
 def test_a_run_goes_on_in_its_own_wandb_run(corpus_dir, tmp_path, monkeypatch):
     """A new run in the same folder gets another; what goes wrong at the start is one line."""
-    started, logged = [], []
-
-    def init(**settings):
-        started.append(settings["id"])
-        return SimpleNamespace(
-            define_metric=lambda name, step_metric: logged.append((name, step_metric)),
-            log=lambda line: logged.append(line["step"]),
-        )
-
-    def fail(**settings):
-        raise RuntimeError("no API key\nlog in")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    settings = run_settings(corpus_dir, tmp_path, max_steps=2, wandb="project")
+    wandb, settings = mock.Mock(), run_settings(corpus_dir, tmp_path, max_steps=2, wandb="project")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     run_here(settings)
-    assert logged == [("*", "step"), 0, 1, 2, 2]
+    first, *logged = wandb.init.return_value.mock_calls
+    assert first == mock.call.define_metric("*", step_metric="step")
+    assert [(name, line["step"]) for name, (line,), _ in logged] == [("log", step) for step in (0, 1, 2, 2)]
     run_here(settings, "--resume")
     run_here(settings, "--overwrite")
-    assert started[0] == started[1] != started[2]
-    for module, message in [
-        (SimpleNamespace(init=fail), "cannot log to Weights & Biases: no API key log in; without --wandb"),
-        (None, "--wandb needs a package: pip install wandb"),
-    ]:
-        monkeypatch.setitem(sys.modules, "wandb", module)
-        assert message in error_of(run_here, settings, "--overwrite")
+    first, resumed, new = (call.kwargs["id"] for call in wandb.init.call_args_list)
+    assert first == resumed != new
+    wandb.init.side_effect = RuntimeError("no API key\nlog in")
+    message = "cannot log to Weights & Biases: no API key log in; without --wandb"
+    assert message in error_of(run_here, settings, "--overwrite")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "--wandb needs a package: pip install wandb" in error_of(run_here, settings, "--overwrite")
 
 
 def test_a_reader_that_goes_away_ends_a_script_without_a_word(unbroken):
@@ -1161,11 +1126,10 @@ def test_sampling_from_a_run(unbroken, run_main, tmp_path, monkeypatch):
     flags = [f"--prompt=@{tmp_path / 'prompt.txt'}", "--max_new_tokens=60", "--num_samples=2"]
     first, second = (run_main(sample, f"--{flag}={unbroken}", *flags).out for flag in ("out_dir", "init_from"))
     assert first == second and first.count("1+1=") == 2 and len(first) > 100
-    compiled = []
     monkeypatch.setattr(sample, "compiler_works", lambda device: True)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
-    run_main(sample, f"--init_from={unbroken}", "--max_new_tokens=1", "--compile")
-    assert len(compiled) == SMALL["n_layer"]
+    with mock.patch.object(torch.nn.Module, "compile") as compile_block:
+        run_main(sample, f"--init_from={unbroken}", "--max_new_tokens=1", "--compile")
+    assert compile_block.call_count == SMALL["n_layer"]
 
 
 def test_a_text_ends_before_its_stop_whatever_pieces_it_comes_in():
@@ -1296,32 +1260,34 @@ def test_packing_puts_every_piece_in_one_row_and_wastes_little():
     lengths = np.random.default_rng(0).integers(20, 900, 2000)
     rows = sft.pack(lengths, 1000)
     assert sorted(i for row in rows for i in row) == list(range(2000))
-    assert all(lengths[row].sum() <= 1000 for row in rows)
-    assert len(rows) < 1.05 * lengths.sum() / 1000
+    assert all(lengths[row].sum() <= 1000 for row in rows) and len(rows) < 1.05 * lengths.sum() / 1000
 
 
-def sft_settings(chat_dir: Path, init: Path, out_dir: Path, **overrides) -> dict:
-    settings = run_settings(chat_dir, out_dir, init_from=str(init), tau_start=0.1, lr=3e-3, **overrides)
-    return {name: value for name, value in settings.items() if name not in SMALL}
+def settings_from(init: Path, corpus_dir: Path, out_dir: Path, **overrides) -> dict:
+    """Of a run that takes its model from `init`."""
+    settings = run_settings(corpus_dir, out_dir, init_from=str(init), tau_start=0.1, **{"lr": 3e-3, **overrides})
+    return {name: value for name, value in settings.items() if name not in SMALL or name in overrides}
 
 
 @pytest.fixture(scope="module")
 def conversations(chat_dir) -> sft.Conversations:
-    return sft.Conversations(sft.SFTConfig(**{**SMALL, **sft_settings(chat_dir, "x", "x"), "block_size": 128}))
+    settings = settings_from("x", chat_dir, "x", **{**SMALL, "block_size": 128})
+    return sft.Conversations(sft.SFTConfig(**settings))
 
 
-def test_rows_hold_whole_conversations_each_visited_once_in_an_epoch(conversations, chat_dir):
+def test_rows_hold_whole_conversations_each_visited_once_in_an_epoch_and_learn_the_answers(conversations, chat_dir):
     ids = np.fromfile(chat_dir / "chat" / "train.bin", np.uint16)
     expected = sorted(tuple(said[:-1]) for said in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1])
     found, padding, n_rows = [], 0, conversations.n_rows("chat", "train")
-    for n in range(n_rows):
-        tokens, targets, doc_ids = conversations.row("chat", "train", n)
+    for tokens, targets, doc_ids in (conversations.row("chat", "train", n) for n in range(n_rows)):
         assert (np.diff(doc_ids) >= 0).all()
-        for doc in np.unique(doc_ids):
-            if (targets[doc_ids == doc] >= 0).any():
-                found.append(tuple(tokens[doc_ids == doc]))
+        for inside in (doc_ids == doc for doc in np.unique(doc_ids)):
+            if learnt := targets[inside & (targets >= 0)].tolist():
+                found.append(tuple(tokens[inside]))
+                text = prepare_data.get_tokenizer("bytes").decode(learnt)
+                assert re.fullmatch(r"\d*![\d!]*(<\|im_end\|>\n?)?", text), text  # nothing that the user says
             else:
-                padding += (doc_ids == doc).sum()
+                padding += inside.sum()
     assert sorted(found) == expected and padding < 0.2 * 128 * n_rows
 
 
@@ -1331,58 +1297,45 @@ def test_the_loss_of_a_packed_row_is_the_mean_over_its_conversations_run_alone(c
     rows = (conversations.row("chat", "train", n) for n in range(20))
     row = next(row for row in rows if row[2].max() > 2 and (row[1] != -1).any())
     tokens, targets, doc_ids = train.to_inputs(row[None], torch.device("cpu"))
-    total = count = 0.0
-    for doc in doc_ids.unique():
+    packed, padding, total = model(tokens, targets, doc_ids), doc_ids == doc_ids.max(), 0.0
+    assert padding.any() and (targets[padding] < 0).all() and (targets >= 0).sum() > 5
+    for doc in range(doc_ids.max()):
         alone = doc_ids[0] == doc
-        n = (targets[:, alone] >= 0).sum().item()
-        total, count = total + n * model(tokens[:, alone], targets[:, alone]).item() if n else total, count + n
-    packed = model(tokens, targets, doc_ids)
-    assert count > 5 and packed.item() == pytest.approx(total / count, abs=1e-5)
-    padding = doc_ids == doc_ids.max()
-    assert padding.any() and (targets[padding] < 0).all()
+        total += (targets[:, alone] >= 0).sum() * model(tokens[:, alone], targets[:, alone]).item()
+    assert packed.item() == pytest.approx((total / (targets >= 0).sum()).item(), abs=1e-5)
     assert model(torch.where(padding, 7, tokens), targets, doc_ids) == packed
 
 
 def test_every_target_of_a_step_weighs_the_same_whatever_its_micro_batch(conversations):
-    cfg, micro_batches = conversations.cfg, list(conversations.micro_batches(0, train.Ranks("cpu")))
-    counts = [(targets >= 0).sum().item() for _, _, (_, targets, _) in micro_batches]
-    assert len(counts) == cfg.batch_size // cfg.micro_batch_size and counts[0] != counts[1]
-    assert [share for _, share, _ in micro_batches] == pytest.approx([c / sum(counts) for c in counts])
-
-
-def test_what_the_user_says_is_not_learnt(conversations):
-    for n in range(5):
-        targets = conversations.row("chat", "train", n)[1]
-        text = prepare_data.get_tokenizer("bytes").decode(targets[targets >= 0].tolist())
-        assert "Say" not in text and "user" not in text and "assistant" not in text and "!" in text
+    shares, inputs = zip(*((share, x) for _, share, x in conversations.micro_batches(0, train.Ranks("cpu"))))
+    counts = [(targets >= 0).sum().item() for _, targets, _ in inputs]
+    assert len(counts) == 2 and counts[0] != counts[1]
+    assert shares == pytest.approx([n / sum(counts) for n in counts])
 
 
 @pytest.fixture(scope="module")
 def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("sft")
-    output = run_here(sft_settings(chat_dir, unbroken, out_dir), script=sft)
+    output = run_here(settings_from(unbroken, chat_dir, out_dir), script=sft)
     assert f"starting from the model of {unbroken}" in output
     assert re.search(r"step 0: static entropy.*agreement.*\n  step 12: static entropy .*usage.*dependence", output)
     return out_dir
 
 
 def test_fine_tuning_starts_from_the_pretrained_model_and_learns(unbroken, fine_tuned):
-    before, after = (train.load_checkpoint(path) for path in (unbroken, fine_tuned))
-    assert before["model_config"] == after["model_config"]
+    before, after = (train.load_checkpoint(path)["model_config"] for path in (unbroken, fine_tuned))
     log = train.read_log(fine_tuned)
-    evaluations = [line for line in log if "val" in line]
-    assert [line["step"] for line in evaluations] == [0, 6, 12]
-    losses = [line["val"]["chat"]["loss"] for line in evaluations]
-    assert losses[-1] < losses[0] - 0.1
-    assert all(line["tau"] == 0.1 for line in log)
-    for line in evaluations:
-        for measure in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
-            assert len(line["routing"][measure]) == SMALL["n_layer"]
+    evaluations = {line["step"]: line for line in log if "val" in line}
+    first, _, last = (line["val"]["chat"]["loss"] for line in evaluations.values())
+    assert before == after and last < first - 0.1
+    assert list(evaluations) == [0, 6, 12] and all(line["tau"] == 0.1 for line in log)
+    for measure in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
+        assert all(len(line["routing"][measure]) == SMALL["n_layer"] for line in evaluations.values())
 
 
 def test_fine_tuning_killed_and_resumed_is_bit_identical(unbroken, chat_dir, fine_tuned, tmp_path):
-    settings = sft_settings(chat_dir, unbroken, tmp_path)
-    status, output = signal_at_step(command_of(settings, script="sft.py"), 5, signal.SIGKILL)
+    settings = settings_from(unbroken, chat_dir, tmp_path)
+    status, output = signal_at_step(command_of(settings, script="sft.py"), 4, signal.SIGKILL)
     assert status == -signal.SIGKILL, output
     assert "at step 3" in run_here(settings, "--resume", script=sft)
     assert_same_run(tmp_path, fine_tuned)
@@ -1466,23 +1419,20 @@ def test_problems_are_asked_of_a_real_model(fine_tuned, run_main):
     assert low < high and re.search(f"^all +{row}$", printed.out, re.M)
 
 
-@pytest.mark.parametrize(
-    "flag, message",
-    {
+def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):
+    settings = settings_from(unbroken, chat_dir, tmp_path / "run")
+    qwen3 = damage_corpus(chat_dir, tmp_path / "sft", tokenizer="qwen3")
+    for flags, message in {
         "--init_from=absent": "no checkpoint at absent",
         "--data_dir=absent": "no data in absent; make it: python prepare_data.py absent",
-        "--data_dir={qwen3}": "has tokenizer 'qwen3' with 259 tokens, the model 'bytes' with 259; prepare other data",
-        "--data_dir={corpus}": "is no corpus of conversations; make one: python prepare_data.py tiny_sft",
+        f"--data_dir={qwen3}": "has tokenizer 'qwen3' with 259 tokens, the model 'bytes' with 259; prepare other data",
+        f"--data_dir={corpus_dir} --mixture={{'math':1.0}}": "is no corpus of conversations; make one: "
+        "python prepare_data.py tiny_sft",
         "--n_layer=3": "has n_layer=2, not 3",
         "--block_size=32": "too many for block_size 32; prepare it again with --max_length=33",
         "--init_from=": "init_from is empty; name the model to start from",
-    }.items(),
-)
-def test_a_bad_fine_tuning_is_one_line(flag, message, unbroken, corpus_dir, chat_dir, tmp_path):
-    flag = flag.format(qwen3=damage_corpus(chat_dir, tmp_path / "sft", tokenizer="qwen3"), corpus=corpus_dir)
-    mixture = ["--mixture={'math': 1.0}"] if str(corpus_dir) in flag else []
-    settings = sft_settings(chat_dir, unbroken, tmp_path / "run")
-    assert message in error_of(run_here, settings, flag, *mixture, script=sft)
+    }.items():
+        assert message in error_of(run_here, settings, *flags.split(), script=sft)
 
 
 @pytest.mark.parametrize(
@@ -1644,26 +1594,15 @@ def test_upcycling_starts_as_the_same_function(gumbel, tmp_path):
 
 def test_an_upcycled_run_learns_and_leaves_silu(corpus_dir, tmp_path):
     random_qwen3(tmp_path / "qwen3")
-    settings = run_settings(corpus_dir, tmp_path / "run", max_steps=50, lr=1e-3, save_interval=50, eval_interval=50)
-    settings = {name: value for name, value in settings.items() if name not in SMALL}
-    settings |= {"init_from": str(tmp_path / "qwen3"), "tokenizer": "bytes", "tau_start": 0.1, "routing_lr": 100.0}
-    settings |= {"activations": ("relu", "tanh", "silu", "gelu"), "router_hidden": 8, "gumbel": False}
+    overrides = {"max_steps": 50, "lr": 1e-3, "routing_lr": 100.0, "save_interval": 50, "eval_interval": 50}
+    overrides |= {"tokenizer": "bytes", "activations": tuple(ACTIVATIONS), "router_hidden": 8, "gumbel": False}
+    settings = settings_from(tmp_path / "qwen3", corpus_dir, tmp_path / "run", **overrides)
     assert "upcycling silu to relu/tanh/silu/gelu: the same function" in run_here(settings)
     first, last = [line for line in train.read_log(tmp_path / "run") if "val" in line]
-    for domain in first["val"]:
-        assert last["val"][domain]["loss"] < first["val"][domain]["loss"] - 0.5
+    assert all(last["val"][domain]["loss"] < val["loss"] - 0.5 for domain, val in first["val"].items())
     assert all(usage[2] > 0.99 for usage in first["routing"]["usage"])
     assert any(usage[2] < 0.9 for usage in last["routing"]["usage"])
     assert "resumed" in run_here({**settings, "max_steps": 51}, "--resume")
-
-
-def test_routing_has_its_own_learning_rate(corpus_dir, tmp_path):
-    settings = run_settings(corpus_dir, tmp_path, max_steps=1, warmup_steps=0, routing_lr=0.0)
-    torch.manual_seed(train.TrainConfig(**settings).seed)
-    before = PolychromaticLM(ModelConfig(**SMALL))
-    run_here(settings)
-    for (name, old), new in zip(before.named_parameters(), from_pretrained(tmp_path).parameters()):
-        assert torch.equal(old, new) == bool(ROUTING.search(name)), name
 
 
 def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(run_main, tmp_path, capsys):
@@ -2007,27 +1946,19 @@ def load(*argv: str):
     return config.load(train.TrainConfig, list(argv))
 
 
-@pytest.fixture()
-def override(tmp_path):
-    def write(text: str) -> str:
-        (tmp_path / "settings.py").write_text(text)
-        return str(tmp_path / "settings.py")
-
-    return write
-
-
-def test_settings_come_from_defaults_then_files_then_flags(override):
-    path = override("lr = 3e-4\nmax_steps = 7\nactivations = ('relu', 'tanh')\nmixture_end = None\n")
+def test_settings_come_from_defaults_then_files_then_flags(tmp_path):
+    path = tmp_path / "settings.py"
+    path.write_text("lr = 3e-4\nmax_steps = 7\nactivations = ('relu', 'tanh')\nmixture_end = None\n")
     overrides = ["--mixture.math=0.5", "--mixture.stem=0.45", "--out_dir=7", "--activations=silu"]
-    cfg = load(path, "--max_steps=1e3", "--compile", *overrides)
+    cfg = load(str(path), "--max_steps=1e3", "--compile", *overrides)
     assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.out_dir, cfg.activations) == (3e-4, 1000, True, "7", ("silu",))
     assert cfg.mixture == {"math": 0.5, "stem": 0.45, "code": 0.05} and cfg.mixture_end is None
     assert cfg.batch_size == 128
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    {
+def test_a_bad_setting_is_one_line(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for arguments, message in {
         "--max_step=5": "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?",
         "--max_steps=many": "--max_steps: max_steps takes int, not 'many'",
         "--max_steps=1.5": "--max_steps: max_steps takes int, not 1.5",
@@ -2060,16 +1991,13 @@ def test_settings_come_from_defaults_then_files_then_flags(override):
         "--resume --overwrite": "resume and overwrite exclude each other",
         "config/tinny.py": "config/tinny.py: no such file; did you mean config/tiny.py?",
         "tiny": "'tiny' is neither a .py file of settings nor a --name=value flag",
-    }.items(),
-)
-def test_a_bad_setting_is_one_line(arguments, message, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert message in error_of(load, *arguments.split())
+    }.items():
+        assert message in error_of(load, *arguments.split())
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    {
+def test_a_bad_override_file_is_one_line(tmp_path):
+    path = tmp_path / "settings.py"
+    for text, message in {
         "learning_rate = 1": "settings.py:1: there is no setting 'learning_rate'",
         "lr = 1\nmax_steps = 'x'": "settings.py:2: max_steps takes int, not 'x'",
         "import os": "settings.py:1: expected `name = value` with a literal value, found `import os`",
@@ -2077,20 +2005,18 @@ def test_a_bad_setting_is_one_line(arguments, message, monkeypatch):
         "lr = ": "not lines of `name = value`",
         "def f():\n    return 1": "settings.py:1: expected `name = value` with a literal value, found `def f():`",
         "lr = {[]: 1}": "settings.py:1: expected `name = value` with a literal value",
-    }.items(),
-)
-def test_a_bad_override_file_is_one_line(override, text, message):
-    assert message in error_of(load, override(text))
+    }.items():
+        path.write_text(text)
+        assert message in error_of(load, str(path))
 
 
-def test_help_lists_every_setting_with_default_and_comment(capsys):
-    for cls in (train.TrainConfig, sft.SFTConfig):
-        with pytest.raises(SystemExit) as done:
-            config.load(cls, ["--help"])
-        text = capsys.readouterr().out
-        assert done.value.code == 0
-        for field in dataclasses.fields(cls):
-            assert re.search(rf"^  --{field.name}=.*\n        \S", text, re.M), field.name
+@pytest.mark.parametrize("cls", [train.TrainConfig, sft.SFTConfig])
+def test_help_lists_every_setting_with_default_and_comment(cls, capsys):
+    with pytest.raises(SystemExit) as done:
+        config.load(cls, ["--help"])
+    text = capsys.readouterr().out
+    missing = [f for f in dataclasses.fields(cls) if not re.search(rf"^  --{f.name}=.*\n        \S", text, re.M)]
+    assert done.value.code == 0 and not missing
 
 
 def damage_corpus(source: Path, target: Path, **meta) -> Path:
@@ -2103,8 +2029,8 @@ def damage_corpus(source: Path, target: Path, **meta) -> Path:
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error_of(open_corpus, "data/tiny") == "no data in data/tiny; make it: python prepare_data.py tiny"
-    absent = error_of(open_corpus, tmp_path / "absent")
-    assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in absent
+    message = error_of(open_corpus, tmp_path / "absent")
+    assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in message
     for overrides, message in [
         ({"tokenizer": "qwen3"}, "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259; train with --tok"),
         ({"vocab_size": 200}, "with 259 tokens, the model 'bytes' with 200"),
@@ -2112,18 +2038,15 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
         ({"mixture": {"math": 0.5, "art": 0.5}, "mixture_end": None}, "the mixture names 'art'; "),
     ]:
         assert message in error_of(open_corpus, corpus_dir, **overrides)
-    short = damage_corpus(corpus_dir, tmp_path / "short")
-    with open(short / "stem" / "train.bin", "r+b") as file:
-        file.truncate(100)
-    message = error_of(open_corpus, short)
-    assert "train.bin holds 100 bytes, not the " in message and "make it again: python prepare_data.py short" in message
+    damaged = damage_corpus(corpus_dir, tmp_path / "damaged")
+    np.memmap(damaged / "math" / "train.bin", dtype=np.uint16, mode="r+")[:] = 60_000
+    assert "train.bin is damaged: it has a token 60000" in error_of(open_corpus(damaged).batch, 0)
+    os.truncate(damaged / "stem" / "train.bin", 100)
+    message = error_of(open_corpus, damaged)
+    assert re.search("train.bin holds 100 bytes, not the .* make it again: python prepare_data.py damaged", message)
     for content in ('{"tokenizer": ', "{}", "3", '{"tokenizer": "bytes", "vocab_size": "x"}', "\udcff"):
-        (short / "meta.json").write_text(content, errors="surrogateescape")
-        assert "meta.json is damaged" in error_of(open_corpus, short)
-    foreign = damage_corpus(corpus_dir, tmp_path / "foreign")
-    tokens = np.memmap(foreign / "math" / "train.bin", dtype=np.uint16, mode="r+")
-    tokens[:] = 60_000
-    assert "train.bin is damaged: it has a token 60000" in error_of(open_corpus(foreign).batch, 0)
+        (damaged / "meta.json").write_text(content, errors="surrogateescape")
+        assert "meta.json is damaged" in error_of(open_corpus, damaged)
 
 
 def resume_error(settings: dict, *extra: str) -> str:
@@ -2131,34 +2054,29 @@ def resume_error(settings: dict, *extra: str) -> str:
 
 
 def test_a_bad_run_folder_is_one_line_and_nothing_is_lost(unbroken, corpus_dir, tmp_path):
-    before = (unbroken / "ckpt.pt").read_bytes()
-    message = resume_error(run_settings(corpus_dir, unbroken))
-    assert "ckpt.pt exists" in message and "--resume" in message and "--overwrite" in message
-    shorter = run_settings(corpus_dir, unbroken, max_steps=5)
-    assert "is already at step 12, beyond max_steps, 5" in resume_error(shorter, "--resume")
+    settings, before = run_settings(corpus_dir, unbroken), (unbroken / "ckpt.pt").read_bytes()
+    assert re.search("ckpt.pt exists.*--resume.*--overwrite", resume_error(settings))
+    message = resume_error({**settings, "max_steps": 5}, "--resume")
+    assert "is already at step 12, beyond max_steps, 5" in message
     assert (unbroken / "ckpt.pt").read_bytes() == before
     (tmp_path / "file").write_text("")
-    done = run_train(run_settings(corpus_dir, tmp_path / "file" / "run"))
-    assert_one_line(done, f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder")
+    message = error_of(run_here, run_settings(corpus_dir, tmp_path / "file" / "run"))
+    assert f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder" in message
     (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
     assert "log.jsonl: Is a directory" in error_of(train.begin_run, tmp_path, None)
 
 
-def flip(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped bit", "empty", "other", "code", "weights alone"])
-def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path, damage):
+def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):
     content, path = (unbroken / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
-    damaged = {"truncated": content[: len(content) // 2], "garbage": b"x" * 1000, "flipped bit": flip(content)}
-    path.write_bytes(damaged.get(damage, b""))
-    saved = {"other": {"weights": torch.zeros(3)}, "code": {"model": os.system}, "weights alone": {"model": {}}}
-    if damage in saved:
-        torch.save(saved[damage], path)
-    assert str(path) in resume_error(run_settings(corpus_dir, tmp_path), "--resume")
-    assert str(path) in error_of(train.load_model, path)
+    half, rest = content[: len(content) // 2], content[len(content) // 2 :]
+    for damaged in (half, half + bytes([rest[0] ^ 16]) + rest[1:], b"x" * 1000, b""):
+        path.write_bytes(damaged)
+        assert str(path) in resume_error(run_settings(corpus_dir, tmp_path), "--resume")
+        assert str(path) in error_of(train.load_model, path)
+    for damaged in ({"weights": torch.zeros(3)}, {"model": os.system}, {"model": {}}):
+        torch.save(damaged, path)
+        assert str(path) in resume_error(run_settings(corpus_dir, tmp_path), "--resume")
+        assert str(path) in error_of(train.load_model, path)
 
 
 def test_sampling_errors_are_one_line(unbroken, run_main, tmp_path, monkeypatch):
@@ -2267,7 +2185,7 @@ def test_preparing_an_unknown_corpus_is_one_line():
 
 def test_without_a_compiler_training_goes_on_uncompiled(corpus_dir, tmp_path):
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = run_train(run_settings(corpus_dir, tmp_path / "run", max_steps=1, compile=True), env=environment)
+    done = run_script(*command_of(run_settings(corpus_dir, tmp_path, max_steps=1, compile=True)), env=environment)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("going on uncompiled.*torch.compile does not work here", done.stdout)) == 1
 

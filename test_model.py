@@ -888,15 +888,6 @@ def unbroken(corpus_dir, tmp_path_factory) -> Path:
     return out_dir
 
 
-def test_a_run_logs_its_losses_evaluations_and_routing(unbroken):
-    steps, evaluations = losses_of(unbroken), [x for x in train.read_log(unbroken) if "val" in x]
-    assert [x["step"] for x in steps] == list(range(1, 13)) and [x["step"] for x in evaluations] == [0, 6, 12]
-    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
-    assert evaluations[-1]["val"]["math"]["bits_per_byte"] < evaluations[0]["val"]["math"]["bits_per_byte"]
-    assert {"lr", "tau", "mixture", "grad_norm", "tokens_per_second", "mfu", "memory_gib"} <= steps[0].keys()
-    assert len(evaluations[0]["routing"]["dynamic_entropy"]) == SMALL["n_layer"]
-
-
 def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(unbroken, corpus_dir, tmp_path):
     """A polite signal saves, exits with status 0 and prints the command to go on with; SIGKILL costs a few steps."""
     settings = run_settings(corpus_dir, tmp_path)
@@ -989,28 +980,18 @@ def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path):
     assert re.match("the run ended in non-finite updates; .* at step 0; resume with a lower --lr", message)
 
 
-@pytest.mark.parametrize(
-    "overrides, kept", [({"frozen": ("alpha", "norm_1")}, r"alpha|norm_1"), ({"routing_lr": 0.0}, ROUTING)]
-)
-def test_frozen_parameters_and_those_of_rate_0_stay_as_they_are(overrides, kept, corpus_dir, tmp_path):
-    settings = run_settings(corpus_dir, tmp_path, max_steps=4, **overrides)
-    run_here(settings)
+@pytest.mark.parametrize("flag, kept", [("--frozen=alpha,norm_1", "alpha|norm_1"), ("--routing_lr=0", ROUTING)])
+def test_frozen_parameters_and_those_of_rate_0_stay_as_they_are(flag, kept, corpus_dir, tmp_path):
+    settings = run_settings(corpus_dir, tmp_path, max_steps=4)
+    run_here(settings, flag)
     torch.manual_seed(train.TrainConfig().seed)
     before, after = PolychromaticLM(ModelConfig(**SMALL)).state_dict(), train.load_checkpoint(tmp_path)["model"]
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if re.search(kept, name)}
-    run_here({**settings, "max_steps": 6}, "--resume")
+    run_here({**settings, "max_steps": 6}, "--resume", flag)
 
 
-def test_a_wrong_frozen_is_one_line(corpus_dir, tmp_path):
-    message = error_of(run_here, run_settings(corpus_dir, tmp_path), "--frozen=alhpa")
-    assert re.match("frozen: no parameter has 'alhpa' in its name; there are embedding, norm_1, .*ffn.alpha", message)
-    assert "leaves nothing to train" in error_of(run_here, run_settings(corpus_dir, tmp_path), "--frozen=,")
-
-
-def test_a_step_takes_its_scheduled_and_overridden_settings_and_the_noise_of_its_place(
-    corpus_dir, tmp_path, monkeypatch
-):
+def test_a_step_takes_the_settings_and_the_noise_of_its_place_in_the_run(corpus_dir, tmp_path, monkeypatch):
     settings = run_settings(corpus_dir, tmp_path, max_steps=5, grad_clip=0.01, save_interval=100)
     new = {"max_steps": 6, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.5, "routing_lr": 4.0}
     seeds, norms, groups = [], [], []
@@ -1039,8 +1020,6 @@ def test_a_step_takes_its_scheduled_and_overridden_settings_and_the_noise_of_its
     rate = train.get_lr(5, train.TrainConfig(**{**settings, **new}))
     expected = [(False, rate, 0.5), (False, rate, 0.0), (True, 4 * rate, 0.5 / 4), (True, 4 * rate, 0.0)]
     assert groups[5] == {(routing, lr, (0.5, 0.75), decay) for routing, lr, decay in expected}
-    for flag, message in [("--n_layer=3", "n_layer=2, not 3"), ("--frozen=beta", "frozen=(), not ('beta',)")]:
-        assert f"was trained with {message}; --resume cannot change" in error_of(run_here, settings, "--resume", flag)
 
 
 def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus_dir, tmp_path):
@@ -1054,32 +1033,21 @@ def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus
     assert "cannot be resumed: loaded state dict has" in message
 
 
-def test_a_new_run_in_an_old_folder_keeps_the_old_until_it_starts_and_nothing_of_it_after(corpus_dir, tmp_path):
-    def files() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
+def test_a_new_run_in_an_old_folder_keeps_nothing_of_the_old(corpus_dir, tmp_path):
     old = run_settings(corpus_dir, tmp_path, max_steps=2)
     run_here(old)
-    before = files()
-    assert set(before) == {"ckpt.pt", "log.jsonl", ".lock"}
-    for wrong, message in [({"data_dir": "absent"}, "no data in absent"), ({"device": "meta"}, "cannot be used")]:
-        assert message in error_of(run_here, {**old, **wrong}, "--overwrite")
-        assert files() == before
     train.begin_run(tmp_path, None)  # killed right here, the new run starts from its own beginning
     assert "nothing to resume" in run_here({**old, "seed": 2}, "--resume")
     assert [line["step"] for line in train.read_log(tmp_path)] == [0, 1, 2, 2]
 
 
 def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
-    commands = {
-        "run": command_of(run_settings(corpus_dir, tmp_path / "run")),
-        "tiny": ["prepare_data.py", "tiny", f"--data_dir={tmp_path}"],
-    }
-    for name, command in commands.items():
-        (tmp_path / name).mkdir()
-        with config.locked(tmp_path / name):
-            assert_one_line(run_script(*command), "another process is writing to", f"{name}; wait")
-        assert os.listdir(tmp_path / name) == [".lock"]
+    folder, preparation = tmp_path / "tiny", ["prepare_data.py", "tiny", f"--data_dir={tmp_path}"]
+    folder.mkdir()
+    with config.locked(folder):
+        for command in (command_of(run_settings(corpus_dir, folder)), preparation):
+            assert_one_line(run_script(*command), "another process is writing to", "tiny; wait")
+    assert {path.name for path in tmp_path.rglob("*")} == {"tiny", ".lock"}
 
 
 def test_a_run_goes_on_in_its_own_wandb_run(corpus_dir, tmp_path, monkeypatch):
@@ -1271,8 +1239,7 @@ def settings_from(init: Path, corpus_dir: Path, out_dir: Path, **overrides) -> d
 
 @pytest.fixture(scope="module")
 def conversations(chat_dir) -> sft.Conversations:
-    settings = settings_from("x", chat_dir, "x", **{**SMALL, "block_size": 128})
-    return sft.Conversations(sft.SFTConfig(**settings))
+    return sft.Conversations(sft.SFTConfig(**settings_from("x", chat_dir, "x", **{**SMALL, "block_size": 128})))
 
 
 def test_rows_hold_whole_conversations_each_visited_once_in_an_epoch_and_learn_the_answers(conversations, chat_dir):
@@ -1322,15 +1289,19 @@ def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
     return out_dir
 
 
-def test_fine_tuning_starts_from_the_pretrained_model_and_learns(unbroken, fine_tuned):
+def test_pretraining_and_fine_tuning_learn_and_log_their_losses_evaluations_and_routing(unbroken, fine_tuned):
+    for out_dir, domain, fall in ((unbroken, "math", 0.5), (fine_tuned, "chat", 0.1)):
+        steps, evaluations = losses_of(out_dir), [line for line in train.read_log(out_dir) if "val" in line]
+        assert [x["step"] for x in steps] == list(range(1, 13)) and [x["step"] for x in evaluations] == [0, 6, 12]
+        first, _, last = (line["val"][domain] for line in evaluations)
+        assert last["loss"] < first["loss"] - fall and last["bits_per_byte"] < first["bits_per_byte"]
+        assert {"lr", "tau", "mixture", "grad_norm", "tokens_per_second", "mfu", "memory_gib"} <= steps[0].keys()
+        for measure in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
+            assert all(len(line["routing"][measure]) == SMALL["n_layer"] for line in evaluations)
+    assert losses_of(unbroken)[-1]["loss"] < losses_of(unbroken)[0]["loss"] - 0.5
+    assert all(line["tau"] == 0.1 for line in train.read_log(fine_tuned))
     before, after = (train.load_checkpoint(path)["model_config"] for path in (unbroken, fine_tuned))
-    log = train.read_log(fine_tuned)
-    evaluations = {line["step"]: line for line in log if "val" in line}
-    first, _, last = (line["val"]["chat"]["loss"] for line in evaluations.values())
-    assert before == after and last < first - 0.1
-    assert list(evaluations) == [0, 6, 12] and all(line["tau"] == 0.1 for line in log)
-    for measure in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
-        assert all(len(line["routing"][measure]) == SMALL["n_layer"] for line in evaluations.values())
+    assert before == after
 
 
 def test_fine_tuning_killed_and_resumed_is_bit_identical(unbroken, chat_dir, fine_tuned, tmp_path):
@@ -1960,38 +1931,31 @@ def test_a_bad_setting_is_one_line(monkeypatch):
     monkeypatch.chdir(ROOT)
     for arguments, message in {
         "--max_step=5": "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?",
-        "--max_steps=many": "--max_steps: max_steps takes int, not 'many'",
-        "--max_steps=1.5": "--max_steps: max_steps takes int, not 1.5",
-        "--max_steps": "--max_steps needs a value: --max_steps=<int>",
-        "--lr=True": "--lr: lr takes float, not True",
+        "--max_steps=many": "--max_steps: max_steps takes int, not 'many'", "--lr=1e999": "lr takes float, not inf",
+        "--max_steps=1.5": "--max_steps: max_steps takes int, not 1.5", "--lr=True": "--lr: lr takes float, not True",
+        "--max_steps": "--max_steps needs a value: --max_steps=<int>", "--lr={[]:1}": "lr takes float, not '{[]:1}'",
+        "--max_steps=0": "max_steps is 0; it must lie in 1..1e+08", "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
         "--compile=maybe": "--compile: compile takes True or False, not 'maybe'",
-        "--max_steps=0": "max_steps is 0; it must lie in 1..1e+08",
+        "--lr.foo=3": "--lr.foo: lr is one value, without entries",
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
         "--activations=relu,relu": "name at least one, each once",
         "--router_context=future": "unknown router_context 'future'; there are prefix, token, sequence",
         "--n_kv_head=3": "n_head is 16; it must be a multiple of n_kv_head, which is 3",
-        "--head_dim=7": "head_dim is 7; rotary positions need an even one",
-        "--n_layer=0": "n_layer is 0; it must be at least 1",
-        "--router_hidden=-1": "router_hidden is -1",
+        "--head_dim=7": "head_dim is 7; rotary positions need an even one", "--rope_theta=0": "rope_theta is 0.0",
+        "--n_layer=0": "n_layer is 0; it must be at least 1", "--router_hidden=-1": "router_hidden is -1",
         "--micro_batch_size=3": "batch_size is 128; it must be a multiple of micro_batch_size, 3",
         "--dtype=float16": "dtype is 'float16'; it must be auto, bfloat16 or float32",
-        "--mixture.math=0.9": "must be shares of math, stem, code that sum to 1",
-        "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
-        "--lr=1e999": "lr takes float, not inf",
-        "--lr={[]:1}": "lr takes float, not '{[]:1}'",
-        "--lr.foo=3": "--lr.foo: lr is one value, without entries",
-        "--seed=-1": "seed is -1; it must lie in 0..",
+        "--seed=-1": "seed is -1; it must lie in 0..", "--beta1=1": "beta1 is 1.0; it must lie in 0..0.99999",
         "--seed=1e30": "seed is 1000000000000000019884624838656; it must lie in 0..9.22337e+18",
         "--batch_size=1e12": "batch_size is 1000000000000; it must lie in 1..1.04858e+06",
-        "--beta1=1": "beta1 is 1.0; it must lie in 0..0.99999",
         "--anneal_start=7": "anneal_start is 7.0; it must lie in 0..1",
-        "--rope_theta=0": "rope_theta is 0.0",
+        "--mixture.math=0.9": "must be shares of math, stem, code that sum to 1",
         "--mixture={}": "mixture takes {'name': value, ...}, not {}",
         "--mixture={1:1.0}": "mixture takes {'name': value, ...}, not {1: 1.0}",
         "--resume --overwrite": "resume and overwrite exclude each other",
         "config/tinny.py": "config/tinny.py: no such file; did you mean config/tiny.py?",
         "tiny": "'tiny' is neither a .py file of settings nor a --name=value flag",
-    }.items():
+    }.items():  # fmt: skip
         assert message in error_of(load, *arguments.split())
 
 
@@ -2049,16 +2013,21 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
         assert "meta.json is damaged" in error_of(open_corpus, damaged)
 
 
-def resume_error(settings: dict, *extra: str) -> str:
-    return error_of(train.find_checkpoint, load(*flags(settings), *extra))
-
-
-def test_a_bad_run_folder_is_one_line_and_nothing_is_lost(unbroken, corpus_dir, tmp_path):
-    settings, before = run_settings(corpus_dir, unbroken), (unbroken / "ckpt.pt").read_bytes()
-    assert re.search("ckpt.pt exists.*--resume.*--overwrite", resume_error(settings))
-    message = resume_error({**settings, "max_steps": 5}, "--resume")
-    assert "is already at step 12, beyond max_steps, 5" in message
-    assert (unbroken / "ckpt.pt").read_bytes() == before
+def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corpus_dir, tmp_path):
+    before = {path: path.read_bytes() for path in unbroken.iterdir()}
+    for arguments, message in {
+        "": "ckpt.pt exists.*--resume.*--overwrite",
+        "--resume --max_steps=5": "is already at step 12, beyond max_steps, 5",
+        "--resume --n_layer=3": "was trained with n_layer=2, not 3; --resume cannot change",
+        "--resume --frozen=beta": r"was trained with frozen=\(\), not \('beta',\); --resume cannot change",
+        "--overwrite --frozen=alhpa": "^frozen: no parameter has 'alhpa' in its name; "
+        "there are embedding, norm_1, .*ffn.alpha",
+        "--overwrite --frozen=,": "leaves nothing to train",
+        "--overwrite --data_dir=absent": "no data in absent",
+        "--overwrite --device=meta": "cannot be used",
+    }.items():
+        assert re.search(message, error_of(run_here, run_settings(corpus_dir, unbroken), *arguments.split()))
+        assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
     (tmp_path / "file").write_text("")
     message = error_of(run_here, run_settings(corpus_dir, tmp_path / "file" / "run"))
     assert f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder" in message
@@ -2069,13 +2038,10 @@ def test_a_bad_run_folder_is_one_line_and_nothing_is_lost(unbroken, corpus_dir, 
 def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):
     content, path = (unbroken / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
     half, rest = content[: len(content) // 2], content[len(content) // 2 :]
-    for damaged in (half, half + bytes([rest[0] ^ 16]) + rest[1:], b"x" * 1000, b""):
-        path.write_bytes(damaged)
-        assert str(path) in resume_error(run_settings(corpus_dir, tmp_path), "--resume")
-        assert str(path) in error_of(train.load_model, path)
-    for damaged in ({"weights": torch.zeros(3)}, {"model": os.system}, {"model": {}}):
-        torch.save(damaged, path)
-        assert str(path) in resume_error(run_settings(corpus_dir, tmp_path), "--resume")
+    flipped, other = half + bytes([rest[0] ^ 16]) + rest[1:], {"weights": torch.zeros(3)}
+    for damaged in (half, flipped, b"x" * 1000, b"", other, {"model": os.system}, {"model": {}}):
+        path.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, path)
+        assert str(path) in error_of(run_here, run_settings(corpus_dir, tmp_path), "--resume")
         assert str(path) in error_of(train.load_model, path)
 
 

@@ -1029,8 +1029,8 @@ def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus
     assert {round(block.ffn.tau.item(), 6) for block in train.load_model(tmp_path).blocks} == {0.3}
     checkpoint["optimizer"]["param_groups"].pop()
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    message = error_of(run_here, run_settings(corpus_dir, tmp_path), "--resume")
-    assert "cannot be resumed: loaded state dict has" in message
+    settings = run_settings(corpus_dir, tmp_path, resume=True)
+    assert "cannot be resumed: loaded state dict has" in error_of(run_here, settings)
 
 
 def test_a_new_run_in_an_old_folder_keeps_nothing_of_the_old(corpus_dir, tmp_path):
@@ -1993,8 +1993,7 @@ def damage_corpus(source: Path, target: Path, **meta) -> Path:
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error_of(open_corpus, "data/tiny") == "no data in data/tiny; make it: python prepare_data.py tiny"
-    message = error_of(open_corpus, tmp_path / "absent")
-    assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in message
+    assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in error_of(open_corpus, tmp_path / "absent")
     for overrides, message in [
         ({"tokenizer": "qwen3"}, "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259; train with --tok"),
         ({"vocab_size": 200}, "with 259 tokens, the model 'bytes' with 200"),
@@ -2006,8 +2005,8 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     np.memmap(damaged / "math" / "train.bin", dtype=np.uint16, mode="r+")[:] = 60_000
     assert "train.bin is damaged: it has a token 60000" in error_of(open_corpus(damaged).batch, 0)
     os.truncate(damaged / "stem" / "train.bin", 100)
-    message = error_of(open_corpus, damaged)
-    assert re.search("train.bin holds 100 bytes, not the .* make it again: python prepare_data.py damaged", message)
+    pattern = "train.bin holds 100 bytes, not the .* make it again: python prepare_data.py damaged"
+    assert re.search(pattern, error_of(open_corpus, damaged))
     for content in ('{"tokenizer": ', "{}", "3", '{"tokenizer": "bytes", "vocab_size": "x"}', "\udcff"):
         (damaged / "meta.json").write_text(content, errors="surrogateescape")
         assert "meta.json is damaged" in error_of(open_corpus, damaged)

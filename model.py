@@ -5,7 +5,7 @@ preference and a router that reads the context. In reading order: PolyGLU and wh
 attention with its masks and cache, loss, model, measures of the routing. Other differences from a plain GPT:
 
 - grouped-query attention, RMSNorm on every query and key head (QK-norm), rotary positions, no biases, tied embedding
-- documents packed into one row do not see each other; padding is one more document
+- documents packed into one row do not see each other (except by a "sequence" router); padding is one more document
 - the loss is computed in chunks and never holds all logits
 """
 
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 # ------------------------------------------------------------------------------------------------------------- PolyGLU
 # B rows, T tokens, K activations sigma_k, R = router_hidden. Symbols as in the paper:
 #   alpha  [d_ff, K]   static preference of each neuron, learned, starts at 0
-#   f      [B, T, K]   router: what the context asks of all neurons of the layer alike
+#   f      [B, T, K]   router output, shared by all neurons of the layer
 #   beta   [K]         scale of the router, learned, starts at 1
 #   tau    []          temperature: at 1 the activations mix, at 0.1 one dominates; training lowers it with set_tau()
 #   g      [B, T, d_ff, K], held as K tensors [B, T, d_ff]: weight of each activation in each neuron at each token
@@ -45,7 +45,7 @@ class PolyGLU(nn.Module):
 
         PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
         g          = softmax( (alpha + beta * f + Gumbel noise) / tau )     over the K activations
-        f          = W2 relu( context(W1 x + b1) ) + b2                     by default the mean of the document so far
+        f          = W2 relu( context(W1 x + b1) ) + b2                     context: the mean of the document so far
 
     It can be used on its own: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in
     training only, once for each row and constant along it. With one activation there is no g: a plain GLU (SwiGLU,
@@ -66,8 +66,9 @@ class PolyGLU(nn.Module):
         self.w_gate = nn.Linear(n_embd, d_ff, bias=False)
         self.w_up = nn.Linear(n_embd, d_ff, bias=False)
         self.w_down = nn.Linear(d_ff, n_embd, bias=False)
-        self.is_routed, self.has_router = K > 1, K > 1 and router_hidden > 0
-        if self.is_routed:
+        self.is_mixed = K > 1
+        self.has_router = K > 1 and router_hidden > 0
+        if self.is_mixed:
             self.alpha = nn.Parameter(torch.zeros(d_ff, K))
         if self.has_router:
             self.router_in = nn.Linear(n_embd, router_hidden)  # W1, b1
@@ -78,9 +79,9 @@ class PolyGLU(nn.Module):
             init_linear(module)
 
     def forward(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
-        """x [B, T, n_embd] -> the same shape. doc_start and cache go to the router context, see there."""
+        """x [B, T, n_embd] -> the same shape. doc_start and cache go to ROUTER_CONTEXTS, see there."""
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, d_ff]
-        if self.is_routed:
+        if self.is_mixed:
             g = self.mixture(x, doc_start, cache)
             mixed = sum(g_k * sigma_k(gate) for g_k, sigma_k in zip(g, self.sigma))
         else:
@@ -91,13 +92,12 @@ class PolyGLU(nn.Module):
         """The weights g: K tensors [B, T, d_ff], at least float32, that sum to 1. Arguments as forward()'s."""
         static = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, d_ff]
         if self.training and self.gumbel:
-            static = static + gumbel_noise(static)
+            static = static + gumbel_noise(static)  # one draw for each row: all its tokens and documents share it
         dynamic = self.router(x, doc_start, cache)  # [B, T, K]
         logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]  # [B, T, d_ff] each
         # Softmax over K separate tensors: stacked into one, they would take four times the memory traffic on a GPU.
-        top = functools.reduce(
-            torch.maximum, logits
-        ).detach()  # softmax is invariant to this shift; exp overflows without it
+        # Its maximum is subtracted, so that exp cannot overflow: a shift, to which softmax is invariant.
+        top = functools.reduce(torch.maximum, logits).detach()
         e = [((logit - top) / self.tau).exp() for logit in logits]
         total = sum(e)
         return [e_k / total for e_k in e]
@@ -133,7 +133,8 @@ def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
     # Sums in float64, as a document's sum is the difference of two sums over the row.
     terms = F.pad(u.to(sum_dtype(u)), (0, 1), value=1.0)  # [B, T, R + 1]; the last column counts tokens
     before = terms.new_zeros(u.size(0), 1, terms.size(2)) if cache is None else cache
-    sums = torch.cat((torch.zeros_like(before), before, terms), dim=1).cumsum(1)  # [B, T + 2, R + 1]: 0, cache, tokens
+    # sums[:, t + 1] is the sum before token t, cache included; sums[:, 0] is 0, for a document that the cache begins.
+    sums = torch.cat((torch.zeros_like(before), before, terms), dim=1).cumsum(1)  # [B, T + 2, R + 1]
     in_document = sums[:, 2:] - sums.gather(1, (doc_start + 1)[:, :, None].expand_as(terms))
     if cache is not None:
         cache.copy_(in_document[:, -1:])
@@ -144,11 +145,12 @@ def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
 #   u          [B, T, R], at least float32: W1 x + b1. A mean commutes with W1, and u is narrower than x.
 #   doc_start  [B, T] int64: index at which each token's document starts among these T tokens; -1 for the row's first
 #              document, which may continue from the cache
-#   cache      None, or [B, 1, R + 1] float64, zeros at first: state carried between calls, updated in place
+#   cache      None, or [B, 1, R + 1] of sum_dtype(), zeros at first: state carried between calls, updated in place
+# A context that reads later tokens belongs in ModelConfig.sees_future as well.
 ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "prefix": prefix_mean,
     "token": lambda u, doc_start, cache: u,  # this token only, as Mixture of Activations does (arXiv 2605.26647)
-    # The whole row, as in the paper's code: every token sees its future, and no cache can be exact.
+    # The whole row, as in the paper's code: a token sees its future and other documents, and no cache can be exact.
     "sequence": lambda u, doc_start, cache: u.mean(dim=1, keepdim=True).expand_as(u),
 }
 
@@ -198,12 +200,7 @@ class ModelConfig:
     n_embd: int = 1024  # width of the residual stream
     head_dim: int = 64  # width of one attention head
     d_ff: int = 4096  # feed-forward neurons in a layer
-    activations: tuple[str, ...] = (
-        "relu",
-        "tanh",
-        "silu",
-        "gelu",
-    )  # mixed by every neuron; a single one makes a plain GLU
+    activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # mixed by every neuron; one: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
     gumbel: bool = True  # Gumbel noise on the routing logits in training
@@ -238,7 +235,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467): [..., dim] -> the same, its dtype."""
+    """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467); keeps shape and dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -279,7 +276,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.k[:, :, layout.positions] = k.to(cache.k.dtype)
             cache.v[:, :, layout.positions] = v.to(cache.v.dtype)
-            if layout.mask is not None:  # None: these are the first tokens
+            if layout.mask is not None:  # layout() makes one whenever the cache already holds tokens
                 k, v = cache.k, cache.v
         if isinstance(layout.mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
@@ -452,7 +449,7 @@ class PolychromaticLM(nn.Module):
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.flex: bool | None = None  # use FlexAttention for packed documents; None: on CUDA only
-        torch.set_rng_state(rng)  # undo the constructors' draws: their number depends on the routing
+        torch.set_rng_state(rng)  # so that a seed gives the same shared weights whatever the routing
         self.init_weights()
 
     def init_weights(self):
@@ -498,7 +495,9 @@ class PolychromaticLM(nn.Module):
         layout = self.layout(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            if cache is not None:  # prompts bypass block.compile(): every length would compile again
+            if (
+                cache is not None
+            ):  # block.forward bypasses block.compile(): every length of a prompt would compile again
                 x = (block if tokens.size(1) == 1 else block.forward)(x, layout, cache.layers[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, use_reentrant=False)
@@ -517,7 +516,7 @@ class PolychromaticLM(nn.Module):
         if past + T > room:
             raise ValueError(f"{past + T} tokens in a row, but there is room for {room}")
         positions, mask, doc_start = torch.arange(past, past + T, device=device), None, None
-        before = cache.doc_ids[:, past - 1 : past] if past else None  # document of the token before each row
+        before = cache.doc_ids[:, past - 1 : past] if past else None  # document id of each row's last cached token
         if doc_ids is None and past:
             doc_ids = before.expand(B, T)  # continue the current document
         if cache is not None:
@@ -552,9 +551,8 @@ class PolychromaticLM(nn.Module):
         self.eval()
         try:
             for step in range(max_new_tokens):
-                if (
-                    cache is None or cache.length == block_size
-                ):  # read the prompts, and full rows again from their recent half
+                if cache is None or cache.length == block_size:
+                    # Read the prompts; when the cache is full, read the recent half of every full row again.
                     rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
                     unread, doc_ids = pad_left(rows, self.device)
                     if not self.config.sees_future:
@@ -586,11 +584,11 @@ class PolychromaticLM(nn.Module):
             if p.requires_grad:
                 decays = p.dim() == 2 and not name.endswith("alpha")
                 groups.setdefault((decays, bool(ROUTING.search(name))), []).append(p)
-        groups = [
+        settings = [
             {"params": params, "weight_decay": weight_decay if decays else 0.0, "routing": routing}
             for (decays, routing), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
         ]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        return torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=True)
 
     def flops_per_token(self, length: int | None = None) -> float:
         """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.

@@ -1094,10 +1094,14 @@ def test_sampling_from_a_run(unbroken, run_main, tmp_path, monkeypatch):
     flags = [f"--prompt=@{tmp_path / 'prompt.txt'}", "--max_new_tokens=60", "--num_samples=2"]
     first, second = (run_main(sample, f"--{flag}={unbroken}", *flags).out for flag in ("out_dir", "init_from"))
     assert first == second and first.count("1+1=") == 2 and len(first) > 100
+    run = functools.partial(run_main, sample, f"--out_dir={unbroken}", "--max_new_tokens=1")
+    assert "empty prompt: starting a new document" in run("--prompt=").err
+    assert "has 70 tokens, the context 64: reading the last 32" in run("--prompt=" + "x" * 70).err
+    compiled = []
     monkeypatch.setattr(sample, "compiler_works", lambda device: True)
-    with mock.patch.object(torch.nn.Module, "compile") as compile_block:
-        run_main(sample, f"--init_from={unbroken}", "--max_new_tokens=1", "--compile")
-    assert compile_block.call_count == SMALL["n_layer"]
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    run("--compile")
+    assert len(compiled) == SMALL["n_layer"]
 
 
 def test_a_text_ends_before_its_stop_whatever_pieces_it_comes_in():
@@ -1312,36 +1316,20 @@ def test_fine_tuning_killed_and_resumed_is_bit_identical(unbroken, chat_dir, fin
     assert_same_run(tmp_path, fine_tuned)
 
 
-@pytest.fixture()
-def chat_with(fine_tuned, run_main):
-    """What a chat with the fine-tuned model prints, given the lines that the user types."""
-    return functools.partial(run_main, sample, f"--out_dir={fine_tuned}", "--chat", "--max_new_tokens=12")
-
-
-def test_a_chat_remembers_forgets_and_leaves(chat_with):
-    out, err = chat_with("--temperature=0", stdin="Say 1.\n/reset\n/sing\n\nSay 1.\n/exit\nnever read\n")
-    answers = out.splitlines()
-    assert len(answers) >= 2 and answers[: len(answers) // 2] == answers[len(answers) // 2 :]
+def test_a_chat_forgets_on_request_and_when_full_and_refuses_a_long_message(fine_tuned, run_main):
+    chat = functools.partial(run_main, sample, f"--out_dir={fine_tuned}", "--chat", "--max_new_tokens=12")
+    out, err = chat("--temperature=0", stdin="Say 1.\n/reset\n/sing\n\nSay 1.\n/exit\nnever read\n")
+    assert out == 2 * chat("--temperature=0", "--prompt=Say 1.").out
     assert "(forgotten)" in err and "there is no /sing, only /reset and /exit" in err
-    assert chat_with("--temperature=0", "--prompt=Say 1.").out.splitlines() == answers[: len(answers) // 2]
-    assert chat_with().out == "\n"  # Ctrl-D at once
-
-
-def test_a_full_chat_drops_its_oldest_turns_and_a_long_message_is_refused(chat_with):
-    err = chat_with(stdin="Say 1.\nSay 2.\n" + "x" * 99 + "\nSay 3.\n").err
-    assert "(the context is full: the oldest turn is forgotten)" in err
+    assert chat().out == "\n"  # Ctrl-D at once
+    err = chat(stdin="Say 1.\nSay 2.\n" + "x" * 99 + "\nSay 3.\n").err
     refusal = "this takes 118 tokens, but there is room for 48; say it shorter"
-    assert f"({refusal})" in err
+    assert "(the context is full: the oldest turn is forgotten)" in err and f"({refusal})" in err
     with pytest.raises(SystemExit, match=f"^error: {refusal}$"):
-        chat_with("--prompt=" + "x" * 99)
-    chat = sample.Chat(small_model(), prepare_data.get_tokenizer("bytes"), sample.SampleConfig(chat=True))
-    chat.turns = messages("1?", "2")
-    with pytest.raises(ValueError, match=refusal):
-        chat.answer("x" * 99)
-    assert chat.turns == messages("1?", "2")
+        chat("--prompt=" + "x" * 99)
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_its_text(monkeypatch, capsys):
+def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too_long(monkeypatch, capsys):
     def interrupted(*_):
         yield "half an "
         raise KeyboardInterrupt
@@ -1350,8 +1338,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_text(monkeypatch, capsys):
     cfg = sample.SampleConfig(chat=True, system="Hi.")
     chat = sample.Chat(small_model(), prepare_data.get_tokenizer("bytes"), cfg)
     chat.answer("go")
-    assert chat.system == [{"role": "system", "content": "Hi."}] and chat.turns == messages("go", "half an ")
     assert capsys.readouterr().out == "half an \n"
+    assert "tokens with --system, but there is room for 48; say it shorter" in error_of(chat.answer, "x" * 99)
+    assert chat.system == [{"role": "system", "content": "Hi."}] and chat.turns == messages("go", "half an ")
 
 
 def test_problems_are_scored_by_their_last_line(monkeypatch):
@@ -1365,29 +1354,17 @@ def test_problems_are_scored_by_their_last_line(monkeypatch):
     monkeypatch.setattr(evaluate, "answer_questions", solve)
     results = evaluate.solve_problems(None, None, evaluate.EvalConfig(limit=40, problems=True))
     n, n_correct = len(solutions), sum(i % 4 > 0 for i in range(len(solutions)))
-    assert results["all"]["n"] == n and results["addition"]["n"] == 40
-    assert results["all"]["exact_match"] == n_correct / n
-    assert results["all"]["standard_error"] == pytest.approx(math.sqrt(n_correct * (n - n_correct) / n**3))
-    assert results["all"]["interval"] == evaluate.wilson_interval(n_correct, n)
-    assert results["addition, both of two digits"]["n"] >= 20
+    error, interval = math.sqrt(n_correct * (n - n_correct) / n**3), evaluate.wilson_interval(n_correct, n)
+    expected = {"n": n, "exact_match": n_correct / n, "standard_error": pytest.approx(error), "interval": interval}
+    assert results["all"] == expected
+    assert results["addition"]["n"] == 40 and results["addition, both of two digits"]["n"] >= 20
 
 
-@pytest.mark.parametrize(
-    "successes, n, low, high",  # the first three from Newcombe (1998), table I
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718), (0, 40, 0, 0.0876), (0, 0, 0, 1)],
-)
-def test_shares_have_wilsons_interval(successes, n, low, high):
-    assert evaluate.wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
-    assert evaluate.wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5) or n == 0
-
-
-def test_problems_are_asked_of_a_real_model(fine_tuned, run_main):
-    printed = run_main(evaluate, "--problems", "--limit=2", f"--init_from={fine_tuned}")
-    result = json.loads((fine_tuned / "eval.json").read_text())["problems"]["all"]
-    assert result.keys() == {"n", "exact_match", "standard_error", "interval"}
-    low, high = result["interval"]
-    row = f"{result['n']} +{result['exact_match']:.1%} +{low:.1%} to {high:.1%}"
-    assert low < high and re.search(f"^all +{row}$", printed.out, re.M)
+def test_shares_have_wilsons_interval():
+    newcombe = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)]  # 1998, table I
+    for successes, n, low, high in [*newcombe, (0, 40, 0, 0.0876), (0, 0, 0, 1)]:
+        assert evaluate.wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+        assert evaluate.wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5) or n == 0
 
 
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):
@@ -1640,23 +1617,16 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-TASKS = {
-    "local_choice": dict(
-        output_type="multiple_choice", doc_to_text="Question: {{question}}\nAnswer:", doc_to_choice="{{choices}}",
-        doc_to_target="{{answer}}",
-    ),
+TASKS = {  # "w" and "el" occur in no special token's name; where one does, the Hugging Face backend stops at that token
+    "local_choice": dict(output_type="multiple_choice", doc_to_text="Question: {{question}}\nAnswer:",
+                         doc_to_choice="{{choices}}", doc_to_target="{{answer}}"),
     "local_letter": dict(output_type="multiple_choice", doc_to_choice=["A", "B"], doc_to_target=0),
     "local_word": dict(output_type="loglikelihood", metric_list=[{"metric": "acc"}]),
-    "local_text": dict(
-        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{question * 9}}",
-        metric_list=[{"metric": "word_perplexity"}],
-    ),
-    # "w" and "el" occur in no special token's name; where one does, the Hugging Face backend stops at that token.
+    "local_text": dict(output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{question * 9}}",
+                       metric_list=[{"metric": "word_perplexity"}]),
     "local_writing": dict(output_type="generate_until", generation_kwargs={"until": ["w", "el"], "max_gen_toks": 30}),
-    "local_sampling": dict(
-        output_type="generate_until",
-        generation_kwargs={"until": "w", "max_new_tokens": 20, "do_sample": True, "temperature": 1.0, "top_k": 1},
-    ),
+    "local_sampling": dict(output_type="generate_until", generation_kwargs={
+        "until": "w", "max_new_tokens": 20, "do_sample": True, "temperature": 1.0, "top_k": 1}),
 }  # fmt: skip
 
 
@@ -1680,12 +1650,13 @@ def task_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def harness():
-    """extras/harness.py; it indexes the harness's own tasks, which takes seconds, once and only where they are used."""
+    """extras/harness.py, with two folders of the harness's own tasks: all of them take ten seconds to index."""
     tasks = pytest.importorskip("lm_eval.tasks")
     from extras import harness
 
+    own = [f"{Path(tasks.__file__).parent / name}" for name in ("arc", "hellaswag")]
     with pytest.MonkeyPatch.context() as patch:
-        manager = functools.cache(lambda include_path: tasks.TaskManager(None, include_path, include_path is None))
+        manager = functools.cache(lambda include_path: tasks.TaskManager(None, include_path or own, False))
         patch.setattr(harness, "TaskManager", manager)
         yield harness
 
@@ -1708,16 +1679,15 @@ def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harn
     settings = {"tasks": list(TASKS), "task_manager": harness.TaskManager(include_path=f"{task_dir}")}
     theirs, ours = (harness.lm_eval.simple_evaluate(x, bootstrap_iters=0, **settings) for x in (theirs, ours))
     for name in TASKS:
-        pairs = list(zip(*(sorted(x["samples"][name], key=lambda row: row["doc_id"]) for x in (theirs, ours))))
+        pairs = list(zip(theirs["samples"][name], ours["samples"][name], strict=True))
         assert len(pairs) == 7
         for expected, row in pairs:
-            assert expected["arguments"] == row["arguments"] and len(expected["resps"]) == len(row["resps"])
-            for (a,), (b,) in zip(expected["resps"], row["resps"]):  # a text, nats, or nats and whether greedy
+            assert expected["arguments"] == row["arguments"]
+            for (a,), (b,) in zip(expected["resps"], row["resps"], strict=True):  # text, nats, or nats and is_greedy
                 near = pytest.approx(np.ravel(a), abs=1e-4, rel=1e-6 if name == "local_text" else 0)
                 assert (a == b) if isinstance(a, str) else (np.ravel(b) == near)
         for key, value in theirs["results"][name].items():
-            expected = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-            assert ours["results"][name][key] == expected, key
+            assert ours["results"][name][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
     texts = [row["resps"][0][0] for row in ours["samples"]["local_writing"]]
     assert any(texts) and not any("w" in text for text in texts)
 
@@ -1798,9 +1768,9 @@ def test_the_harness_gets_the_chat_format_of_fine_tuning(name, harness, small_vo
 
 
 def test_the_error_of_a_mean_loss_is_that_of_its_windows():
-    mean, error = evaluate.mean_loss([(10 * loss, 10) for loss in (1.0, 2.0, 4.0)])
-    assert mean == pytest.approx(7 / 3)
-    assert error == pytest.approx(torch.tensor([1.0, 2.0, 4.0]).std().item() / math.sqrt(3))
+    losses = [1.0, 2.0, 4.0]
+    expected = statistics.mean(losses), statistics.stdev(losses) / math.sqrt(3)
+    assert evaluate.mean_loss([(10 * loss, 10) for loss in losses]) == pytest.approx(expected)
     assert evaluate.mean_loss([(1.0, 1), (40.0, 10), (12.0, 4)])[0] == pytest.approx(53 / 15)
     assert evaluate.mean_loss([(1.0, 1)]) == (1.0, None)
 
@@ -1810,9 +1780,7 @@ def run_eval(run_main, tmp_path):
     """Run eval.py on a copy of a run in tmp_path / "run"; returns what it printed and its eval.json."""
 
     def run(source: Path, *arguments: str) -> tuple[str, dict]:
-        (folder := tmp_path / "run").mkdir(exist_ok=True)
-        for name in ("ckpt.pt", "log.jsonl"):
-            shutil.copy(source / name, folder)
+        folder = shutil.copytree(source, tmp_path / "run", dirs_exist_ok=True)
         printed = run_main(evaluate, f"--init_from={folder}", "--device=cpu", "--dtype=float32", *arguments).out
         return printed, json.loads((folder / "eval.json").read_text())
 
@@ -1822,14 +1790,13 @@ def run_eval(run_main, tmp_path):
 def test_the_report_of_a_run(unbroken, corpus_dir, run_eval, tmp_path):
     pytest.importorskip("matplotlib")
     printed, results = run_eval(unbroken, "--batch_size=3")
-    cfg = train.TrainConfig(**run_settings(corpus_dir, "x", eval_tokens=10**6))
-    model = from_pretrained(unbroken)
-    ranks, autocast = train.Ranks("cpu"), torch.autocast("cpu", enabled=False)
-    expected = train.evaluate(model, train.Corpus(cfg), ranks, autocast)["val"]
+    corpus, autocast = open_corpus(corpus_dir, eval_tokens=10**6), torch.autocast("cpu", enabled=False)
+    expected = train.evaluate(from_pretrained(unbroken), corpus, train.Ranks("cpu"), autocast)["val"]
     for domain, measured in results["domains"].items():
-        assert measured["nats_per_token"] == pytest.approx(expected[domain]["loss"], abs=1e-5)
-        assert measured["bits_per_byte"] == pytest.approx(expected[domain]["bits_per_byte"], abs=1e-5)
-        assert measured["perplexity"] == pytest.approx(math.exp(expected[domain]["loss"]), rel=1e-4)
+        loss, bits_per_byte = expected[domain]["loss"], expected[domain]["bits_per_byte"]
+        assert measured["nats_per_token"] == pytest.approx(loss, abs=1e-5)
+        assert measured["bits_per_byte"] == pytest.approx(bits_per_byte, abs=1e-5)
+        assert measured["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert measured["bits_per_byte_error"] > 0
         assert re.search(rf"^{domain} .* {measured['bits_per_byte']:.4f} ± ", printed, re.M)
     assert set(results["routing"]) == {"all", "math", "stem", "code"}
@@ -1840,13 +1807,20 @@ def test_the_report_of_a_run(unbroken, corpus_dir, run_eval, tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in plots)
 
 
-def test_the_report_of_fine_tuning_measures_the_answers_alone(fine_tuned, chat_dir, run_eval, tmp_path):
-    _, results = run_eval(fine_tuned, f"--picture_dir={tmp_path / 'plots'}")
-    counts = json.loads((chat_dir / "meta.json").read_text())["domains"]["chat"]
+def test_the_report_of_fine_tuning_measures_the_answers_alone_and_asks_problems(
+    fine_tuned, chat_dir, run_eval, tmp_path
+):
+    flags = ["--report", "--problems", "--limit=2", f"--picture_dir={tmp_path / 'plots'}"]
+    printed, results = run_eval(fine_tuned, *flags)
+    n_targets = json.loads((chat_dir / "meta.json").read_text())["domains"]["chat"]["val_targets"]
     last = [line for line in train.read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
-    assert 0.8 * counts["val_targets"] < results["domains"]["chat"]["tokens"] <= counts["val_targets"]
+    assert 0.8 * n_targets < results["domains"]["chat"]["tokens"] <= n_targets
     assert results["domains"]["chat"]["nats_per_token"] == pytest.approx(last["loss"], rel=0.2)
     assert (tmp_path / "plots" / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
+    result = results["problems"]["all"]
+    low, high = result["interval"]
+    row = f"{result['n']} +{result['exact_match']:.1%} +{low:.1%} to {high:.1%}"
+    assert low < high and re.search(f"^all +{row}$", printed, re.M)
 
 
 def test_finished_tasks_are_not_run_again(harness, unbroken, task_dir, run_eval, tmp_path):
@@ -1866,7 +1840,7 @@ def test_finished_tasks_are_not_run_again(harness, unbroken, task_dir, run_eval,
 
 
 def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):
-    cases = {
+    for argument, message in {
         "--init_from=absent": "no checkpoint at absent",
         "--data_dir=absent": "no data in absent; make it: python prepare_data.py absent",
         "--domains=math,art": f"the mixture names 'art'; {corpus_dir} has math, stem, code",
@@ -1876,8 +1850,7 @@ def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):
         "--tasks=helaswag": "the harness has no task 'helaswag'; did you mean 'hellaswag'?",
         "--tasks=ai2_arc": "'ai2_arc' is a tag that several tasks of the harness share; name the tasks",
         "--tasks=arc_easy": "cannot get the data of task 'arc_easy': Couldn't reach ",
-    }
-    for argument, message in cases.items():
+    }.items():
         if "tasks" in argument:
             request.getfixturevalue("harness")
         with pytest.raises(SystemExit) as error:
@@ -1886,25 +1859,23 @@ def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):
 
 
 def test_what_evaluation_lacks_is_named(unbroken, run_main, tmp_path, monkeypatch):
-    shutil.copy(unbroken / "ckpt.pt", tmp_path)  # alone, without a log
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    printed = run_main(evaluate, f"--init_from={tmp_path / 'ckpt.pt'}", "--max_tokens=200")
-    assert "no pictures: they need a package: pip install matplotlib" in printed.out
-    # As a script, and in a process of its own: the package may be imported here already.
-    code = "import sys; sys.modules['lm_eval'] = None; import config, eval; config.run(eval.main)"
-    done = run_script("-c", code, f"--init_from={unbroken}", "--tasks=arc_easy")
-    assert done.returncode == 1 and done.stderr.endswith("\nerror: --tasks needs a package: pip install lm-eval\n")
-    pytest.importorskip("safetensors")
-    save_pretrained(from_pretrained(unbroken), tmp_path / "bare")
-    with pytest.raises(SystemExit, match="does not say what it was trained on; name a corpus, --data_dir=, or"):
-        run_main(evaluate, f"--init_from={tmp_path / 'bare'}")
+    for package in ("matplotlib.figure", "lm_eval"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "extras.harness", raising=False)  # it may be imported already
+    run = functools.partial(run_main, evaluate, f"--init_from={shutil.copy(unbroken / 'ckpt.pt', tmp_path)}")  # no log
+    assert "no pictures: they need a package: pip install matplotlib" in run("--max_tokens=200").out
+    with pytest.raises(SystemExit, match="^error: --tasks needs a package: pip install lm-eval$"):
+        run("--tasks=arc_easy")
 
 
-def test_a_plain_glu_has_a_report_without_routing(corpus_dir, run_main, tmp_path):
+def test_a_plain_glu_without_a_run_has_a_report_without_routing(corpus_dir, run_main, tmp_path):
     pytest.importorskip("safetensors")
     save_pretrained(small_model(activations=("silu",)), tmp_path)
-    flags = [f"--data_dir={corpus_dir}", "--domains=code,code", f"--picture_dir={tmp_path / 'config.json'}"]
-    printed = run_main(evaluate, f"--init_from={tmp_path}", *flags).out
+    run = functools.partial(run_main, evaluate, f"--init_from={tmp_path}")
+    with pytest.raises(SystemExit, match="does not say what it was trained on; name a corpus, --data_dir=, or"):
+        run()
+    picture_dir = tmp_path / "config.json"
+    printed = run(f"--data_dir={corpus_dir}", "--domains=code,code", f"--picture_dir={picture_dir}").out
     assert "a plain GLU of silu: there is no routing to measure" in printed
     assert re.search("no pictures: (cannot write to .*config.json|they need a package)", printed)
     assert json.loads((tmp_path / "eval.json").read_text())["domains"].keys() == {"code"}
@@ -1939,7 +1910,7 @@ def test_a_bad_setting_is_one_line(monkeypatch):
         "--lr.foo=3": "--lr.foo: lr is one value, without entries",
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
         "--activations=relu,relu": "name at least one, each once",
-        "--router_context=future": "unknown router_context 'future'; there are prefix, token, sequence",
+        "--router_context=future": "unknown router_context 'future'; there are prefix",
         "--n_kv_head=3": "n_head is 16; it must be a multiple of n_kv_head, which is 3",
         "--head_dim=7": "head_dim is 7; rotary positions need an even one", "--rope_theta=0": "rope_theta is 0.0",
         "--n_layer=0": "n_layer is 0; it must be at least 1", "--router_hidden=-1": "router_hidden is -1",
@@ -2044,9 +2015,9 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):
         assert str(path) in error_of(train.load_model, path)
 
 
-def test_sampling_errors_are_one_line(unbroken, run_main, tmp_path, monkeypatch):
+def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, cpu = small_model(), torch.device("cpu")
+    cpu = torch.device("cpu")
     for action, message in [
         (sample.newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.open_model("absent", cpu), "no checkpoint at absent"),
@@ -2057,19 +2028,13 @@ def test_sampling_errors_are_one_line(unbroken, run_main, tmp_path, monkeypatch)
         (lambda: sample.SampleConfig(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
         (lambda: sample.SampleConfig(temperature=-1.0), "temperature is -1.0; it must lie in 0.."),
         (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
-        (lambda: next(model.generate([[1], []], 5)), "an empty prompt"),
         (lambda: next(small_model(router_context="sequence").generate([[1], [1, 2]], 5)), "give prompts of one length"),
         (lambda: KVCache(ModelConfig(**SMALL, router_context="sequence"), 1, 8), "no cache is exact"),
-        (lambda: model(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
+        (lambda: small_model()(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
         (lambda: prepare_data.get_tokenizer("morse"), "unknown tokenizer 'morse'"),
     ]:
         assert message in error_of(action)
     assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
-    for flag, message in [
-        ("--prompt=", "empty prompt: starting a new document"),
-        ("--prompt=" + "x" * 70, "has 70 tokens, the context 64: reading the last 32"),
-    ]:
-        assert message in run_main(sample, f"--out_dir={unbroken}", "--max_new_tokens=3", flag).err
 
 
 @pytest.mark.parametrize(
@@ -2188,25 +2153,22 @@ def test_interleaved_timing_takes_turns_and_reports_what_does_not_fit(capsys):
 # --------------------------------------------------------------------------------------------------------- the study
 
 
-def test_the_studys_variants_differ_in_routing_alone():
-    routing = "activations router_context router_hidden gumbel frozen routing_lr tau_start tau_end"
-    files = sorted((ROOT / "config" / "study").glob("*.py"))
-    assert len(files) >= 11
-    for path in files:
-        assert {name for _, name, _ in config.read_overrides(path)} <= set(routing.split()), path
-
-
-def test_a_study_plans_each_seed_and_pairs_runs_by_seed(monkeypatch):
+def test_a_study_plans_each_seed_and_its_variants_differ_in_routing_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
+    routing = set("activations router_context router_hidden gumbel frozen routing_lr tau_start tau_end".split())
+    assert len(files := sorted(study.VARIANTS.glob("*.py"))) >= 11
+    for path in files:
+        assert {name for _, name, _ in config.read_overrides(path)} <= routing, path
     runs = study.plan_runs(study.StudyConfig(variants=("prefix", "moa"), seeds=2))
     names = "prefix-1 moa-1 prefix-2 moa-2 prefix-lr_0.5-1 prefix-lr_2-1 prefix-sft-1 prefix-sft-2".split()
     assert [run.name for run in runs] == names and all(run.settings.seed == int(run.name[-1]) for run in runs)
     assert [run.settings.lr / runs[0].settings.lr for run in runs[:6]] == [1, 1, 1, 1, 0.5, 2]
 
+
+def test_a_study_compares_runs_of_one_seed():
     bits = [("swiglu", 1, 2.0), ("swiglu", 2, 3.0), ("prefix", 1, 1.5), ("prefix", 2, 2.7), ("prefix", 3, 9.0)]
     common = {"kind": "variant", "parameters": 1, "tokens_per_second": 1.0, "routing": {}}
-    results = [{"variant": name, "seed": i, "bits_per_byte": {"math": x}, **common} for name, i, x in bits]
-    _, row = study.summarize(results)
+    _, row = study.summarize([{"variant": v, "seed": i, "bits_per_byte": {"math": x}, **common} for v, i, x in bits])
     assert row["difference"]["math"] == pytest.approx((-0.4, 0.1)) and (row["runs"], row["pairs"]) == (3, 2)
 
 
@@ -2215,32 +2177,30 @@ def write_settings(path: Path, settings: dict) -> Path:
     return path
 
 
-def test_study_trains_each_run_once_and_repeats_it_to_the_last_digit(
+def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_fails(
     corpus_dir, chat_dir, tmp_path, capsys, monkeypatch
 ):
     settings, out = run_settings(corpus_dir, tmp_path), tmp_path / "out"
     base = write_settings(tmp_path / "base.py", settings)
     tuning = {name: settings[name] for name in ("batch_size", "micro_batch_size", "lr", "dtype", "compile")}
     sft_base = write_settings(tmp_path / "sft.py", {**tuning, "data_dir": str(chat_dir)})
+    variants = shutil.copytree(ROOT / study.VARIANTS, tmp_path / "variants")
+    write_settings(variants / "bad.py", {"lr": 1e12, "routing_lr": 1e12})
+    monkeypatch.setattr(study, "VARIANTS", variants)
 
-    monkeypatch.chdir(ROOT)
-
-    def run_study(*flags: str, out: Path = out) -> tuple[str, dict]:
-        """What it prints, and study.json."""
+    def run_study(*flags: str, out: Path = out, error: str | None = None) -> tuple[str, dict]:
+        """What it prints, and study.json. error: what it raises."""
         monkeypatch.setattr(sys, "argv", [
             "study", f"--base={base}", f"--sft={sft_base}", f"--out_dir={out}", "--variants=swiglu,prefix,sequence",
             "--max_steps=2", "--sft_steps=1", "--eval_tokens=256", "--seeds=1", "--check_lr=0", "--device=cpu", *flags,
         ])  # fmt: skip
-        capsys.readouterr()
-        study.main()
+        with pytest.raises(ValueError, match=re.escape(error)) if error else contextlib.nullcontext():
+            study.main()
         return capsys.readouterr().out, json.loads((out / "study.json").read_text())
 
-    def assert_refused(message: str, *flags: str, **kw):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            run_study(*flags, **kw)
-
-    printed, found = run_study()
-    for text in ("4 runs, 0 of them done before", "mean - swiglu", "sequence, causal", "before", "after", "prefix-1"):
+    failure = "1 of 5 runs: bad-1 did not finish (error: "
+    printed, found = run_study("--variants=bad,swiglu,prefix,sequence", error=failure)
+    for text in ("5 runs, 0 of them done before", "mean - swiglu", "sequence, causal", "before", "after", "prefix-1"):
         assert text in printed
     rows = {row["variant"]: row for row in found["summary"]}
     assert rows["swiglu"]["difference"]["mean"] == [0, None] != rows["prefix"]["difference"]["mean"]
@@ -2248,31 +2208,20 @@ def test_study_trains_each_run_once_and_repeats_it_to_the_last_digit(
 
     shutil.rmtree(out / "prefix-1")
     printed, again = run_study("--variants=swiglu,prefix", "--sft=None")
-    assert "2 runs, 1 of them done before" in printed and "[1/1] " in printed
+    assert "2 runs, 1 of them done before" in printed and "[1/1] prefix-1: math" in printed
     first, second = ({run["name"]: run["bits_per_byte"] for run in study["runs"]} for study in (found, again))
     assert second["prefix-1"] == first["prefix-1"] != first["swiglu-1"]
 
-    assert_refused("swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir",
-                   "--max_steps=3")  # fmt: skip
+    other_steps = "swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir"
+    run_study("--max_steps=3", error=other_steps)
     shutil.move(out, moved := tmp_path / "moved")  # a study may be moved
     assert "4 runs, 4 of them done before" in run_study(out=moved)[0]
     shutil.rmtree(moved / "prefix-1")
-    assert_refused("prefix-sft-1 was fine-tuned from an earlier prefix-1; remove it", out=moved)
+    run_study(out=moved, error="prefix-sft-1 was fine-tuned from an earlier prefix-1; remove it")
     write_settings(base, {name: value for name, value in settings.items() if name != "lr"})
-    assert_refused("swiglu-1 was trained with lr=", out=moved)
+    run_study(out=moved, error="swiglu-1 was trained with lr=")
     write_settings(base, {**settings, "frozen": ("alhpa",)})
-    assert_refused("frozen: no parameter has 'alhpa' in its name", out=tmp_path / "other")
-
-
-def test_a_study_finishes_the_other_runs_when_one_fails(corpus_dir, tmp_path, capsys):
-    runs = []
-    for name, lr in {"bad": 1e12, "good": 1e-3}.items():
-        given = run_settings(corpus_dir, tmp_path / name, max_steps=2, lr=lr, routing_lr=lr)
-        path = write_settings(tmp_path / f"{name}.py", given)
-        runs.append(study.Run(name, "variant", name, 1, [str(path)], tmp_path / name))
-    (failed,) = study.train_runs(runs, 1, True)
-    assert failed.startswith("bad did not finish (error: ") and "[2/2] good: math" in capsys.readouterr().out
-    assert runs[1].evaluations() and study.is_finished(runs[1])
+    run_study(out=moved, error="frozen: no parameter has 'alhpa' in its name")
 
 
 def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
@@ -2295,6 +2244,7 @@ def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
     done = run_script("-m", "extras.study", f"--out_dir={tmp_path}", "--seed=2")
     assert_one_line(done, "there is no setting 'seed'; did you mean 'seeds'?")
     monkeypatch.chdir(ROOT)
+    settings = {bench: {"only": "decode"}, study: {"out_dir": tmp_path}}
     for script, flag, message in (
         (bench, "--only=fnn", "there is no row 'fnn'; there are ffn, loss, step, decode, prepare"),
         (bench, "--dtype=float16", "dtype is 'float16'; it must be auto, bfloat16 or float32"),
@@ -2304,7 +2254,4 @@ def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
         (study, "--seeds=0", "seeds is 0; it must lie in 1..10"),
         (study, "--base=config/tyni.py", "config/tyni.py: no such file; did you mean config/tiny.py?"),
     ):
-        where = "--only=decode" if script is bench else f"--out_dir={tmp_path}"
-        monkeypatch.setattr(sys, "argv", ["script", where, flag])
-        with pytest.raises(ERRORS, match=re.escape(message)):
-            script.main()
+        assert message in error_of(run_here, settings[script], flag, script=script)

@@ -145,7 +145,7 @@ def quotas(cfg: TrainConfig) -> np.ndarray:
         ideal = np.array(list(get_mixture(step, cfg).values())) * cfg.batch_size
         owed += ideal
         table[step] = np.floor(ideal + 1e-9)
-        behind = np.argsort(table[step] - owed, kind="stable")  # these get the rest, so that small shares are served
+        behind = np.argsort(table[step] - owed, kind="stable")  # what is left goes to the domains furthest behind
         fractional = [d for d in behind if ideal[d] - table[step, d] > 1e-9]
         table[step, fractional[: cfg.batch_size - table[step].sum()]] += 1
         owed -= table[step]
@@ -532,7 +532,8 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
     routing = {}
     if ranks.rank == 0:
         with autocast:
-            routing = routing_stats(model, *map(torch.stack, zip(*samples)))
+            tokens, doc_ids, is_text = map(torch.stack, zip(*samples))
+            routing = routing_stats(model, tokens, doc_ids, is_text)
     model.train()
     return {"val": val, "routing": routing}
 
@@ -633,14 +634,14 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     saved = first_step if resumed else -1
     stopping, skipped_in_a_row, logged, t0 = False, 0, first_step, time.monotonic()
     model.train()
-    for step in range(first_step, cfg.max_steps + 1):
+    for step in range(first_step, cfg.max_steps + 1):  # the last pass only saves and evaluates
         # learning rate and routing temperature of this step
         lr, tau = get_lr(step, cfg), get_tau(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * (cfg.routing_lr if group["routing"] else 1)
         set_tau(model, tau)
 
-        # save, except weights that make no finite step
+        # save, unless the last update was not finite
         due = step % cfg.save_interval == 0 or step == cfg.max_steps or stopping
         if due and step > saved and not skipped_in_a_row:
             saved = step
@@ -683,7 +684,8 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
         # clip and step
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-        loss, stopping = ranks.sum(loss, float(stop.requested))
+        loss, stops = ranks.sum(loss, float(stop.requested))
+        stopping = stops > 0
         if math.isfinite(norm) and math.isfinite(loss):
             optimizer.step()
             skipped_in_a_row = 0

@@ -387,6 +387,11 @@ def test_polyglu_stands_alone():
             loss = F.cross_entropy(maybe_compiled(model, compiled)(tokens).flatten(0, 1), tokens.flatten())
         loss.backward()
         assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    x, layer = torch.randn(2, 10, 64), model[2].eval()
+    y, in_bfloat16 = layer(x), copy.deepcopy(layer).bfloat16()(x.bfloat16())
+    assert in_bfloat16.dtype == torch.bfloat16 and (in_bfloat16 - y).norm() < 0.03 * y.norm()
+    with pytest.raises(ValueError, match="tau is 0; it must be above 0"):
+        set_tau(model, 0)
 
 
 def test_a_new_activation_is_one_line_and_may_learn(monkeypatch):
@@ -1532,8 +1537,7 @@ def test_upcycling_starts_as_the_same_function(gumbel, tmp_path):
     old, tokens = from_pretrained(tmp_path).eval(), random_tokens(2, 40)
     shape = dataclasses.replace(old.config, activations=tuple(ACTIVATIONS), router_hidden=8, gumbel=gumbel)
     new = PolychromaticLM(shape).eval()
-    new.load_state_dict(upcycle(old, shape, tau=0.1))
-    set_tau(new, 0.1)
+    new.load_state_dict(upcycle(old, shape, tau=0.1))  # tau included
     torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=1e-3)
     torch.testing.assert_close(new.train()(tokens), old(tokens), rtol=0, atol=2e-2 if gumbel else 1e-3)
     set_tau(new.eval(), 10.0)
@@ -1576,6 +1580,13 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
 
     check("nobody/none", "no checkpoint at nobody/none, and no such model on the hub")
     check(tmp_path / "empty", "and no model.safetensors beside it")
+    save_pretrained(small_model(), tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    check(tmp_path / "bare", "there is no config.json beside it")
+    (tmp_path / "bare" / "ckpt.pt").touch()
+    assert "has a ckpt.pt, which from_pretrained() would read" in error_of(
+        save_pretrained, small_model(), tmp_path / "bare"
+    )
     check(qwen3, "is a local path, which has no revisions", revision="main")
     for content, message in [
         ({"model": os.system}, "odd.pt is damaged or not a checkpoint"),

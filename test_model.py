@@ -1293,7 +1293,7 @@ def test_every_target_of_a_step_weighs_the_same_whatever_its_micro_batch(convers
 def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("sft")
     output = run_here(settings_from(unbroken, chat_dir, out_dir), script=sft)
-    assert f"starting from the model of {unbroken}" in output
+    assert f"starting from the model of {unbroken}" in output and f"; {8 * 64:,} tokens a step" in output
     assert re.search(r"step 0: static entropy.*agreement.*\n  step 12: static entropy .*usage.*dependence", output)
     return out_dir
 

@@ -546,7 +546,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     device, is_main, ckpt = ranks.device, ranks.rank == 0, folder / "ckpt.pt"
     dtype = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    n_micro, tokens_per_step = cfg.batch_size // cfg.micro_batch_size, cfg.batch_size * cfg.block_size
+    n_micro = cfg.batch_size // cfg.micro_batch_size
     if n_micro < ranks.world_size:
         raise ValueError(f"{n_micro} micro-batches a step for {ranks.world_size} processes; lower --micro_batch_size")
     lock = contextlib.ExitStack()  # no other process may write to the run folder until this one ends
@@ -563,6 +563,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
     # data
     corpus = corpus_type(cfg)
+    tokens_per_step = cfg.batch_size * cfg.block_size  # block_size may be that of init_from
 
     # model
     torch.manual_seed(cfg.seed)

@@ -133,7 +133,7 @@ def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
     # Sums in float64, as a document's sum is the difference of two sums over the row.
     terms = F.pad(u.to(sum_dtype(u)), (0, 1), value=1.0)  # [B, T, R + 1]; the last column counts tokens
     before = terms.new_zeros(u.size(0), 1, terms.size(2)) if cache is None else cache
-    # sums[:, t + 1] is the sum before token t, cache included; sums[:, 0] is 0, for a document that the cache begins.
+    # sums[:, t + 1] is the sum before token t, cache included. sums[:, 0] is 0: doc_start -1 subtracts nothing.
     sums = torch.cat((torch.zeros_like(before), before, terms), dim=1).cumsum(1)  # [B, T + 2, R + 1]
     in_document = sums[:, 2:] - sums.gather(1, (doc_start + 1)[:, :, None].expand_as(terms))
     if cache is not None:

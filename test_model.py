@@ -2024,6 +2024,8 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):
         path.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, path)
         assert str(path) in error_of(run_here, run_settings(corpus_dir, tmp_path), "--resume")
         assert str(path) in error_of(train.load_model, path)
+    torch.save({"model": {}, "model_config": {"n_heads": 4}}, path)
+    assert "ckpt.pt does not hold a model of this project" in error_of(train.load_model, path)
 
 
 def test_sampling_errors_are_one_line(tmp_path, monkeypatch):

@@ -406,10 +406,11 @@ def load_model(source: str | Path, revision: str | None = None, router_context: 
         from extras.weights import from_pretrained
 
         return from_pretrained(source, revision, router_context)
-    shape = ModelConfig(**checkpoint["model_config"])
-    if router_context:
-        shape = dataclasses.replace(shape, router_context=router_context)
-    return build_model(shape, checkpoint["model"], path)
+    try:
+        settings = checkpoint["model_config"] | ({"router_context": router_context} if router_context else {})
+        return build_model(ModelConfig(**settings), checkpoint["model"], path)
+    except TypeError as e:  # a setting of another version
+        raise ValueError(f"{path} does not hold a model of this project: {e}") from None
 
 
 def find_checkpoint(cfg: TrainConfig) -> dict | None:

@@ -46,6 +46,7 @@ class PolyGLU(nn.Module):
         PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
         g          = softmax( (alpha + beta * f + Gumbel noise) / tau )     over the K activations
         f          = W2 relu( context(W1 x + b1) ) + b2                     context: the mean of the document so far
+                     router_centred: less the mean of f over the document so far, so that no activation leads everywhere
 
     It can be used on its own: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in
     training only, once for each row and constant along it. With one activation there is no g: a plain GLU (SwiGLU,
@@ -55,14 +56,15 @@ class PolyGLU(nn.Module):
 
     def __init__(
         self, n_embd: int, d_ff: int, activations: Sequence[str] = ("relu", "tanh", "silu", "gelu"),
-        router_hidden: int = 32, router_context: str = "prefix", gumbel: bool = True,
+        router_hidden: int = 32, router_context: str = "prefix", router_centred: bool = False, gumbel: bool = True,
     ):  # fmt: skip
         super().__init__()
         check_names(ACTIVATIONS, "activation", *activations)
         check_names(ROUTER_CONTEXTS, "router_context", router_context)
         self.sigma = [f() if isinstance(f, type) else f for f in map(ACTIVATIONS.get, activations)]
         self.learned_sigma = nn.ModuleList(f for f in self.sigma if isinstance(f, nn.Module))  # registers parameters
-        self.router_context, self.gumbel, K = router_context, gumbel, len(activations)
+        self.router_context, self.router_centred, self.gumbel = router_context, router_centred, gumbel
+        K = len(activations)
         self.w_gate = nn.Linear(n_embd, d_ff, bias=False)
         self.w_up = nn.Linear(n_embd, d_ff, bias=False)
         self.w_down = nn.Linear(d_ff, n_embd, bias=False)
@@ -109,8 +111,12 @@ class PolyGLU(nn.Module):
         u = at_least_fp32(self.router_in(x))
         doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
         with torch.autocast(x.device.type, enabled=False):
-            context = ROUTER_CONTEXTS[self.router_context](u, doc_start, cache)
-            return self.beta * self.router_out(F.relu(context).to(self.beta.dtype))
+            sums, centre = (None, None) if cache is None else cache.split((u.size(2) + 1, len(self.sigma) + 1), dim=2)
+            context = ROUTER_CONTEXTS[self.router_context](u, doc_start, sums)
+            f = self.router_out(F.relu(context).to(self.beta.dtype))
+            if self.router_centred:
+                f = f - prefix_mean(f, doc_start, centre)
+            return self.beta * f
 
 
 def set_tau(module: nn.Module, tau: float):
@@ -203,6 +209,7 @@ class ModelConfig:
     activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # mixed by every neuron; one: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
+    router_centred: bool = False  # whether the router's output is taken less its own mean over the document so far
     gumbel: bool = True  # Gumbel noise on the routing logits in training
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
@@ -220,6 +227,8 @@ class ModelConfig:
             raise ValueError(f"rope_theta is {self.rope_theta}, norm_eps {self.norm_eps}; they must be above 0")
         if self.router_hidden < 0:
             raise ValueError(f"router_hidden is {self.router_hidden}; it must be 0 (static preferences only) or more")
+        if self.router_centred and self.router_context == "sequence":
+            raise ValueError("router_centred leaves nothing of a sequence router: it is the same for every token")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head is {self.n_head}; it must be a multiple of n_kv_head, which is {self.n_kv_head}")
         if self.head_dim % 2:
@@ -302,7 +311,7 @@ class LayerCache(NamedTuple):
 
     k: Tensor  # [B, n_kv_head, max_length, head_dim]
     v: Tensor  # the same
-    router: Tensor  # [B, 1, router_hidden + 1], see ROUTER_CONTEXTS
+    router: Tensor  # [B, 1, router_hidden + K + 2]: sums of the context and of f, see ROUTER_CONTEXTS
 
 
 class KVCache:
@@ -319,7 +328,7 @@ class KVCache:
         self.length, self.max_length = 0, max_length
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
         kv_shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
-        router_shape = (batch_size, 1, config.router_hidden + 1)
+        router_shape = (batch_size, 1, config.router_hidden + len(config.activations) + 2)
         self.layers = [
             LayerCache(
                 k=torch.zeros(kv_shape, dtype=dtype, device=device),
@@ -363,8 +372,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.ffn = PolyGLU(
-            config.n_embd, config.d_ff, config.activations, config.router_hidden, config.router_context, config.gumbel
-        )
+            config.n_embd, config.d_ff, config.activations,
+            config.router_hidden, config.router_context, config.router_centred, config.gumbel,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """x [B, T, n_embd] -> [B, T, n_embd]."""
@@ -573,20 +583,23 @@ class PolychromaticLM(nn.Module):
             self.train(was_training)
 
     def configure_optimizer(
-        self, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
-    ) -> torch.optim.AdamW:
+        self, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8,
+        routing_lr: float = 1.0, alpha_lr: float = 1.0,
+    ) -> torch.optim.AdamW:  # fmt: skip
         """Fused AdamW. Only weight matrices and the embedding decay: never alpha, beta, norms or biases.
 
-        Parameters that need no gradient are left out. Each group has a flag "routing".
+        Parameters that need no gradient are left out. Each group has an "lr_scale": routing_lr for routing parameters,
+        for alpha times alpha_lr. The caller multiplies the learning rate by it.
         """
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
         for name, p in self.named_parameters():
             if p.requires_grad:
-                decays = p.dim() == 2 and not name.endswith("alpha")
-                groups.setdefault((decays, bool(ROUTING.search(name))), []).append(p)
-        settings = [
-            {"params": params, "weight_decay": weight_decay if decays else 0.0, "routing": routing}
-            for (decays, routing), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+                is_alpha, is_routing = name.endswith(".alpha"), bool(ROUTING.search(name))
+                scale = (routing_lr if is_routing else 1.0) * (alpha_lr if is_alpha else 1.0)
+                groups.setdefault((p.dim() == 2 and not is_alpha, is_routing, scale), []).append(p)
+        settings = [  # AdamW decays by lr * weight_decay; divide, so that a higher routing lr does not decay more
+            {"params": params, "weight_decay": weight_decay * decays / (scale or 1), "lr_scale": scale}
+            for (decays, _, scale), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
         ]
         return torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=True)
 

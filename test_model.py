@@ -122,11 +122,13 @@ def test_one_activation_has_no_routing_parameter_and_static_routing_no_router():
 
 def test_only_weight_matrices_and_the_embedding_decay():
     model = small_model()
-    groups = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95)).param_groups
+    groups = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95), routing_lr=4.0, alpha_lr=10.0).param_groups
     group_of = {p: group for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
-        assert group_of[p]["weight_decay"] == (0.0 if re.search(r"alpha|beta|norm|bias", name) else 0.1), name
-        assert group_of[p]["routing"] == bool(ROUTING.search(name)), name
+        decay = 0.0 if re.search(r"alpha|beta|norm|bias", name) else 0.1  # of lr * lr_scale
+        assert group_of[p]["weight_decay"] * group_of[p]["lr_scale"] == pytest.approx(decay), name
+        scale = (4.0 if ROUTING.search(name) else 1.0) * (10.0 if name.endswith("alpha") else 1.0)
+        assert group_of[p]["lr_scale"] == scale, name
 
 
 def test_flops_per_token_count_parameters_and_attention():
@@ -138,20 +140,42 @@ def test_flops_per_token_count_parameters_and_attention():
 
 # --------------------------------------------------------------------------------------------------------- 2. causality
 
-CAUSAL = [name for name in ROUTER_CONTEXTS if name != "sequence"]
+ROUTERS = {name: {"router_context": name} for name in ROUTER_CONTEXTS}
+ROUTERS |= {f"centred {name}": {**ROUTERS[name], "router_centred": True} for name in ("prefix", "token")}
+CAUSAL = [name for name in ROUTERS if name != "sequence"]
 
 
-@pytest.mark.parametrize("context", ROUTER_CONTEXTS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ROUTERS)
 @torch.no_grad()
-def test_changing_a_later_token_changes_no_earlier_logit_except_for_a_sequence_router(context):
-    model, tokens = small_model(router_context=context), random_tokens(1, 24)
-    before = model(tokens)
+def test_no_token_changes_an_earlier_logit_or_another_row_except_for_a_sequence_router(router, training):
+    model, tokens = small_model(**ROUTERS[router]).train(training), random_tokens(2, 24)
+
+    def logits(tokens):
+        torch.manual_seed(1)  # the same routing noise
+        return model(tokens)
+
+    before = logits(tokens)
     for t in range(1, 24):
         changed = tokens.clone()
         changed[0, t:] = (tokens[0, t:] + 101) % 256
-        difference = (model(changed) - before).abs()
-        assert difference[:, t].max() > 1e-2  # the change is one that shows
-        assert (difference[:, :t].max() < 1e-5) == (context in CAUSAL)
+        difference = (logits(changed) - before).abs()
+        assert difference[0, t].max() > 1e-2  # the change is one that shows
+        assert difference[1].max() < 1e-5
+        assert (difference[0, :t].max() < 1e-5) == (router in CAUSAL)
+
+
+@torch.no_grad()
+def test_a_centred_router_has_no_constant_part():
+    """Whatever constant is added to f, a token's routing is the same; its own mean over the document is zero."""
+    model, tokens = small_model(**ROUTERS["centred token"]), random_tokens(1, 24)
+    layer, before = model.blocks[0].ffn, model(tokens)
+    layer.router_out.bias.add_(torch.randn(4))
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-5)
+    x = torch.randn(1, 24, 32)
+    f = layer.router_out(F.relu(layer.router_in(x)))
+    expected = torch.stack([f[:, t] - f[:, : t + 1].mean(1) for t in range(24)], dim=1)
+    torch.testing.assert_close(layer.router(x), layer.beta * expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -174,10 +198,10 @@ def pack(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return random_tokens(1, sum(lengths)), doc_ids[None]
 
 
-@pytest.mark.parametrize("context", CAUSAL)
+@pytest.mark.parametrize("router", CAUSAL)
 @torch.no_grad()
-def test_packed_documents_give_the_logits_that_each_gives_alone(context):
-    model, lengths = small_model(router_context=context), [5, 1, 17, 9]
+def test_packed_documents_give_the_logits_that_each_gives_alone(router):
+    model, lengths = small_model(**ROUTERS[router]), [5, 1, 17, 9]
     tokens, doc_ids = pack(lengths)
     alone = torch.cat([model(document) for document in tokens.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(model(tokens, doc_ids=doc_ids), alone, rtol=0, atol=2e-5)
@@ -199,9 +223,11 @@ def test_flex_attention_gives_the_logits_and_the_loss_of_each_document_alone():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compiled", [False, True])
-def test_cached_logits_equal_the_full_forward_at_every_position_of_a_ragged_batch(compiled):
-    model, graphs = small_model(), torch._dynamo.utils.counters["stats"]
+@pytest.mark.parametrize(
+    ("router", "compiled"), [("prefix", True), ("centred token", True), *((name, False) for name in CAUSAL)]
+)
+def test_cached_logits_equal_the_full_forward_at_every_position_of_a_ragged_batch(router, compiled):
+    model, graphs = small_model(**ROUTERS[router]), torch._dynamo.utils.counters["stats"]
     tokens, padding, cache = random_tokens(3, 20), [0, 4, 9], KVCache(model.config, 3, 24)
     alone = torch.cat([model(row[None, pad:])[:, 9 - pad :] for row, pad in zip(tokens, padding)])
     doc_ids = (torch.arange(20) >= torch.tensor(padding)[:, None]).long()  # the padding is a document of its own
@@ -236,11 +262,11 @@ def generated(model: PolychromaticLM, prompts, steps: int, **settings) -> list[l
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("context", ROUTER_CONTEXTS)
-def test_greedy_generation_is_what_the_full_forward_would_choose_for_each_row_alone(context):
+@pytest.mark.parametrize("router", ROUTERS)
+def test_greedy_generation_is_what_the_full_forward_would_choose_for_each_row_alone(router):
     """A row longer than the context goes on from its recent half."""
-    model = small_model(router_context=context, block_size=16)
-    prompts = random_prompts(*([3, 11, 1, 7, 16, 40, 9] if context in CAUSAL else [5, 5]))
+    model = small_model(**ROUTERS[router], block_size=16)
+    prompts = random_prompts(*([3, 11, 1, 7, 16, 40, 9] if router in CAUSAL else [5, 5]))
     together = generated(model, prompts, 30)
     assert together == [generated(model, [prompt], 30)[0] for prompt in prompts]
     for row, new in zip(prompts, together):
@@ -364,10 +390,10 @@ def test_polyglu_is_its_equation():
         torch.testing.assert_close(y[0, t], layer.w_down(mixed * layer.w_up(x[0, t])), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", ROUTER_CONTEXTS)
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("names", [("tanh", "silu", "gelu"), ("silu",)])
-def test_polyglu_gradients_by_gradcheck(context, names):
-    layer = random_layer(4, 6, activations=names, router_hidden=3, router_context=context).double()
+def test_polyglu_gradients_by_gradcheck(router, names):
+    layer = random_layer(4, 6, activations=names, router_hidden=3, **ROUTERS[router]).double()
     doc_start = torch.tensor([[-1, -1, 2, 2, 2], [-1, 1, 1, 1, 4]])
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x, doc_start), (x, *layer.parameters()))
@@ -1003,7 +1029,7 @@ def test_a_step_takes_the_settings_and_the_noise_of_its_place_in_the_run(corpus_
 
     def step(optimizer, *args, step=torch.optim.AdamW.step):
         norms.append(math.sqrt(sum(p.grad.square().sum() for g in optimizer.param_groups for p in g["params"])))
-        groups.append({(g["routing"], g["lr"], g["betas"], g["weight_decay"]) for g in optimizer.param_groups})
+        groups.append({(g["lr_scale"], g["lr"], g["betas"], g["weight_decay"]) for g in optimizer.param_groups})
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
@@ -1021,10 +1047,10 @@ def test_a_step_takes_the_settings_and_the_noise_of_its_place_in_the_run(corpus_
     assert step_of(tmp_path) == 6 and norms == pytest.approx([0.01] * 6, rel=1e-3)
     for s in range(5):
         rate = train.get_lr(s, cfg)
-        assert groups[s] == {(routing, rate, (0.9, 0.95), decay) for routing in (False, True) for decay in (0.0, 0.1)}
+        assert groups[s] == {(1.0, rate, (0.9, 0.95), decay) for decay in (0.0, 0.1)}
     rate = train.get_lr(5, train.TrainConfig(**{**settings, **new}))
-    expected = [(False, rate, 0.5), (False, rate, 0.0), (True, 4 * rate, 0.5 / 4), (True, 4 * rate, 0.0)]
-    assert groups[5] == {(routing, lr, (0.5, 0.75), decay) for routing, lr, decay in expected}
+    expected = [(1.0, rate, 0.5), (1.0, rate, 0.0), (4.0, 4 * rate, 0.5 / 4), (4.0, 4 * rate, 0.0)]
+    assert groups[5] == {(scale, lr, (0.5, 0.75), decay) for scale, lr, decay in expected}
 
 
 def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus_dir, tmp_path):

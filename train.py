@@ -64,6 +64,7 @@ class TrainConfig(ModelConfig):
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 2000  # linear warm-up, then cosine decay to 0
     routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr; same weight decay
+    alpha_lr: float = 1.0  # a further multiple for alpha
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.1  # AdamW, on weight matrices and the embedding only
@@ -98,7 +99,7 @@ class TrainConfig(ModelConfig):
         config.check_range(self, 0, 1, "anneal_start", "weight_decay")
         config.check_range(self, 0, 0.99999, "beta1", "beta2")
         config.check_range(self, 1e-12, 1e12, "lr", "grad_clip")
-        config.check_range(self, 0, 1e12, "routing_lr")
+        config.check_range(self, 0, 1e12, "routing_lr", "alpha_lr")
         config.check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % micro:
@@ -441,7 +442,7 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
 
 def inherit_shape(cfg: TrainConfig, shape: dict, source: str | Path):
     """Give cfg the model that it starts from. Raises ValueError for an override that contradicts its weights."""
-    free = {"block_size", "gumbel", "router_context", "tokenizer"}  # no weight depends on these
+    free = {"block_size", "gumbel", "router_context", "router_centred", "tokenizer"}  # no weight depends on these
     if len(shape["activations"]) == 1 and set(shape["activations"]) <= set(cfg.activations):
         free |= {"activations", "router_hidden"}  # upcycling
     for name, theirs in shape.items():
@@ -588,13 +589,12 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     freeze(model, cfg.frozen)
 
     # optimizer
-    optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
-    for group in optimizer.param_groups:
-        if group["routing"] and cfg.routing_lr:
-            group["weight_decay"] /= cfg.routing_lr  # AdamW decays by lr * wd: a higher lr must not decay more
+    betas, scales = (cfg.beta1, cfg.beta2), {"routing_lr": cfg.routing_lr, "alpha_lr": cfg.alpha_lr}
+    optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, betas, **scales)
     first_step, skipped, run_id = 0, 0, uuid.uuid4().hex[:8]
     if checkpoint:
-        settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
+        keys = "betas", "weight_decay", "lr_scale"
+        settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as e:
@@ -640,7 +640,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         # learning rate and routing temperature of this step
         lr, tau = get_lr(step, cfg), get_tau(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr * (cfg.routing_lr if group["routing"] else 1)
+            group["lr"] = lr * group["lr_scale"]
         set_tau(model, tau)
 
         # save, unless the last update was not finite

@@ -111,11 +111,11 @@ class PolyGLU(nn.Module):
         u = at_least_fp32(self.router_in(x))
         doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
         with torch.autocast(x.device.type, enabled=False):
-            sums, centre = (None, None) if cache is None else cache.split((u.size(2) + 1, len(self.sigma) + 1), dim=2)
-            context = ROUTER_CONTEXTS[self.router_context](u, doc_start, sums)
+            R = u.size(2)
+            context = ROUTER_CONTEXTS[self.router_context](u, doc_start, None if cache is None else cache[..., : R + 1])
             f = self.router_out(F.relu(context).to(self.beta.dtype))
             if self.router_centred:
-                f = f - prefix_mean(f, doc_start, centre)
+                f = f - prefix_mean(f, doc_start, None if cache is None else cache[..., R + 1 :])
             return self.beta * f
 
 

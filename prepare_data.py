@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import sysconfig
 import time
@@ -70,9 +71,10 @@ class TinyConfig(PrepareConfig):  # tiny and tiny_sft
 @dataclass
 class PretrainConfig(PrepareConfig):  # pretrain
     max_tokens: int | None = None  # train tokens of each domain; None: the paper's, 7e9 math, 2.5e9 stem, 5e8 code
+    tokenizer: str = "qwen3"  # or gpt2, or bytes
     source: dict[str, str] = field(default_factory=dict)  # local files by domain: --source.math='dumps/*.parquet'
     text_field: dict[str, str] = field(default_factory=dict)  # name of the text field by domain: --text_field.math=name
-    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: downloaded from the hub and cached
+    vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
 
 
 @dataclass
@@ -81,8 +83,8 @@ class SFTDataConfig(PrepareConfig):  # sft
     source: str | None = None  # local files with a messages field, 'dumps/*.jsonl' or .parquet; None: the paper's
     messages_field: str = "messages"  # name of the field that lists the messages, {"role": ..., "content": ...}
     max_length: int = 4096  # maximum tokens per conversation; longer ones are cut
-    tokenizer: str = "qwen3"  # or bytes, to fine-tune a model of the embedded corpus
-    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: downloaded from the hub and cached
+    tokenizer: str = "qwen3"  # or gpt2, or bytes; that of the model to fine-tune
+    vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
 
 
 # ------------------------------------------------------------------------------------------ tokenizers and chat format
@@ -99,6 +101,7 @@ QWEN3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN3_REVISION = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"  # commit of Qwen/Qwen3-0.6B-Base
 
 
@@ -107,14 +110,17 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
     """The tokenizer of this name; use it through encode(). Raises ValueError if it is unknown or cannot be read.
 
     "bytes": 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
+    "gpt2": GPT-2's byte-level BPE from the file `vocab` (None: downloaded), then the same three from 50256 on.
     "qwen3": byte-level BPE from the file `vocab` (None: Qwen3's vocab.json from the hub), then 26 special tokens.
     """
     if name == "bytes":
         ranks, specials, pattern = {bytes([i]): i for i in range(256)}, CHAT_SPECIALS, r"[^\n]+|\n+"
+    elif name == "gpt2":
+        ranks, specials, pattern = read_vocab(vocab) if vocab else download_gpt2(), CHAT_SPECIALS, GPT2_PATTERN
     elif name == "qwen3":
         ranks, specials, pattern = read_vocab(vocab or download_vocab()), QWEN3_SPECIALS, QWEN3_PATTERN
     else:
-        raise ValueError(f"unknown tokenizer {name!r}; there are bytes, qwen3")
+        raise ValueError(f"unknown tokenizer {name!r}; there are bytes, gpt2, qwen3")
     special_ids = {special: len(ranks) + i for i, special in enumerate(specials)}
     return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
 
@@ -130,6 +136,14 @@ def download_vocab() -> str:
         raise ValueError("cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab=") from None
 
 
+def download_gpt2() -> dict[bytes, int]:
+    """GPT-2's merge ranks from tiktoken's cache, downloaded on first use."""
+    try:
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except (OSError, ValueError):  # no network, or another page in its place
+        raise ValueError("cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=") from None
+
+
 def read_vocab(path: str) -> dict[bytes, int]:
     """{bytes of a token: its merge rank, which is its id} from a vocab.json, in GPT-2's printable alphabet."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -137,6 +151,7 @@ def read_vocab(path: str) -> dict[bytes, int]:
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
     try:
         ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        ids.pop("<|endoftext|>", None)  # GPT-2's file lists it
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
         is_bpe = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
     except OSError as e:
@@ -375,8 +390,11 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
         print(f"{name}: {count['train_tokens']:,} train and {count['val_tokens']:,} val tokens ({count['source']})")
         for note, n in count.get("notes", {}).items():
             print(f"{name}: {n:,} {note}")
-    script = "sft.py" if folder.name.endswith("sft") else "train.py"
-    print(f"wrote {folder}; next: python {script} config/{folder.name}.py")
+    script, settings = "sft.py" if folder.name.endswith("sft") else "train.py", folder.name
+    flags = "" if folder == Path("data", settings) else f" --data_dir={shlex.quote(str(folder))}"
+    if encoding.name != {"pretrain": "qwen3"}.get(folder.name, encoding.name):
+        flags += f" --tokenizer={encoding.name} --vocab_size={encoding.n_vocab}"
+    print(f"wrote {folder}; next: python {script} config/{settings}.py{flags}")
 
 
 # --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
@@ -733,7 +751,7 @@ def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
     for domain in (*local, *fields):
         if domain not in domains:
             raise ValueError(f"there is no domain {domain!r}; there are {', '.join(domains)}")
-    encoding = get_tokenizer(cfg.tokenizer if chat else "qwen3", cfg.vocab)
+    encoding = get_tokenizer(cfg.tokenizer, cfg.vocab)
 
     def write(domain: str) -> dict:
         name, subset, split, column, max_tokens = domains[domain]

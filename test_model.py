@@ -779,6 +779,24 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(corpus, source_dir, smal
     assert len(whole) == (7 if corpus == "pretrain" else 5)
 
 
+# -------------------------------------------------------------------------------------------------------- your own text
+
+
+@pytest.fixture(scope="module")
+def gpt2_vocab(small_vocab, tmp_path_factory) -> Path:
+    """As small_vocab, with <|endoftext|> listed, as in GPT-2's file."""
+    ids, path = json.loads(small_vocab.read_text()), tmp_path_factory.mktemp("gpt2") / "vocab.json"
+    path.write_text(json.dumps({**ids, "<|endoftext|>": len(ids)}))
+    return path
+
+
+def test_gpt2_has_the_chat_specials_after_its_own(gpt2_vocab):
+    encoding, n = prepare_data.get_tokenizer("gpt2", str(gpt2_vocab)), len(json.loads(gpt2_vocab.read_text()))
+    specials = [encoding.encode_single_token(name) for name in prepare_data.CHAT_SPECIALS]
+    assert specials == [n - 1, n, n + 1] and encoding.n_vocab == n + 2
+    assert encoding.decode(prepare_data.encode(encoding, SAMPLE).tolist()) == SAMPLE
+
+
 # --------------------------------------------------------------------------------------------------- batches, schedules
 
 

@@ -1,5 +1,7 @@
 """Text to tokens on disk.
 
+python prepare_data.py text --source=input.txt
+                                 your own text: .txt, .md, .jsonl, .parquet; also --source='*.txt' or a.txt,b.md
 python prepare_data.py tiny      the embedded corpus, no network needed: generated math with worked steps (math),
                                  docstrings of the installed numpy and torch (stem), Python's standard library (code)
 python prepare_data.py tiny_sft  math questions and answers as conversations
@@ -15,6 +17,7 @@ selects the split, so duplicates never straddle it. To resume a killed preparati
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -58,6 +61,18 @@ class PrepareConfig:  # every corpus
         for name, low, high in (("math_mb", 1e-6, 1e6), ("max_length", 16, 2**30), ("max_tokens", 1, 2**50)):
             if getattr(self, name, None) is not None:
                 config.check_range(self, low, high, name)
+
+
+@dataclass
+class TextConfig(PrepareConfig):  # text
+    val_fraction: float = 0.1  # fraction of each domain's documents held out in val
+    source: dict[str, str] | str = field(default_factory=dict)  # a.txt, '*.md' or both; by domain: --source.poems=
+    domain: str = "text"  # name of the domain that --source= makes
+    tokenizer: str = "bytes"  # bytes, gpt2 or qwen3
+    vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
+    encoding: str | None = None  # encoding of .txt and .md files that are not UTF-8, for example latin-1
+    text_field: str = "text"  # name of the text field in .jsonl and .parquet files
+    max_length: int = 16_384  # maximum characters of a document; a longer text is cut into several, at blank lines
 
 
 @dataclass
@@ -243,10 +258,14 @@ def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: 
         return Document(np.empty(0, np.uint32), "", np.empty(0, np.uint8), f"left out: {str(e)[:60]}")
 
 
+def text_hash(text: str) -> int:
+    """Uniform in 0 .. 2**64 - 1."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document goes to val: the hash of its text, uniform in [0, 1), is below fraction."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    """Whether a document goes to val: the hash of its text, as a fraction of the largest, is below this one."""
+    return text_hash(text) < fraction * 2**64
 
 
 def write_json(path: Path, value: dict):
@@ -381,7 +400,10 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
             counts = {name: write() for name, write in domains.items()}
             meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
             meta["dtype"] = np.min_scalar_type(encoding.max_token_value).name
-            write_json(folder / "meta.json", {**meta, "domains": counts})
+            path = folder / "meta.json"
+            earlier = path.read_bytes() if path.exists() else None  # publish() has removed it if a domain changed
+            write_json(path, {**meta, "domains": counts})
+            outcome = f"{folder} is unchanged" if path.read_bytes() == earlier else f"wrote {folder}"
     except KeyboardInterrupt:
         raise ValueError("stopped; run the command again to resume") from None
     except OSError as e:
@@ -390,11 +412,12 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
         print(f"{name}: {count['train_tokens']:,} train and {count['val_tokens']:,} val tokens ({count['source']})")
         for note, n in count.get("notes", {}).items():
             print(f"{name}: {n:,} {note}")
-    script, settings = "sft.py" if folder.name.endswith("sft") else "train.py", folder.name
+    script, settings = "sft.py" if folder.name.endswith("sft") else "train.py", folder.name.replace("text", "tiny")
     flags = "" if folder == Path("data", settings) else f" --data_dir={shlex.quote(str(folder))}"
-    if encoding.name != {"pretrain": "qwen3"}.get(folder.name, encoding.name):
+    flags += " --out_dir=out/text" if folder.name == "text" else ""
+    if encoding.name != {"text": "bytes", "pretrain": "qwen3"}.get(folder.name, encoding.name):
         flags += f" --tokenizer={encoding.name} --vocab_size={encoding.n_vocab}"
-    print(f"wrote {folder}; next: python {script} config/{settings}.py{flags}")
+    print(f"{outcome}; next: python {script} config/{settings}.py{flags}")
 
 
 # --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
@@ -692,7 +715,7 @@ DATASETS = {
     },
     "sft": {"chat": ("nvidia/Nemotron-Math-v2", None, "high_part00", "messages", None)},
 }
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
 
 
 def pinned_revision(dataset: str, progress_path: Path) -> str:
@@ -716,7 +739,7 @@ def local_arguments(pattern: str) -> dict:
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
         raise ValueError(f"no file matches {pattern}")
-    reader, *others = {READERS.get(Path(file).suffix) for file in files}
+    reader, *others = {READERS.get(Path(file).suffix.lower()) for file in files}
     if others or not reader:
         raise ValueError(f"{pattern}: files of one kind are needed, {', '.join(READERS)}")
     by_document = {"sample_by": "document"} if reader == "text" else {}  # a .txt file is one document
@@ -728,7 +751,7 @@ def read_rows(name: str, arguments: dict, state: dict | None) -> Iterator[tuple[
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     try:
         rows = datasets.load_dataset(**arguments, streaming=True)
         if state:
@@ -737,10 +760,10 @@ def read_rows(name: str, arguments: dict, state: dict | None) -> Iterator[tuple[
             yield batch, rows.state_dict()
     except Exception as e:  # a lost connection or a damaged file; each library has its own types
         reason = " ".join(str(e).split())[:300] or type(e).__name__
-        hint = "if it was the network, run the command again to resume"
+        hint = "" if "data_files" in arguments else "; if it was the network, run the command again to resume"
         if "is a gated dataset" in reason:
-            hint = "accept its terms on its page, then log in: hf auth login"
-        raise ValueError(f"cannot read {name}: {reason}; {hint}") from None
+            hint = "; accept its terms on its page, then log in: hf auth login"
+        raise ValueError(f"cannot read {name}: {reason}{hint}") from None
 
 
 def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
@@ -777,9 +800,124 @@ def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
 
 
+# ------------------------------------------------------------------------------------------------- text: your own files
+
+
+def find_files(source: str) -> list[str]:
+    """The files that `source` names: paths and patterns, separated by commas."""
+    files = []
+    for pattern in [source] if os.path.exists(source) else source.split(","):
+        path = os.path.expanduser(pattern.strip())
+        found = [path] if os.path.exists(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not found:
+            raise ValueError(f"no file matches {path!r}; name your text: --source=input.txt or --source='*.txt'")
+        files += found
+    for file in files:
+        if os.path.isdir(file):
+            raise ValueError(f"{file} is a folder; name its files: --source='{file}/*.txt'")
+        if Path(file).suffix.lower() not in READERS:
+            raise ValueError(f"cannot read {file}: it must end in {', '.join(READERS)}; rename plain text to .txt")
+    return list(dict.fromkeys(files))
+
+
+def read_text(file: str, encoding: str | None) -> str:
+    """A text file with \\n at line ends: UTF-8, else in this encoding. Raises ValueError if it is neither."""
+    try:
+        content = Path(file).read_bytes()
+        for name in filter(None, ("utf-8-sig", encoding)):
+            with contextlib.suppress(UnicodeError):
+                text = content.decode(name)
+                if "\0" not in text:
+                    return text.replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as e:
+        raise ValueError(f"cannot read {file}: {e.strerror}") from None
+    except LookupError:
+        raise ValueError(f"unknown encoding {encoding!r}; there are latin-1, cp1252, utf-16, ...") from None
+    if b"\0" in content:
+        raise ValueError(f"{file} has null bytes: it is not text, or in UTF-16 (--encoding=utf-16)")
+    raise ValueError(f"{file} is not in {encoding or 'UTF-8'}; name its encoding, for example --encoding=latin-1")
+
+
+def read_texts(files: list[str], cfg: TextConfig) -> Iterator[str]:
+    """The texts in these files: a .txt or .md file is one, and so is each row of another; "" where it has none."""
+    for file in files:
+        reader = READERS[Path(file).suffix.lower()]
+        if reader == "text":
+            yield read_text(file, cfg.encoding)
+            continue
+        for rows, _ in read_rows(file, {"path": reader, "data_files": glob.escape(file), "split": "train"}, None):
+            if cfg.text_field not in rows:
+                names = ", ".join(rows)
+                raise ValueError(f"{file} has no field {cfg.text_field!r} but {names}; name one: --text_field=")
+            yield from (text if isinstance(text, str) else "" for text in rows[cfg.text_field])
+
+
+def cut(text: str, length: int) -> Iterator[str]:
+    """The text in parts of length / 2 to length characters, cut at a blank line, else at a line, else at a word."""
+    start = 0
+    while len(text) - start > length:
+        middle, end = start + length // 2, start + length
+        ends = (text.rfind(mark, middle, end) + len(mark) for mark in ("\n\n", "\n", " "))
+        end = next((found for found in ends if found > middle), end)
+        yield text[start:end]
+        start = end
+    if text[start:].strip():
+        yield text[start:]
+
+
+def open_text(domain: str, files: str, cfg: TextConfig) -> tuple[Source, float]:
+    """The documents in these files, and the fraction of all hashes below which one is held out.
+
+    Everything is read before, to check it, to hash its contents, and to choose that fraction such that val_fraction of
+    the documents are held out: of the few of one book, chance may hold out none.
+    """
+    paths = find_files(files)
+    lengths = [len(text.strip()) for text in read_texts(paths, cfg)]
+    length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * sum(lengths))))  # val has about four, at least
+
+    def documents() -> Iterator[str]:
+        return (document for text in read_texts(paths, cfg) for document in cut(text, length))
+
+    hashes = [text_hash(document) for document in documents()]
+    ordered = sorted(set(hashes))
+    if len(ordered) < 2:
+        found = f"{sum(lengths):,} characters, different documents: {len(ordered)}"
+        raise ValueError(f"{files} has too little text to train and evaluate on ({found}): add some")
+    found = f"{sum(lengths):,} characters in {len(paths):,} file{'s' * (len(paths) > 1)}, {len(hashes):,} documents"
+    print(f"{domain}: {found}" + (f"; {lengths.count(0):,} without text left out" if 0 in lengths else ""))
+    n_val = min(math.ceil(cfg.val_fraction * len(ordered)), len(ordered) - 1)
+    limit = (ordered[n_val - 1] + ordered[n_val]) / 2**65  # between the last one in val and the first in train
+    contents = hashlib.blake2b(repr(hashes).encode(), digest_size=8).hexdigest()
+    return Source(files, lambda state: in_batches(documents(), state), {"contents": contents}), limit
+
+
+def prepare_text(cfg: TextConfig, corpus: str):
+    """Write data/text from local files."""
+    folder, encoding = Path(cfg.data_dir) / corpus, get_tokenizer(cfg.tokenizer, cfg.vocab)
+    domains = {cfg.domain: cfg.source} if isinstance(cfg.source, str) else cfg.source or {cfg.domain: ""}
+    for domain in domains:
+        if not re.fullmatch(r"[\w-]+", domain):
+            raise ValueError(f"the domain {domain!r} becomes a folder; use letters, digits, - and _")
+    opened = {domain: open_text(domain, files, cfg) for domain, files in domains.items()}  # before anything is written
+
+    def write(domain: str) -> dict:
+        source, limit = opened[domain]
+        counts = write_domain(folder / domain, dataclasses.replace(cfg, val_fraction=limit), encoding, source)
+        n, split = min((counts[f"{split}_tokens"], split) for split in ("train", "val"))
+        if n <= 256:  # block_size of config/tiny.py
+            raise ValueError(
+                f"{source.name} gives {split} {n:,} tokens; a window of config/tiny.py takes 257: add text"
+            )
+        return counts
+
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
-CORPORA = {"tiny": TinyConfig, "tiny_sft": TinyConfig, "pretrain": PretrainConfig, "sft": SFTDataConfig}
+CORPORA = {
+    "text": TextConfig, "tiny": TinyConfig, "tiny_sft": TinyConfig, "pretrain": PretrainConfig, "sft": SFTDataConfig,
+}  # fmt: skip
 
 
 def main():
@@ -790,7 +928,8 @@ def main():
     if corpus not in CORPORA:
         given = f"not {corpus!r}" if corpus else "none was named"
         raise ValueError(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} ({given})")
-    prepare_corpus = prepare_datasets if corpus in DATASETS else prepare_embedded
+    functions = {TextConfig: prepare_text, TinyConfig: prepare_embedded}
+    prepare_corpus = functions.get(CORPORA[corpus], prepare_datasets)
     prepare_corpus(config.load(CORPORA[corpus], sys.argv[2:]), corpus)
 
 

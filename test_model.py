@@ -782,6 +782,59 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(corpus, source_dir, smal
 # -------------------------------------------------------------------------------------------------------- your own text
 
 
+def split_texts(folder: Path) -> dict[str, list[str]]:
+    """The documents of a domain's splits, from their byte tokens."""
+    texts = {}
+    for split in ("train", "val"):
+        ids = np.fromfile(folder / f"{split}.bin", dtype=np.uint16)
+        *parts, rest = np.split(ids, np.flatnonzero(ids == 256) + 1)
+        assert len(rest) == 0  # <|endoftext|> is last
+        texts[split] = [bytes(part[:-1].tolist()).decode() for part in parts]
+    return texts
+
+
+@pytest.mark.parametrize("mark", ["\n\n", "\n", " ", ""])
+def test_a_long_text_is_cut_where_it_pauses_and_nothing_is_lost(mark):
+    text = mark.join("x" * random.Random(i).randint(1, 90) for i in range(200))
+    *parts, last = prepare_data.cut(text, 1000)
+    assert "".join(parts) + last == text and len(last) <= 1000
+    assert all(500 < len(part) <= 1000 and part.endswith(mark) for part in parts)
+
+
+def test_files_of_every_kind_become_a_corpus_that_is_prepared_anew_when_they_change(tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    texts = [re.sub("[\0\r]", "", sample_text(3000))[i:] + "\u00e9" for i in range(4)]
+    Path("a.txt").write_bytes(b"\xef\xbb\xbf" + texts[0].replace("\n", "\r\n").encode())
+    Path("[1] b.md").write_text(texts[1], newline="")
+    write_jsonl(Path("c.jsonl"), [{"body": texts[2]}, {"body": None}])
+    datasets.Dataset.from_dict({"body": [texts[3]]}).to_parquet("d.parquet")
+    command = ["text", "--source=a.txt, *.md,c.jsonl,d.parquet", "--domain=all", "--text_field=body"]
+    prepare(*command)
+    printed = capsys.readouterr().out
+    assert re.search("all: 1[12],... characters in 4 files, .* documents; 1 without text left out", printed)
+    assert "next: python train.py config/tiny.py --data_dir=data/text --out_dir=out/text\n" in printed
+    found = split_texts(Path("data/text/all"))
+    assert sorted("".join(found["train"] + found["val"])) == sorted("".join(texts))
+    prepare(*command)
+    assert "data/text is unchanged; next: " in capsys.readouterr().out
+    Path("[1] b.md").write_text(texts[1].swapcase(), newline="")  # as long as before
+    prepare(*command)
+    assert "wrote data/text; next: " in capsys.readouterr().out
+    assert split_texts(Path("data/text/all")) != found
+
+
+@pytest.mark.parametrize("size", [2000, 20_000, 400_000])
+@pytest.mark.parametrize("end", [".\n", ".\n\n", " "])
+def test_one_text_alone_gives_training_and_val_their_parts(size, end, tmp_path):
+    text = "".join(f"The square of {i} is {i * i}{end}" for i in range(16_000))[:size]
+    (tmp_path / "a.txt").write_text(text)
+    prepare("text", f"--source={tmp_path}/a.txt", f"--data_dir={tmp_path}")
+    texts = split_texts(tmp_path / "text" / "text")
+    assert "".join(sorted(texts["train"] + texts["val"], key=text.index)) == text
+    assert 0.08 < sum(map(len, texts["val"])) / size < 0.3 and max(map(len, texts["train"])) <= 16_384
+
+
 @pytest.fixture(scope="module")
 def gpt2_vocab(small_vocab, tmp_path_factory) -> Path:
     """As small_vocab, with <|endoftext|> listed, as in GPT-2's file."""
@@ -795,6 +848,66 @@ def test_gpt2_has_the_chat_specials_after_its_own(gpt2_vocab):
     specials = [encoding.encode_single_token(name) for name in prepare_data.CHAT_SPECIALS]
     assert specials == [n - 1, n, n + 1] and encoding.n_vocab == n + 2
     assert encoding.decode(prepare_data.encode(encoding, SAMPLE).tolist()) == SAMPLE
+
+
+def test_the_printed_command_fits_the_tokenizer_and_each_domain_its_size(gpt2_vocab, tmp_path, capsys):
+    for name, size in (("small", 30_000), ("large", 200_000)):
+        (tmp_path / f"{name}.txt").write_text(OUR_CODE[:size])
+    sources = [f"--source.{name}={tmp_path}/{name}.txt" for name in ("small", "large")]
+    prepare("text", *sources, f"--data_dir={tmp_path}", "--tokenizer=gpt2", f"--vocab={gpt2_vocab}")
+    meta = json.loads((tmp_path / "text" / "meta.json").read_text())
+    small, large = (meta["domains"][name]["train_tokens"] for name in ("small", "large"))
+    assert meta["tokenizer"] == "gpt2" and 3 < large / small < 12
+    command = f"train.py config/tiny.py --data_dir={tmp_path}/text --out_dir=out/text --tokenizer=gpt2"
+    assert capsys.readouterr().out.endswith(f"{command} --vocab_size={meta['vocab_size']}\n")
+
+
+def test_text_in_another_encoding_is_read_when_it_is_named(tmp_path):
+    text = "\u00e9t\u00e9 \u00fc\n\n" + OUR_CODE[:9000]
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding, "replace"))
+        prepare("text", f"--source={tmp_path}/a.txt", f"--data_dir={tmp_path}", f"--encoding={encoding}")
+        found = split_texts(tmp_path / "text" / "text")
+        assert any(part.startswith("\u00e9t\u00e9 \u00fc\n") for part in found["train"] + found["val"])
+
+
+def test_bad_text_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
+    for name, content in {
+        "good.txt": OUR_CODE[:9000].encode(), "short.txt": b"One line.\n" * 52, "line.txt": b"One line.\n",
+        "empty.txt": b"", "binary.txt": bytes(range(256)), "latin.txt": b"\xe9t\xe9", "a.pdf": b"%PDF",
+        "rows.jsonl": b'{"id": 1, "body": "x"}\n', "broken.jsonl": b'{"text": ', "folder/a.txt": b"",
+    }.items():  # fmt: skip
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+    prepare("text", "--source=good.txt")
+    before = corpus_bytes(Path("data"))
+    few = "has too little text to train and evaluate on"
+    for arguments, message in {
+        "": "no file matches ''; name your text: --source=input.txt or --source='*.txt'",
+        "--source=good.txt,absent.txt": "no file matches 'absent.txt'; name your text",
+        "--source=empty.txt": f"empty.txt {few} (0 characters, different documents: 0): add some",
+        "--source=line.txt": f"line.txt {few} (9 characters, different documents: 1)",
+        "--source.a=good.txt --source.b=line.txt": f"line.txt {few}",
+        "--source=binary.txt": "binary.txt has null bytes: it is not text, or in UTF-16 (--encoding=utf-16)",
+        "--source=latin.txt": "latin.txt is not in UTF-8; name its encoding, for example --encoding=latin-1",
+        "--source=latin.txt --encoding=morse": "unknown encoding 'morse'; there are latin-1",
+        "--source=a.pdf": "cannot read a.pdf: it must end in .parquet, .jsonl, .json, .txt, .md; rename plain text",
+        "--source=folder": "folder is a folder; name its files: --source='folder/*.txt'",
+        "--source=rows.jsonl": "rows.jsonl has no field 'text' but id, body; name one: --text_field=",
+        "--source=broken.jsonl": "cannot read broken.jsonl: JSON parse error",
+        "--source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
+        "--source=good.txt --tokenizer=gpt2": "cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=",
+        "--source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
+    }.items():
+        assert message in error_of(prepare, "text", *arguments.split())
+    with mock.patch.object(Path, "read_bytes", side_effect=PermissionError(13, "Permission denied")):
+        assert error_of(prepare, "text", "--source=good.txt") == "cannot read good.txt: Permission denied"
+    assert corpus_bytes(Path("data")) == before
+    assert "a window of config/tiny.py takes 257: add text" in error_of(prepare, "text", "--source=short.txt")
 
 
 # --------------------------------------------------------------------------------------------------- batches, schedules
@@ -2165,7 +2278,7 @@ def test_a_failed_preparation_leaves_the_corpus_before_it_and_resumes_when_it_ca
 
 
 def test_preparing_an_unknown_corpus_is_one_line():
-    message = "which corpus? python prepare_data.py tiny | tiny_sft | pretrain | sft"
+    message = "which corpus? python prepare_data.py text | tiny | tiny_sft | pretrain | sft"
     assert error_of(prepare, "tinny") == f"{message} (not 'tinny')"
     assert error_of(prepare) == f"{message} (none was named)"
 

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -2425,3 +2426,184 @@ def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
         (study, "--base=config/tyni.py", "config/tyni.py: no such file; did you mean config/tiny.py?"),
     ):
         assert message in error_of(run_here, settings[script], flag, script=script)
+
+
+# -------------------------------------------------------------------------------------------------------- the documents
+
+HACKING, ROUTING_DOC = ((ROOT / "docs" / name).read_text() for name in ("hacking.md", "routing.md"))
+SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", HACKING, re.M))
+
+
+def fenced(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def apply_diff(diff: str, folder: Path):
+    """Apply a diff without line numbers: the old lines of each hunk stand in their file exactly once."""
+    for name, hunks in re.findall(r"^--- (\S+)\n\+\+\+ \1\n((?:(?!--- ).*\n)*)", diff, re.M):
+        text = (folder / name).read_text()
+        for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
+            lines = hunk.splitlines(keepends=True)
+            old, new = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
+            assert text.count(old) == 1, f"docs/hacking.md changes lines that {name} has not got:\n{old}"
+            text = text.replace(old, new)
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def changed(request, tmp_path, monkeypatch) -> SimpleNamespace:
+    """Our modules with a change of docs/hacking.md, in a working directory of their own, and its command's settings."""
+    section = SECTIONS[request.param]
+    (tmp_path / "config").mkdir()
+    for name in ("model.py", "train.py", "prepare_data.py", "config/tiny.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (diff,) = fenced(section, "diff")
+    apply_diff(diff, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("model", "train", "prepare_data")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for command in re.findall("^python train.py (.*)", section, re.M):
+        modules.cfg = config.load(modules.train.TrainConfig, shlex.split(command))
+    return modules
+
+
+def change(title: str):
+    return pytest.mark.parametrize("changed", [title], indirect=True)
+
+
+@change("A new activation")
+def test_the_documented_activations_learn(changed):
+    model = changed.model.PolychromaticLM(changed.model.ModelConfig(**SMALL | {"activations": changed.cfg.activations}))
+    optimizer, tokens, x = model.configure_optimizer(1e-2, 0.1, (0.9, 0.95)), random_tokens(2, 17), torch.randn(9)
+    *_, sine, snake = model.blocks[0].ffn.sigma
+    torch.testing.assert_close(torch.stack([sine(x), snake(x)]), torch.stack([x.sin(), x + x.sin() ** 2]))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+    assert all(block.ffn.sigma[5].a != 1 for block in model.blocks) and snake is not model.blocks[1].ffn.sigma[5]
+
+
+@change("A new router context")
+@torch.no_grad()
+def test_the_documented_router_context_is_an_average_of_the_past_and_exact_with_the_cache(changed):
+    ema = changed.model.ROUTER_CONTEXTS[changed.cfg.router_context]
+    u, doc_start, t = torch.randn(2, 300, 5), torch.full((2, 300), -1), torch.arange(300)
+    doc_start[1, 100:] = 100
+    visible = (t[:, None] >= t) & (t >= doc_start[:, :, None])
+    weight = 0.99 ** (t[:, None] - t) * visible  # [B, T, T]
+    torch.testing.assert_close(ema(u, doc_start, None), weight @ u / weight.sum(-1, keepdim=True))
+    assert torch.equal(changed.model.prefix_mean(u, doc_start, None), prefix_mean(u, doc_start, None))
+
+    settings = changed.model.ModelConfig(**SMALL | {"router_context": "ema"})
+    model, tokens = changed.model.PolychromaticLM(settings).eval(), random_tokens(2, 20)
+    model.load_state_dict(small_model().state_dict())
+    cache = changed.model.KVCache(settings, 2, 20)
+    logits = [model(part, cache=cache) for part in tokens.split([11, *[1] * 9], dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens)[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+@change("Another mixture")
+def test_the_documented_mixture_is_one_hot_with_the_gradient_of_the_soft_one(changed):
+    soft, hard = random_layer(16, 24), changed.model.PolyGLU(16, 24, router_hidden=8, gumbel=False)
+    hard.load_state_dict(soft.state_dict())
+    x, weight, mixtures, gradients = torch.randn(2, 7, 16), torch.randn(4, 2, 7, 24), [], []
+    for layer in (soft, hard):
+        mixtures.append(torch.stack(layer.mixture(x)))
+        (mixtures[-1] * weight).sum().backward()
+        gradients.append({name: p.grad for name, p in layer.named_parameters()})
+    assert torch.equal(mixtures[1], F.one_hot(mixtures[0].argmax(0), 4).movedim(-1, 0).float())
+    torch.testing.assert_close(*gradients)
+    assert gradients[1]["alpha"].abs().min() > 0
+    tied = changed.model.PolyGLU(16, 24, router_hidden=0, gumbel=False).mixture(x)
+    assert all(g.eq(0.25).all() for g in tied)
+
+
+@change("Another schedule of tau")
+def test_the_documented_schedule_falls_by_one_factor(changed):
+    cfg = changed.train.TrainConfig(max_steps=1000)
+    taus = [changed.train.get_tau(step, cfg) for step in range(1001)]
+    assert (taus[0], taus[500], taus[-1]) == pytest.approx((1, 0.1**0.5, 0.1))
+    assert [b / a for a, b in itertools.pairwise(taus)] == pytest.approx([0.1**0.001] * 1000)
+
+
+@change("Another domain")
+def test_the_documented_domain_is_prepared_and_trained_on(changed, monkeypatch):
+    notes = "".join(f"Note {i} says what {i * i} is.\nIt is a square.\n\n\n" for i in range(500))
+    for name in ("stem_documents", "code_documents"):  # the real ones take seconds
+        monkeypatch.setattr(changed.prepare_data, name, lambda: (f"{i:099}" for i in range(200)))
+    (arguments,) = re.findall("^python prepare_data.py (.*)", SECTIONS["Another domain"], re.M)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *shlex.split(arguments), "--math_mb=0.05"])
+    for text in (notes.upper(), notes):  # of one length
+        Path("notes.txt").write_text(text)
+        changed.prepare_data.main()
+    corpus = changed.train.Corpus(changed.cfg)
+    assert corpus.quotas.mean(0) / changed.cfg.batch_size == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=1e-3)
+    for split in ("train", "val"):
+        paragraphs = corpus.read("notes", split, 0, 200).clip(max=255).astype(np.uint8).tobytes().split(b"\xff")
+        assert all(paragraph.decode() in notes for paragraph in paragraphs) and len(paragraphs) > 3
+
+
+def test_the_documented_layer_trains_in_place_of_nanogpts_mlp(tmp_path, monkeypatch):
+    """The code of the README or, where that has none, of docs/hacking.md."""
+    blocks = [code for text in ((ROOT / "README.md").read_text(), HACKING) for code in fenced(text, "python")]
+    replace_mlp, use_cache = (next(code for code in blocks if name in code) for name in ("transformer.h", "cache="))
+    nn, n_embd = torch.nn, 48
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            mlps = [nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)) for _ in range(2)]
+            layers = nn.ModuleList(nn.ModuleDict({"ln": nn.LayerNorm(n_embd), "mlp": mlp}) for mlp in mlps)
+            self.transformer = nn.ModuleDict({"wte": nn.Embedding(32, n_embd), "h": layers})
+            self.lm_head = nn.Linear(n_embd, 32)
+
+        def forward(self, X, Y):
+            x = self.transformer.wte(X)
+            for block in self.transformer.h:
+                x = x + block.mlp(block.ln(x))
+            logits = self.lm_head(x)
+            return logits, F.cross_entropy(logits.flatten(0, 1), Y.flatten())
+
+    torch.manual_seed(0)
+    tokens, model = torch.randint(32, (4, 20)), GPT()
+    scope = dict(
+        torch=torch, model=model, n_embd=n_embd, device="cpu", weight_decay=0.1, learning_rate=1e-2, beta1=0.9,
+        beta2=0.95, max_iters=30, get_batch=lambda split: (tokens, (7 * tokens + 3) % 32),
+    )  # fmt: skip
+    shutil.copy(ROOT / "model.py", tmp_path / "polyglu.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(replace_mlp, scope)
+    assert scope["loss"] < 1 < math.log(32)
+    groups = {p: group["weight_decay"] for group in scope["optimizer"].param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert groups[p] == (0 if re.search(r"alpha|beta|bias|ln", name) else 0.1), name
+    for block in model.transformer.h:
+        assert type(block.mlp) is scope["PolyGLU"] and block.mlp.tau == pytest.approx(1 - 0.9 * 29 / 30)
+        weights = [p for name, p in block.mlp.named_parameters() if name.startswith("w_")]
+        assert sum(p.numel() for p in weights) == 2 * 4 * n_embd**2  # those of nanoGPT's MLP
+    exec(use_cache, scope)
+
+
+def test_every_documented_change_is_tested():
+    tests = Path(__file__).read_text()
+    titles = {title for title in SECTIONS if fenced(SECTIONS[title], "diff")}
+    assert titles == set(re.findall(r'^@change\("(.+)"\)', tests, re.M)) and len(fenced(HACKING, "python")) == 2
+
+
+def test_the_documented_measures_are_those_of_the_report():
+    model, tokens, mixtures = small_model(router_context="token"), random_tokens(1, 30), []
+    ffn = model.blocks[0].ffn
+    mixture = ffn.mixture
+    ffn.mixture = lambda *inputs: mixtures.append(mixture(*inputs)) or mixtures[-1]
+    stats = routing_stats(model, tokens)
+    g = torch.stack(mixtures[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
+    scope = dict(torch=torch, alpha=ffn.alpha.detach(), g=g.detach())
+    for formula in fenced(ROUTING_DOC, "python"):
+        exec(formula, scope)
+    for name in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
+        assert scope[name].tolist() == pytest.approx(stats[name][0], abs=1e-5), name
+    assert 0.01 < scope["input_dependence"] and 0.01 < scope["difference_between_neurons"]
+    of_neurons = scope["H"](g.mean((0, 1))) - scope["H"](g.mean(0)).mean()
+    torch.testing.assert_close(scope["difference_between_neurons"], of_neurons)

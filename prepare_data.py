@@ -12,7 +12,8 @@ python prepare_data.py sft       the paper's conversations; with --source='dumps
 
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
 every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
-selects the split, so duplicates never straddle it. To resume a killed preparation, run the same command again.
+(of a conversation, its first question) selects the split, so duplicates never straddle it. To resume a killed
+preparation, run the same command again.
 """
 
 import ast
@@ -228,7 +229,7 @@ Batches = Iterator[tuple[list, object]]  # documents, and the JSON state from wh
 
 class Document(NamedTuple):  # encoded; one without tokens is skipped
     tokens: np.ndarray  # [n] uint32, <|endoftext|> last
-    text: str  # its hash selects the split
+    text: str  # its hash selects the split; of a conversation, the first question
     loss_mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
     note: str | None = None  # counted, and printed at the end
 
@@ -238,7 +239,10 @@ def encode_document(encoding: tiktoken.Encoding, text: str) -> Document:
 
 
 def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: list[dict]) -> Document:
-    """A conversation, cut to max_length tokens. Without an answer to learn it is skipped; the note says why."""
+    """A conversation, cut to max_length tokens. Without an answer to learn it is skipped; the note says why.
+
+    The user's first message selects the split: data sets hold many solutions of one problem.
+    """
     try:
         if not isinstance(messages, list):
             raise ValueError("messages that are not a list")
@@ -247,13 +251,13 @@ def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: 
             raise ValueError("an assistant message without text")
         if not loss_mask.any():
             raise ValueError("no assistant message")
-        text, note = json.dumps([[m["role"], m["content"]] for m in messages]), None
+        question, note = next((m["content"].strip() for m in messages if m["role"] == "user"), ""), None
         if len(tokens) > max_length:
             tokens, loss_mask, note = tokens[:max_length], loss_mask[:max_length], f"cut to {max_length} tokens"
             tokens[-1], loss_mask[-1] = encoding.eot_token, 0
         if not loss_mask.any():
             raise ValueError(f"no answer within {max_length} tokens")
-        return Document(tokens, text, loss_mask, note)
+        return Document(tokens, question, loss_mask, note)
     except ValueError as e:
         return Document(np.empty(0, np.uint32), "", np.empty(0, np.uint8), f"left out: {str(e)[:60]}")
 
@@ -364,6 +368,7 @@ def write_domain(
     fingerprint |= {"max_tokens": max_tokens, "max_length": cfg.max_length if chat else None}
     encode_one = functools.partial(encode_document, encoding)
     if chat:
+        fingerprint["split_by"] = "first question"  # before, by the whole conversation
         encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
     writer = DomainWriter(folder, encoding, cfg.val_fraction, fingerprint, chat)
     counts, state, limit = writer.progress["counts"], writer.progress["state"], max_tokens or math.inf

@@ -1320,6 +1320,19 @@ def test_what_is_no_conversation_is_left_out_and_named():
                 assert error_of(prepare_data.encode_chat, encoding, said) == fault
 
 
+def test_conversations_that_open_with_one_question_are_on_one_side_of_the_split(tmp_path):
+    said = [messages(f"Question {i % 100}?", f"Solution {i}.", "Sure?", "Yes.") for i in range(400)]
+    said = [[{"role": "system", "content": f"Be brief. {i}"}, *turns] for i, turns in enumerate(said)]
+    source = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns} for turns in said])
+    prepare("sft", f"--source={source}", "--tokenizer=bytes", "--val_fraction=0.2", f"--data_dir={tmp_path}")
+    asked = {}
+    for split in ("train", "val"):
+        ids = np.fromfile(tmp_path / f"sft/chat/{split}.bin", np.uint16)
+        asked[split] = re.findall(rb"Question \d+", ids[ids < 256].astype(np.uint8).tobytes())
+    assert len(asked["train"]) + len(asked["val"]) == 400 and len(asked["val"]) > 20
+    assert not set(asked["train"]) & set(asked["val"])
+
+
 def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
     trained = [document.partition("\n") for document in prepare_data.math_documents(0, 3e6)]
     asked = {question.removeprefix("Problem: ") for question, _, _ in trained}

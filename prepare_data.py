@@ -12,8 +12,8 @@ python prepare_data.py sft       the paper's conversations; with --source='dumps
 
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
 every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
-(of a conversation, its first question) selects the split, so duplicates never straddle it. To resume a killed
-preparation, run the same command again.
+(a conversation's first question, a generated problem's numbers) selects the split, so duplicates never straddle it.
+To resume a killed preparation, run the same command again.
 """
 
 import ast
@@ -229,7 +229,7 @@ Batches = Iterator[tuple[list, object]]  # documents, and the JSON state from wh
 
 class Document(NamedTuple):  # encoded; one without tokens is skipped
     tokens: np.ndarray  # [n] uint32, <|endoftext|> last
-    text: str  # its hash selects the split; of a conversation, the first question
+    text: str  # of a conversation, its first question; a hash of Source.split_key(text) selects the split
     loss_mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
     note: str | None = None  # counted, and printed at the end
 
@@ -267,9 +267,9 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document goes to val: the hash of its text, as a fraction of the largest, is below this one."""
-    return text_hash(text) < fraction * 2**64
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether documents with this key go to val: its hash, as a fraction of the largest, is below this one."""
+    return text_hash(key) < fraction * 2**64
 
 
 def write_json(path: Path, value: dict):
@@ -283,9 +283,8 @@ class DomainWriter:
     progress.json, where a new writer with the same fingerprint resumes. An earlier corpus stays until publish().
     """
 
-    def __init__(self, folder: Path, encoding: tiktoken.Encoding, val_fraction: float, fingerprint: dict, chat: bool):
-        self.encoding, self.dtype = encoding, np.min_scalar_type(encoding.max_token_value)
-        self.val_fraction, self.files = val_fraction, {}
+    def __init__(self, folder: Path, encoding: tiktoken.Encoding, fingerprint: dict, chat: bool):
+        self.encoding, self.dtype, self.files = encoding, np.min_scalar_type(encoding.max_token_value), {}
         names, counts = ["train.bin", "val.bin"], {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}
         if chat:
             names, counts = [*names, "train.mask", "val.mask"], {**counts, "val_targets": 0, "notes": {}}
@@ -316,9 +315,8 @@ class DomainWriter:
                 self.files[name].truncate(self.progress["sizes"][name])
             yield
 
-    def append(self, document: Document):
-        tokens, text, loss_mask, note = document
-        split, counts = "val" if is_held_out(text, self.val_fraction) else "train", self.progress["counts"]
+    def append(self, split: str, document: Document):
+        (tokens, _, loss_mask, note), counts = document, self.progress["counts"]
         self.write(f"{split}.bin", tokens.astype(self.dtype))
         if loss_mask is not None:
             self.write(f"{split}.mask", loss_mask)
@@ -354,6 +352,7 @@ class Source(NamedTuple):  # of a domain's documents
     name: str  # in meta.json and messages
     open_batches: Callable[[object], Batches]  # the documents from a state on; None is the start
     fingerprint: dict  # differs where the documents may differ
+    split_key: Callable[[str], str] = str  # documents whose text has the same key are all in train or all in val
 
 
 def write_domain(
@@ -370,7 +369,7 @@ def write_domain(
     if chat:
         fingerprint["split_by"] = "first question"  # before, by the whole conversation
         encode_one = functools.partial(encode_conversation, encoding, cfg.max_length)
-    writer = DomainWriter(folder, encoding, cfg.val_fraction, fingerprint, chat)
+    writer = DomainWriter(folder, encoding, fingerprint, chat)
     counts, state, limit = writer.progress["counts"], writer.progress["state"], max_tokens or math.inf
     if not writer.progress["is_complete"]:
         batches = source.open_batches(state)
@@ -381,7 +380,8 @@ def write_domain(
             for documents, state in itertools.chain(first, batches):
                 for document in pool.map(encode_one, documents):
                     if counts["train_tokens"] < limit:
-                        writer.append(document)
+                        in_val = is_held_out(source.split_key(document.text), cfg.val_fraction)
+                        writer.append("val" if in_val else "train", document)
                 bar.update(counts["train_tokens"] - bar.n)
                 if counts["train_tokens"] >= limit:
                     break
@@ -417,6 +417,8 @@ def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callab
         print(f"{name}: {count['train_tokens']:,} train and {count['val_tokens']:,} val tokens ({count['source']})")
         for note, n in count.get("notes", {}).items():
             print(f"{name}: {n:,} {note}")
+        if "val_runs_in_train" in count:
+            print(f"{name}: {count['val_runs_in_train']:.1%} of held-out 13-word runs occur in train")
     script, settings = "sft.py" if folder.name.endswith("sft") else "train.py", folder.name.replace("text", "tiny")
     flags = "" if folder == Path("data", settings) else f" --data_dir={shlex.quote(str(folder))}"
     flags += " --out_dir=out/text" if folder.name == "text" else ""
@@ -497,12 +499,14 @@ FAMILIES |= {
 }
 
 
-def is_reserved(question: str) -> bool:
-    """Whether a question is kept out of all training data, for eval.py: a hash of its numbers, in any order.
+def question_numbers(text: str) -> str:
+    """The sorted numbers of a problem's first line, the same for 46 - 12, x + 12 = 46 and a story of 46 and 12."""
+    return " ".join(sorted(re.findall(r"\d+", text.partition("\n")[0])))
 
-    Questions that lead to the same calculation go together, whatever their words: 46 - 12, x + 12 = 46, any names.
-    """
-    return is_held_out(" ".join(sorted(re.findall(r"\d+", question))), 0.1)
+
+def is_reserved(question: str) -> bool:
+    """Whether a question is kept out of all training data and val, for eval.py: by its numbers, whatever the words."""
+    return is_held_out(f"reserved {question_numbers(question)}", 0.1)  # another hash than the split's
 
 
 def reveals_reserved(steps: list[str]) -> bool:
@@ -544,18 +548,20 @@ def math_documents(seed: int, size: float) -> Iterator[str]:
         yield text
 
 
-def math_conversations(seed: int, size: float) -> Iterator[list[dict[str, str]]]:
+def math_conversations(seed: int, size: float, val_fraction: float) -> Iterator[list[dict[str, str]]]:
     """Questions and worked answers, `size` bytes of them. One in eight has a system message; some have two turns."""
     rng, total, source = random.Random(seed), 0, problems(seed, reserved=False)
     while total < size:
         messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 1 / 8 else []
+        splits = set()  # of the problems; both turns belong to one
         for _ in range(2 if rng.random() < 1 / 4 else 1):
             problem = next(source, None)
             if problem is None:
                 return
             turn = [{"role": "user", "content": problem[1]}, {"role": "assistant", "content": problem[2]}]
             length = sum(len(message["content"]) for message in messages + turn)
-            if len(messages) < 2 or length <= 180:  # two turns fit the context of config/tiny_sft.py
+            splits.add(is_held_out(question_numbers(problem[1]), val_fraction))
+            if len(messages) < 2 or (length <= 180 and len(splits) == 1):  # 180: two fit the context of tiny_sft.py
                 messages += turn
         total += sum(len(message["content"]) for message in messages)
         yield messages
@@ -601,6 +607,30 @@ def code_documents() -> Iterator[str]:
                 yield text
 
 
+def word_runs(text: bytes) -> set[int]:
+    """Hashes of all runs of 13 words."""
+    words = text.split()
+    return {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
+
+
+def without_repeats(documents: Iterable[str], val_fraction: float) -> Iterator[str]:
+    """The documents of val, and those of train that repeat no run of 13 words of them, as docstrings often do."""
+    documents = [(text, is_held_out(text, val_fraction)) for text in documents]
+    held_out = {run for text, in_val in documents if in_val for run in word_runs(text.encode())}
+    return (text for text, in_val in documents if in_val or held_out.isdisjoint(word_runs(text.encode())))
+
+
+def repeated_share(folder: Path) -> float:
+    """Share of val's runs of 13 words that occur in train too, from the files; their tokens are bytes."""
+
+    def runs(split: str) -> Iterator[set[int]]:
+        tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
+        return map(word_runs, np.where(tokens < 256, tokens, 0).astype(np.uint8).tobytes().split(b"\0"))
+
+    held_out = set().union(*runs("val"))
+    return len(set().union(*(held_out & text_runs for text_runs in runs("train")))) / max(1, len(held_out))
+
+
 def in_batches(documents: Iterable, state: int | None, size: int = 256) -> Batches:
     """Batches of documents that can be generated again from the start; the state is the number already taken."""
     taken = state or 0
@@ -615,19 +645,22 @@ def prepare_embedded(cfg: TinyConfig, corpus: str):
     folder, encoding, chat = Path(cfg.data_dir) / corpus, get_tokenizer("bytes"), corpus == "tiny_sft"
     seed, size = cfg.seed + chat, cfg.math_mb * 1e6  # tiny_sft has other problems than tiny
     generated = f"generated, {cfg.math_mb} MB, seed {seed}"
-    domains = {
-        "math": (generated, lambda: math_documents(seed, size)),
-        "stem": (f"docstrings of numpy {version('numpy')} and torch {version('torch')}", stem_documents),
-        "code": (f"standard library of Python {sys.version.split()[0]}", code_documents),
+    libraries = f"docstrings of numpy {version('numpy')} and torch {version('torch')}"
+    python = f"standard library of Python {sys.version.split()[0]}"
+    domains = {  # source, documents, split key
+        "math": (generated, lambda: math_documents(seed, size), question_numbers),
+        "stem": (libraries, lambda: without_repeats(stem_documents(), cfg.val_fraction), str),
+        "code": (python, lambda: without_repeats(code_documents(), cfg.val_fraction), str),
     }
     if chat:
-        domains = {"chat": (generated, lambda: math_conversations(seed, size))}
+        domains = {"chat": (generated, lambda: math_conversations(seed, size, cfg.val_fraction), question_numbers)}
     this_file = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # the generators may change
 
     def write(domain: str) -> dict:
-        description, documents = domains[domain]
-        source = Source(description, lambda state: in_batches(documents(), state), {"code": this_file})
-        return write_domain(folder / domain, cfg, encoding, source, chat)
+        name, documents, split_key = domains[domain]
+        source = Source(name, lambda state: in_batches(documents(), state), {"code": this_file}, split_key)
+        counts = write_domain(folder / domain, cfg, encoding, source, chat)
+        return {**counts, "val_runs_in_train": repeated_share(folder / domain)}
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
 

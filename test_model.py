@@ -683,6 +683,23 @@ def test_the_split_is_by_the_text_alone(tmp_path):
     assert len(set(texts["val"])) == pytest.approx(200, abs=50) and counts["val_bytes"] == (ids != 256).sum()
 
 
+def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch, capsys):
+    documents = [f"Function {i}. " + f"paragraph-{i // 3} " * 20 + "\n" for i in range(900)]
+    write_documents(tmp_path / "unfiltered", documents, 0.05)
+    assert prepare_data.repeated_share(tmp_path / "unfiltered") > 0.2  # each paragraph occurs three times
+    for name in ("stem_documents", "code_documents"):
+        monkeypatch.setattr(prepare_data, name, lambda: documents)
+    prepare("tiny", "--math_mb=0.3", f"--data_dir={tmp_path}")
+    for domain, pattern in {"math": "^Problem: (.*)", "stem": r"paragraph-\d+", "code": r"paragraph-\d+"}.items():
+        found = {}
+        for split in ("train", "val"):
+            ids = np.fromfile(tmp_path / f"tiny/{domain}/{split}.bin", np.uint16)
+            text = np.where(ids < 256, ids, ord("\n")).astype(np.uint8).tobytes().decode()
+            found[split] = {tuple(sorted(re.findall(r"\d+", match))) for match in re.findall(pattern, text, re.M)}
+        assert len(found["train"]) > 200 and len(found["val"]) > 20 and not found["train"] & found["val"]
+    assert "stem: 0.0% of held-out 13-word runs occur in train" in capsys.readouterr().out
+
+
 def test_docstring_prose_is_prose(tmp_path):
     docstring = '"""{0}\n\n    >>> 1 + 1\n    2\n\n    The end.\n    """'
     source = f'def f():\n    {docstring}\nadd_docstr(f, "{{0}}")\nx = "{{0}} not a docstring"\n'
@@ -1337,7 +1354,7 @@ def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
     trained = [document.partition("\n") for document in prepare_data.math_documents(0, 3e6)]
     asked = {question.removeprefix("Problem: ") for question, _, _ in trained}
     worked_out = {worked.strip() for _, _, worked in trained}
-    for said in prepare_data.math_conversations(1, 3e6):
+    for said in prepare_data.math_conversations(1, 3e6, 0.05):
         asked |= {m["content"] for m in said if m["role"] == "user"}
         worked_out |= {m["content"] for m in said if m["role"] == "assistant"}
     steps = {line for worked in worked_out for line in worked.splitlines()}

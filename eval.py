@@ -21,15 +21,16 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import config
-from model import PolychromaticLM, chunked_cross_entropy, entropy, routing_stats
+from model import PolychromaticLM, entropy, routing_stats
 from prepare_data import FAMILIES, encode_chat, get_tokenizer, problems, stop_tokens, write_json
 from sample import generate_texts, inference_dtype, newest_checkpoint, open_model
 from sft import Conversations
-from train import Corpus, Ranks, TrainConfig, load_checkpoint, pick_device, prepare_cpu, read_log
+from train import Corpus, TrainConfig, load_checkpoint, pick_device, prepare_cpu, read_log
 
 ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 
@@ -106,6 +107,28 @@ def print_table(rows: list[list[str]]):
     print()
 
 
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None]:
+    """Mean of values [n] and its standard error, which is None with one cluster. clusters [n] int: ids.
+
+    Values of one cluster may depend on each other, as the tokens of a document do; the clusters are independent.
+    Linearized variance of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.3).
+    """
+    mean, ids = values.mean(), np.unique(clusters, return_inverse=True)[1]
+    deviations = np.bincount(ids, values - mean)  # of each cluster's sum
+    n = len(deviations)
+    return float(mean), math.sqrt((deviations**2).sum() * n / (n - 1)) / len(values) if n > 1 else None
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95% interval of a share of n independent trials (Wilson, 1927); unlike a standard error, not 0 wide at 0 of n."""
+    if n == 0:
+        return 0.0, 1.0
+    z, share = 1.959964, successes / n
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half_width = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
 # --------------------------------------------------------------------------------------------------------- domain loss
 
 
@@ -129,34 +152,42 @@ def open_corpus(model: PolychromaticLM, cfg: EvalConfig, source: Path) -> Corpus
     return corpus_type(TrainConfig(**settings))
 
 
-def window_losses(model: PolychromaticLM, windows: Tensor) -> list[tuple[float, int]]:
-    """Sum of the losses in nats, and number of targets, of each window; windows as of measure_domains()."""
+def val_windows(corpus: Corpus, domain: str) -> Tensor:
+    """Windows evenly spread over a domain's val.bin: their tokens, targets and doc_ids, [n, 3, block_size] int64.
+
+    Unlike in training, a document keeps its id in every window that it spans.
+    """
+    T, total = corpus.cfg.block_size, corpus.n_rows(domain, "val")
+    chosen = np.linspace(0, total - 1, min(total, max(1, corpus.cfg.eval_tokens // T))).astype(np.int64)
+    windows = np.stack([corpus.row(domain, "val", index) for index in chosen])
+    first_ids = chosen * T  # conversations lie whole in their rows, fewer than T in each
+    if not isinstance(corpus, Conversations):
+        ends = np.flatnonzero(corpus.tokens[domain]["val"] == corpus.end_of_text)
+        first_ids = np.searchsorted(ends, chosen * T)  # number of documents that end before the window
+    windows[:, 2] += first_ids[:, None]
+    return torch.from_numpy(windows)
+
+
+def token_losses(model: PolychromaticLM, windows: Tensor) -> list[Tensor]:
+    """Loss in nats of every token of val_windows(), 0 where there is no target: [block_size] for each window."""
     tokens, targets, doc_ids = windows.to(model.device).unbind(1)
-    hidden, counts = model.hidden(tokens, doc_ids), (targets >= 0).sum(1)
-    means = [chunked_cross_entropy(h, model.head_weight, t) for h, t in zip(hidden, targets)]
-    return list(zip((torch.stack(means) * counts).tolist(), counts.tolist()))
-
-
-def mean_loss(losses: list[tuple[float, int]]) -> tuple[float, float | None]:
-    """Nats per token over all windows, given as (sum, count), and the standard error if they are independent."""
-    total, count = map(sum, zip(*losses))
-    mean, n = total / count, len(losses)
-    squares = sum((nats - mean * targets) ** 2 for nats, targets in losses)
-    return mean, math.sqrt(squares * n / (n - 1)) / count if n > 1 else None
+    chunks = zip(model.hidden(tokens, doc_ids).flatten(0, 1).split(1024), targets.flatten().split(1024))
+    logits_and_targets = ((F.linear(hidden, model.head_weight).float(), target) for hidden, target in chunks)
+    losses = [F.cross_entropy(*pair, ignore_index=-1, reduction="none") for pair in logits_and_targets]
+    return list(torch.cat(losses).view_as(targets).cpu())
 
 
 def measure_domains(model: PolychromaticLM, corpus: Corpus, batcher: Batcher) -> tuple[dict, dict[str, Tensor]]:
-    """{domain: its losses}, and {domain: some of its windows, evenly spread}, on which to measure the routing.
-
-    A window is its tokens, targets and doc_ids; windows are [n, 3, block_size] int64.
-    """
+    """{domain: its losses}, and {domain: some of its windows, evenly spread}, on which to measure the routing."""
     results, samples, n_sample = {}, {}, max(1, ROUTING_TOKENS // model.config.block_size)
     for domain in corpus.cfg.mixture:
-        windows = torch.stack([torch.cat(batch) for batch in corpus.val_batches(domain, Ranks("cpu"))])
-        losses = batcher(lambda batch: window_losses(model, batch), windows, domain)
-        nats, error = mean_loss(losses)
+        windows = val_windows(corpus, domain)
+        losses = torch.stack(batcher(lambda batch: token_losses(model, batch), windows, domain)).double()
+        is_target = windows[:, 1] >= 0
+        losses, documents = losses[is_target].numpy(), windows[:, 2][is_target].numpy()
+        nats, error = clustered_mean(losses, documents)
         results[domain] = {
-            "windows": len(losses), "tokens": sum(n for _, n in losses), "nats_per_token": nats,
+            "documents": len(np.unique(documents)), "tokens": len(losses), "nats_per_token": nats,
             "nats_per_token_error": error, "bits_per_byte": corpus.bits_per_byte(domain, nats),
             "bits_per_byte_error": error and corpus.bits_per_byte(domain, error), "perplexity": math.exp(nats),
             "perplexity_error": error and math.exp(nats) * error,
@@ -167,12 +198,12 @@ def measure_domains(model: PolychromaticLM, corpus: Corpus, batcher: Batcher) ->
 
 def print_domains(results: dict):
     formats = {"nats_per_token": ".4f", "bits_per_byte": ".4f", "perplexity": ".2f"}
-    rows = [["domain", "windows", "tokens", "nats/token", "bits/byte", "perplexity"]]
+    rows = [["domain", "documents", "tokens", "nats/token", "bits/byte", "perplexity"]]
     for domain, m in results.items():
         errors = ["-" if m[f"{name}_error"] is None else format(m[f"{name}_error"], f) for name, f in formats.items()]
         cells = [f"{m[name]:{f}} ± {error}" for (name, f), error in zip(formats.items(), errors)]
-        rows.append([domain, f"{m['windows']:,}", f"{m['tokens']:,}", *cells])
-    print("\nLoss on held-out text ± standard error, taking windows of block_size tokens as independent")
+        rows.append([domain, f"{m['documents']:,}", f"{m['tokens']:,}", *cells])
+    print("\nLoss on held-out text ± standard error, which takes documents, not tokens, as independent")
     print_table(rows)
 
 
@@ -350,16 +381,6 @@ def is_correct(text: str, answer: str) -> bool:
     return text.rstrip().rpartition("\n")[2] == f"Answer: {answer}"
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95% interval of a share of n independent trials (Wilson, 1927); unlike a standard error, not 0 wide at 0 of n."""
-    if n == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, successes / n
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half_width = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return max(0.0, center - half_width), min(1.0, center + half_width)
-
-
 def answer_questions(
     model: PolychromaticLM, encoding: tiktoken.Encoding, questions: list[str], batch_size: int | str
 ) -> list[str]:
@@ -374,7 +395,7 @@ def answer_questions(
 
 
 def solve_problems(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: EvalConfig) -> dict[str, dict]:
-    """Exact match by family: {family: {"n", "exact_match", "standard_error", "interval"}}, "all" last."""
+    """Exact match by family: {family: {"n", "exact_match", "interval"}}, "all" last."""
     held_out = list(problems(cfg.seed, reserved=True, limit=cfg.limit or 40))
     texts = answer_questions(model, encoding, [question for _, question, _, _ in held_out], cfg.batch_size)
     two_digits = "addition, both of two digits"
@@ -386,8 +407,7 @@ def solve_problems(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: Eva
     results = {}
     for name, correct in outcomes.items():
         n, share = len(correct), sum(correct) / max(1, len(correct))
-        error, interval = math.sqrt(share * (1 - share) / max(1, n)), wilson_interval(sum(correct), n)
-        results[name] = {"n": n, "exact_match": share, "standard_error": error, "interval": interval}
+        results[name] = {"n": n, "exact_match": share, "interval": wilson_interval(sum(correct), n)}
     return results
 
 
@@ -451,7 +471,7 @@ def main():
             for name, result in run_tasks(model, encoding, Batcher(model, cfg.batch_size), cfg, str(dtype), finished):
                 finished[name] = result
                 write_json(file, results)  # a killed run resumes after the last finished task
-            print("\nBenchmark tasks: accuracy in percent ± standard error; the other models' scores are the paper's")
+            print("\nBenchmark tasks, accuracy in percent; the scores of the other models are the paper's")
             print_table(task_table(finished, cfg.tasks))
     print(f"numbers: {file}")
 

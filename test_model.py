@@ -1537,9 +1537,8 @@ def test_problems_are_scored_by_their_last_line(monkeypatch):
     monkeypatch.setattr(evaluate, "answer_questions", solve)
     results = evaluate.solve_problems(None, None, evaluate.EvalConfig(limit=40, problems=True))
     n, n_correct = len(solutions), sum(i % 4 > 0 for i in range(len(solutions)))
-    error, interval = math.sqrt(n_correct * (n - n_correct) / n**3), evaluate.wilson_interval(n_correct, n)
-    expected = {"n": n, "exact_match": n_correct / n, "standard_error": pytest.approx(error), "interval": interval}
-    assert results["all"] == expected
+    interval = evaluate.wilson_interval(n_correct, n)
+    assert results["all"] == {"n": n, "exact_match": n_correct / n, "interval": interval}
     assert results["addition"]["n"] == 40 and results["addition, both of two digits"]["n"] >= 20
 
 
@@ -1956,12 +1955,33 @@ def test_the_harness_gets_the_chat_format_of_fine_tuning(name, harness, small_vo
     assert adapter.stop_tokens == {encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
 
 
-def test_the_error_of_a_mean_loss_is_that_of_its_windows():
-    losses = [1.0, 2.0, 4.0]
-    expected = statistics.mean(losses), statistics.stdev(losses) / math.sqrt(3)
-    assert evaluate.mean_loss([(10 * loss, 10) for loss in losses]) == pytest.approx(expected)
-    assert evaluate.mean_loss([(1.0, 1), (40.0, 10), (12.0, 4)])[0] == pytest.approx(53 / 15)
-    assert evaluate.mean_loss([(1.0, 1)]) == (1.0, None)
+def test_the_error_of_a_mean_loss_is_that_of_its_documents():
+    """A hundred equal tokens say no more than one; documents that tokens do not tell apart add nothing."""
+    means, ids = np.array([1.0, 2.0, 4.0]), np.array([7, 3, 5])
+    expected = pytest.approx((means.mean(), means.std(ddof=1) / math.sqrt(3)))
+    for n in (1, 100):
+        assert evaluate.clustered_mean(means.repeat(n), ids.repeat(n)) == expected
+    values, sizes = [3.0, 1.0, 1.0, 8.0], [1, 2, 1]  # sums of documents 3, 2, 8; less their sizes at 3.25: deviations
+    error = math.sqrt((0.25**2 + 4.5**2 + 4.75**2) * 3 / 2) / 4
+    assert evaluate.clustered_mean(np.array(values), np.repeat([0, 1, 2], sizes)) == pytest.approx((3.25, error))
+    assert evaluate.clustered_mean(np.ones(9), np.zeros(9, int)) == (1.0, None)
+
+
+def test_a_document_is_one_document_in_all_its_windows(corpus_dir, chat_dir, fine_tuned):
+    corpus = open_corpus(corpus_dir, eval_tokens=10**6)
+    windows = evaluate.val_windows(corpus, "code")
+    tokens, _, doc_ids = windows.numpy().swapaxes(0, 1)
+    assert tokens.ravel().tolist() == corpus.read("code", "val", 0, tokens.size).tolist()
+    ends = tokens.ravel() == corpus.end_of_text
+    assert doc_ids.ravel().tolist() == (ends.cumsum() - ends).tolist()
+    assert (np.diff(doc_ids, axis=1) == 0).all(1).any() and len(np.unique(doc_ids)) > 2  # longer ones than a window
+    some = open_corpus(corpus_dir, eval_tokens=5 * corpus.cfg.block_size)
+    chosen = np.linspace(0, len(windows) - 1, 5).astype(int)
+    assert torch.equal(evaluate.val_windows(some, "code"), windows[chosen])
+    cfg = evaluate.EvalConfig(init_from=f"{fine_tuned}", data_dir=f"{chat_dir}")
+    chat = evaluate.open_corpus(from_pretrained(fine_tuned), cfg, fine_tuned)
+    windows, ends = evaluate.val_windows(chat, "chat"), chat.tokens["chat"]["val"] == chat.end_of_text
+    assert len(windows[:, 2][windows[:, 1] >= 0].unique()) == ends.sum()  # conversations
 
 
 @pytest.fixture()
@@ -2015,7 +2035,7 @@ def test_the_report_of_fine_tuning_measures_the_answers_alone_and_asks_problems(
 def test_finished_tasks_are_not_run_again(harness, unbroken, task_dir, run_eval, tmp_path):
     flags = ["--report=False", f"--task_dir={task_dir}", "--limit=2"]
     printed, first = run_eval(unbroken, *flags, "--tasks=local_choice,local_word")
-    assert re.search(r"^local_choice +acc_norm +2 +\d+\.\d\d ± \d+\.\d\d ", printed, re.M)
+    assert re.search(r"^local_choice +acc_norm +2 +\d+\.\d\d +\d+\.\d\d to \d+\.\d\d ", printed, re.M)
     first["tasks"]["local_choice"]["metrics"]["acc_norm,none"] = 0.125  # a mark by which to recognize it
     (tmp_path / "run" / "eval.json").write_text(json.dumps(first))
     printed, second = run_eval(unbroken, *flags, "--tasks=local_choice,local_writing")
@@ -2026,6 +2046,17 @@ def test_finished_tasks_are_not_run_again(harness, unbroken, task_dir, run_eval,
     (tmp_path / "run" / "eval.json").write_text(json.dumps({**first, "weights": "others"}))
     _, fourth = run_eval(unbroken, *flags, "--tasks=local_choice")
     assert list(fourth["tasks"]) == ["local_choice"] and fourth["weights"] == second["weights"]
+
+
+def test_benchmark_scores_have_intervals(harness):
+    none_correct = {"acc,none": 0.25, "acc_norm,none": 0.0, "acc_norm_stderr,none": 0.0}
+    perplexity = {"word_perplexity,none": 30.0, "word_perplexity_stderr,none": 2.0}
+    for metrics, n, preferred, *expected in [
+        (none_correct, 40, "acc_norm", "acc_norm", 0, (0, pytest.approx(8.76, abs=5e-3))),  # Wilson's
+        (perplexity, 9, None, "word_perplexity", 30, pytest.approx((26.08, 33.92))),
+        ({**perplexity, "word_perplexity_stderr,none": "N/A"}, 9, None, "word_perplexity", 30, None),
+    ]:
+        assert harness.headline({"metrics": metrics, "n": n}, preferred) == tuple(expected)
 
 
 def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from eval import wilson_interval
 from model import PolychromaticLM
 from prepare_data import CHAT_SPECIALS, ROLES, encode, encode_chat, stop_tokens
 from sample import generate_texts
@@ -185,24 +186,32 @@ def run_tasks(
         yield name, {"settings": settings, "n": n, "metrics": metrics, "lm_eval": lm_eval.__version__}
 
 
-def headline(metrics: dict, preferred: str | None) -> tuple[str, float, float | None]:
-    """Name, value and standard error of a task's main metric: the preferred one, else the first common one."""
+def headline(result: dict, preferred: str | None) -> tuple[str, float, tuple[float, float] | None]:
+    """Name, value and 95% interval of a task's main metric: the preferred one, else the first common one.
+
+    Shares are in percent, with Wilson's interval; another metric has 1.96 times the harness's standard error, if any.
+    """
+    metrics, n = result["metrics"], result["n"]
     numbers = [key for key, value in metrics.items() if isinstance(value, float) and "_stderr," not in key]
     names = (preferred, "acc_norm", "acc", "exact_match")
     common = [key for name in names for key in numbers if key.split(",")[0] == name]
     key = (common + numbers)[0]
-    error, scale = metrics.get(key.replace(",", "_stderr,")), 100 if common else 1
-    return key.replace(",none", ""), scale * metrics[key], scale * error if isinstance(error, float) else None
+    name, value, error = key.replace(",none", ""), metrics[key], metrics.get(key.replace(",", "_stderr,"))
+    if common:
+        low, high = wilson_interval(value * n, n)
+        return name, 100 * value, (100 * low, 100 * high)
+    return name, value, (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else None
 
 
 def task_table(results: dict[str, dict], names: Sequence[str]) -> list[list[str]]:
     """The scores beside those of the paper, in percent, as rows for eval.print_table()."""
-    table = [["task", "metric", "n", "this model", "paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3"]]
+    others = ["paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3"]
+    table = [["task", "metric", "n", "this model", "95% interval", *others]]
     for name in names:
         preferred, base, sft, qwen3, guess = REFERENCES.get(name, (None,) * 5)
-        metric, score, error = headline(results[name]["metrics"], preferred)
-        ours = f"{score:.2f} ± {'-' if error is None else format(error, '.2f')}"
+        metric, score, interval = headline(results[name], preferred)
         cells = [(base, ".2f"), (sft, ".2f"), (qwen3, ".2f"), (guess, "g"), (qwen3 and score / qwen3, ".0%")]
         others = ["-" if value is None else format(value, spec) for value, spec in cells]
-        table.append([name, metric, str(results[name]["n"]), ours, *others])
+        between = "{:.2f} to {:.2f}".format(*interval) if interval else "-"
+        table.append([name, metric, str(results[name]["n"]), f"{score:.2f}", between, *others])
     return table

@@ -1,7 +1,7 @@
 """Evaluate a trained model: its loss on each domain, what its routing does, and benchmarks.
 
-python eval.py                              newest checkpoint under out/: loss of each domain, and the routing report
-python eval.py --init_from=out/tiny         the same for another model
+python eval.py                              newest model under out/: loss of each domain, and the routing report
+python eval.py out/tiny                     the same for another model
 python eval.py --problems                   held-out arithmetic, for a model fine-tuned by sft.py
 python eval.py --tasks=hellaswag,arc_easy   benchmarks, through EleutherAI's lm-evaluation-harness
 
@@ -39,7 +39,7 @@ ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 class EvalConfig:
     """Settings of an evaluation."""
 
-    init_from: str | None = None  # any model that loads, see the README; None: the newest checkpoint under out/
+    init_from: str | None = None  # run folder, checkpoint or any other model that loads; None: the newest under out/
     revision: str | None = None  # commit of a model on the hub
     router_context: str | None = None  # what the router reads: prefix, token or sequence; None: as trained
     report: bool | None = None  # measure domain loss and routing; None: unless problems or tasks are given

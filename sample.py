@@ -1,9 +1,10 @@
 """Generate text from a trained model, streamed to the terminal.
 
-python sample.py                                            from the newest checkpoint under out/
-python sample.py --prompt="Problem: What is 12 + 34?"       continue a text; --prompt=@file reads it from a file
-python sample.py --chat                                     chat with a model fine-tuned by sft.py
-python sample.py --chat --prompt="What is 12 + 34?"         ask it one question
+python sample.py                                           the newest model under out/ starts a new document
+python sample.py out/tiny                                  another model
+python sample.py --prompt="Problem: What is 12 + 34?"      continue a text; --prompt=@file reads it from a file
+python sample.py --chat                                    chat with a model fine-tuned by sft.py
+python sample.py --chat --prompt="What is 12 + 34?"        ask it one question
 """
 
 import codecs
@@ -26,8 +27,8 @@ from train import compiler_works, load_model, pick_device, pick_dtype
 class SampleConfig:
     """Settings of sampling."""
 
-    out_dir: str | None = None  # run folder or checkpoint; None: the newest checkpoint under out/
-    init_from: str | None = None  # the same, or any other model that loads: the paper's weights, a Qwen3, a hub name
+    init_from: str | None = None  # run folder, checkpoint or any other model that loads; None: the newest under out/
+    out_dir: str | None = None  # synonym of init_from, so that a run's own flag names it here too
     revision: str | None = None  # commit of a model on the hub
     router_context: str | None = None  # what the router reads: prefix, token or sequence; None: as trained
     prompt: str = ""  # text to continue, or @file (@@ for a literal @); empty: start a new document
@@ -46,6 +47,7 @@ class SampleConfig:
     compile: bool = False  # compile the blocks: takes half a minute, pays off for long texts
 
     def __post_init__(self):
+        self.init_from = self.init_from or self.out_dir
         config.check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
         config.check_range(self, 0, 1e6, "temperature")
         config.check_range(self, 0, 2**63 - 1, "seed")
@@ -242,7 +244,7 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # print ? for a character that the terminal cannot show
     device = pick_device(cfg.device)
     dtype = inference_dtype(cfg.dtype, device)
-    model = open_model(cfg.init_from or cfg.out_dir or newest_checkpoint(), device, cfg.revision, cfg.router_context)
+    model = open_model(cfg.init_from or newest_checkpoint(), device, cfg.revision, cfg.router_context)
     with contextlib.redirect_stdout(sys.stderr):
         if cfg.compile and compiler_works(device):
             for block in model.blocks:

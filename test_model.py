@@ -1745,6 +1745,24 @@ def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(run_main
             assert (text in err) == is_slow
 
 
+def test_a_missing_local_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **kw: asked.append(name) or tmp_path)
+    monkeypatch.chdir(tmp_path)
+    local = "out/nope ./nope /nope ~/nope ../nope nope a/b/c a/b.pt a/b.safetensors runs/nope".split()
+    (tmp_path / "runs").mkdir()
+    for runs in ["train one: python train.py config/tiny.py", "the newest runs are out/b/2, out/a"]:
+        for path in local:
+            assert error_of(from_pretrained, path) == f"no checkpoint at {path}: no such file or folder; {runs}"
+        for age, folder in enumerate(["out/b/2", "out/a"]):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "ckpt.pt").touch()
+            os.utime(Path(folder) / "ckpt.pt", (1e9 - age, 1e9 - age))
+    assert not asked
+    error_of(from_pretrained, "Qwen/Qwen3-0.6B-Base")
+    assert asked == ["Qwen/Qwen3-0.6B-Base"]
+
+
 def test_weights_that_cannot_be_used_are_named(tmp_path):
     safetensors, qwen3 = pytest.importorskip("safetensors.torch"), tmp_path / "qwen3"
     released, odd, config_file = tmp_path / "model.safetensors", tmp_path / "odd.pt", qwen3 / "config.json"

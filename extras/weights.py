@@ -51,7 +51,7 @@ def from_pretrained(
     - the paper's released weights: .safetensors, or their training checkpoint. They have a "sequence" router and no
       noise; tau is the file's, or 0.1
     - a Qwen3 (config.json, .safetensors, sharded or not): a model with one activation, K = 1
-    source: a local path, or the name of a model on the hub, at a revision. router_context replaces the model's own.
+    source: a local path, or owner/name of a model on the hub, at a revision. router_context replaces the model's own.
     Raises FileNotFoundError if nothing is found, else ValueError naming the file and the fault.
     """
     config, state, path = load_weights(source, revision)
@@ -162,9 +162,16 @@ def qwen3_settings(settings: dict, path: Path) -> dict:
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder of a model on the hub, in the hub's cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"no checkpoint at {name}")
+    """The folder of a model on the hub, in the hub's cache.
+
+    Only owner/name can be on the hub: one slash, no file's suffix, and an owner that is no folder here and not "out".
+    """
+    owner, is_file = name.partition("/")[0], name.endswith((".pt", ".safetensors"))
+    if is_file or owner == "out" or Path(owner).is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        newest_first = sorted(Path("out").glob("**/ckpt.pt"), key=lambda path: -path.stat().st_mtime)
+        runs = ", ".join(str(path.parent) for path in newest_first[:5])
+        hint = f"the newest runs are {runs}" if runs else "train one: python train.py config/tiny.py"
+        raise FileNotFoundError(f"no checkpoint at {name}: no such file or folder; {hint}")
     try:
         from huggingface_hub import snapshot_download
 

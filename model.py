@@ -243,21 +243,16 @@ class ModelConfig:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467); keeps shape and dtype."""
 
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, x: Tensor) -> Tensor:
-        x32 = at_least_fp32(x)
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        weight = at_least_fp32(self.weight)
+        return F.rms_norm(at_least_fp32(x), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864): rotate the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by angles."""
+    """RoPE (arXiv 2104.09864): rotate the pairs (i, i + head_dim / 2) of x [B, T, H, head_dim] by angles."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -278,10 +273,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: "Layout", cache: "LayerCache | None" = None) -> Tensor:
         """x [B, T, n_embd] -> [B, T, n_embd]. Writes to the cache; attends to it if it held tokens before."""
         B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q, k, v = (w(x).view(heads).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))  # [B, H, T, head_dim]
+        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.w_q, self.w_k, self.w_v))
         q = rotate(self.norm_q(q), layout.cos, layout.sin)
         k = rotate(self.norm_k(k), layout.cos, layout.sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, head_dim]
         if cache is not None:
             cache.k[:, :, layout.positions] = k.to(cache.k.dtype)
             cache.v[:, :, layout.positions] = v.to(cache.v.dtype)
@@ -299,7 +294,7 @@ class Attention(nn.Module):
 class Layout(NamedTuple):
     """Positions, documents and attention mask of a batch, made once by PolychromaticLM.layout() for every layer."""
 
-    cos: Tensor  # [T, head_dim / 2], of each token's rotary angles
+    cos: Tensor  # [T, 1, head_dim / 2], of each token's rotary angles
     sin: Tensor
     mask: Tensor | BlockMask | None  # attention mask, [B, 1, T, keys] bool or a block mask; None: causal
     doc_start: Tensor | None  # [B, T] int64, for the router, see ROUTER_CONTEXTS; None: one document a row
@@ -537,7 +532,7 @@ class PolychromaticLM(nn.Module):
             flex = cache is None and (tokens.is_cuda if self.flex is None else self.flex)
             mask = document_mask(doc_ids if cache is None else cache.doc_ids, positions, flex)
         wavelengths = c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
-        angles = positions[:, None] / wavelengths  # [T, head_dim / 2]
+        angles = positions[:, None, None] / wavelengths  # [T, 1, head_dim / 2]
         return Layout(angles.cos(), angles.sin(), mask, doc_start, positions)
 
     @torch.no_grad()

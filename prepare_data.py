@@ -647,20 +647,20 @@ def prepare_embedded(cfg: TinyConfig, corpus: str):
     generated = f"generated, {cfg.math_mb} MB, seed {seed}"
     libraries = f"docstrings of numpy {version('numpy')} and torch {version('torch')}"
     python = f"standard library of Python {sys.version.split()[0]}"
-    domains = {  # source, documents, split key
-        "math": (generated, lambda: math_documents(seed, size), question_numbers),
-        "stem": (libraries, lambda: without_repeats(stem_documents(), cfg.val_fraction), str),
-        "code": (python, lambda: without_repeats(code_documents(), cfg.val_fraction), str),
+    domains = {  # share of a training step, source, documents, split key
+        "math": (0.5, generated, lambda: math_documents(seed, size), question_numbers),
+        "stem": (0.25, libraries, lambda: without_repeats(stem_documents(), cfg.val_fraction), str),
+        "code": (0.25, python, lambda: without_repeats(code_documents(), cfg.val_fraction), str),
     }
     if chat:
-        domains = {"chat": (generated, lambda: math_conversations(seed, size, cfg.val_fraction), question_numbers)}
+        domains = {"chat": (1.0, generated, lambda: math_conversations(seed, size, cfg.val_fraction), question_numbers)}
     this_file = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # the generators may change
 
     def write(domain: str) -> dict:
-        name, documents, split_key = domains[domain]
+        share, name, documents, split_key = domains[domain]
         source = Source(name, lambda state: in_batches(documents(), state), {"code": this_file}, split_key)
         counts = write_domain(folder / domain, cfg, encoding, source, chat)
-        return {**counts, "val_runs_in_train": repeated_share(folder / domain)}
+        return {"share": share, **counts, "val_runs_in_train": repeated_share(folder / domain)}
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
 

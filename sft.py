@@ -8,13 +8,13 @@ are packed into rows, and the loss is on the assistant's words only. Without an 
 paper's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 import config
-from train import Corpus, TrainConfig, read_log, shares, train
+from train import Corpus, TrainConfig, read_log, train
 
 
 @dataclass
@@ -25,8 +25,7 @@ class SFTConfig(TrainConfig):
     """
 
     data_dir: str = "data/sft"  # a corpus of conversations, from prepare_data.py
-    mixture: dict[str, float] = shares(chat=1.0)  # conversations only
-    mixture_end: dict[str, float] | None = None  # at the last step; None: unchanged
+    mixture: dict[str, float] | None = field(default_factory=lambda: {"chat": 1.0})  # conversations only
     max_steps: int = 13_067  # optimizer steps; the schedules span them
     batch_size: int = 14  # rows of block_size tokens in a step: about the paper's 32 conversations, 57 thousand tokens
     micro_batch_size: int = 7  # rows in one forward pass; divides batch_size; the data stay the same

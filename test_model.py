@@ -964,7 +964,8 @@ def test_batches_depend_on_seed_and_step_alone(corpus_dir):
 
 @pytest.mark.parametrize("batch_size", [8, 32, 128])
 def test_every_step_is_within_one_sequence_of_its_mixture(batch_size):
-    cfg = train.TrainConfig(max_steps=500, batch_size=batch_size)
+    cfg = train.TrainConfig(max_steps=500, batch_size=batch_size, mixture={"math": 0.7, "stem": 0.25, "code": 0.05})
+    cfg.mixture_end = {"math": 0.85, "stem": 0.1, "code": 0.05}
     table = train.quotas(cfg)
     excess = table - np.array([list(train.get_mixture(s, cfg).values()) for s in range(500)]) * batch_size
     assert (table.sum(1) == batch_size).all() and (table >= 0).all() and np.abs(excess).max() <= 1
@@ -984,11 +985,26 @@ def test_the_default_settings_and_schedules_are_the_papers():
     assert [train.get_lr(s, cfg) for s in (999, 1999, 2000, 19_531)] == [5e-5, 1e-4, 1e-4, 0]
     taus = [1, max(0.1, 1 - 0.9 * 9765 / 19_531), 0.1]
     assert [train.get_tau(s, cfg) for s in (0, 9765, 19_531)] == pytest.approx(taus)
-    cfg = train.TrainConfig(max_steps=500)
+    cfg = config.load(train.TrainConfig, [str(ROOT / "config/pretrain.py"), "--max_steps=500"])
     assert train.get_mixture(0, cfg) == train.get_mixture(399, cfg) == {"math": 0.7, "stem": 0.25, "code": 0.05}
     assert train.get_mixture(499, cfg) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
-    for path, cls in {"config/pretrain.py": train.TrainConfig, "config/sft.py": sft.SFTConfig}.items():
-        assert config.load(cls, [str(ROOT / path)]) == cls()
+    cfg = config.load(train.TrainConfig, [str(ROOT / "config/pretrain.py")])
+    assert dataclasses.replace(cfg, mixture=None, mixture_end=None) == train.TrainConfig()
+    assert config.load(sft.SFTConfig, [str(ROOT / "config/sft.py")]) == sft.SFTConfig()
+
+
+def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir, tmp_path):
+    counts = json.loads((corpus_dir / "meta.json").read_text())["domains"]
+    sizes = {domain: counts[domain]["train_tokens"] for domain in counts}
+    by_size = {domain: size / sum(sizes.values()) for domain, size in sizes.items()}
+    assert open_corpus(corpus_dir, mixture=None, mixture_end=None).cfg.mixture == by_size
+    for domain, share in {"math": 1.0, "stem": 0.5, "code": 0.5}.items():
+        counts[domain]["share"] = share  # relative
+    named = damage_corpus(corpus_dir, tmp_path / "named", domains=counts)
+    expected = {"math": 0.5, "stem": 0.25, "code": 0.25}
+    assert open_corpus(named, mixture=None, mixture_end=None).cfg.mixture == expected
+    cfg = config.load(train.TrainConfig, flags(run_settings(named, "x", mixture=None)) + ["--mixture.code=1"])
+    assert train.Corpus(cfg).cfg.mixture == {"code": 1.0} and cfg.mixture_end is None
 
 
 def test_val_loss_counts_every_window_once_whatever_the_batch(corpus_dir):
@@ -1075,6 +1091,7 @@ def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(
 def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
     """With routing noise, an annealed mixture, several micro-batches a process; one's run goes on in two, and back."""
     overrides = {"max_steps": 20, "micro_batch_size": 2, "anneal_start": 0.5, "eval_interval": 10, "save_interval": 99}
+    overrides |= {"mixture": {"math": 0.8, "code": 0.2}, "mixture_end": {"math": 0.2, "code": 0.8}}
     one, two, both = (run_settings(corpus_dir, tmp_path / name, **overrides) for name in ("one", "two", "both"))
     run_here(one)
     assert run_script(*command_of(two, processes=2)).returncode == 0
@@ -1554,7 +1571,7 @@ def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path)
     qwen3 = damage_corpus(chat_dir, tmp_path / "sft", tokenizer="qwen3")
     for flags, message in {
         "--init_from=absent": "no checkpoint at absent",
-        "--data_dir=absent": "no data in absent; make it: python prepare_data.py absent",
+        "--data_dir=absent": "no data in absent; prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
         f"--data_dir={qwen3}": "has tokenizer 'qwen3' with 259 tokens, the model 'bytes' with 259; prepare other data",
         f"--data_dir={corpus_dir} --mixture={{'math':1.0}}": "is no corpus of conversations; make one: "
         "python prepare_data.py tiny_sft",
@@ -2080,7 +2097,7 @@ def test_benchmark_scores_have_intervals(harness):
 def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):
     for argument, message in {
         "--init_from=absent": "no checkpoint at absent",
-        "--data_dir=absent": "no data in absent; make it: python prepare_data.py absent",
+        "--data_dir=absent": "no data in absent; prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
         "--domains=math,art": f"the mixture names 'art'; {corpus_dir} has math, stem, code",
         "--batch_size=many": "batch_size is 'many'; it must be auto or a number",
         "--batch_size=0": "batch_size is 0; it must lie in 1..",
@@ -2129,10 +2146,10 @@ def load(*argv: str):
 def test_settings_come_from_defaults_then_files_then_flags(tmp_path):
     path = tmp_path / "settings.py"
     path.write_text("lr = 3e-4\nmax_steps = 7\nactivations = ('relu', 'tanh')\nmixture_end = None\n")
-    overrides = ["--mixture.math=0.5", "--mixture.stem=0.45", "--out_dir=7", "--activations=silu"]
+    overrides = ["--mixture.math=0.55", "--mixture.stem=0.45", "--out_dir=7", "--activations=silu"]
     cfg = load(str(path), "--max_steps=1e3", "--compile", *overrides)
     assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.out_dir, cfg.activations) == (3e-4, 1000, True, "7", ("silu",))
-    assert cfg.mixture == {"math": 0.5, "stem": 0.45, "code": 0.05} and cfg.mixture_end is None
+    assert cfg.mixture == {"math": 0.55, "stem": 0.45} and cfg.mixture_end is None
     assert cfg.batch_size == 128
 
 
@@ -2158,7 +2175,6 @@ def test_a_bad_setting_is_one_line(monkeypatch):
         "--seed=1e30": "seed is 1000000000000000019884624838656; it must lie in 0..9.22337e+18",
         "--batch_size=1e12": "batch_size is 1000000000000; it must lie in 1..1.04858e+06",
         "--anneal_start=7": "anneal_start is 7.0; it must lie in 0..1",
-        "--mixture.math=0.9": "must be shares of math, stem, code that sum to 1",
         "--mixture={}": "mixture takes {'name': value, ...}, not {}",
         "--mixture={1:1.0}": "mixture takes {'name': value, ...}, not {1: 1.0}",
         "--resume --overwrite": "resume and overwrite exclude each other",
@@ -2201,20 +2217,30 @@ def damage_corpus(source: Path, target: Path, **meta) -> Path:
 
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert error_of(open_corpus, "data/tiny") == "no data in data/tiny; make it: python prepare_data.py tiny"
-    assert f"make it: python prepare_data.py absent --data_dir={tmp_path}" in error_of(open_corpus, tmp_path / "absent")
+    assert train.CORPORA == tuple(prepare_data.CORPORA)
+    for folder, advice in {
+        "data/tiny": "make it: python prepare_data.py tiny",
+        "data/text": "make it: python prepare_data.py text --source=input.txt",
+        "a b/sft": "make it: python prepare_data.py sft --data_dir='a b'",
+        "data/nope": "prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
+    }.items():
+        assert error_of(open_corpus, folder) == f"no data in {folder}; {advice}"
+    unknown = f"the mixture names 'maths'; {corpus_dir} has math, stem, code"
     for overrides, message in [
+        ({"mixture": {"math": 0.5, "maths": 1.0}}, unknown),
+        ({"mixture": None, "mixture_end": {"maths": 1.0}}, unknown),
+        ({"mixture": {"math": 0.9}}, "the mixture {'math': 0.9} must be shares of math that sum to 1"),
+        ({"mixture": {"math": 1.0}, "mixture_end": {"code": 1.0}}, "must be shares of math that sum to 1"),
         ({"tokenizer": "qwen3"}, "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259; train with --tok"),
         ({"vocab_size": 200}, "with 259 tokens, the model 'bytes' with 200"),
         ({"block_size": 100_000}, "fewer than a window"),
-        ({"mixture": {"math": 0.5, "art": 0.5}, "mixture_end": None}, "the mixture names 'art'; "),
     ]:
         assert message in error_of(open_corpus, corpus_dir, **overrides)
-    damaged = damage_corpus(corpus_dir, tmp_path / "damaged")
+    damaged = damage_corpus(corpus_dir, tmp_path / "tiny")
     np.memmap(damaged / "math" / "train.bin", dtype=np.uint16, mode="r+")[:] = 60_000
     assert "train.bin is damaged: it has a token 60000" in error_of(open_corpus(damaged).batch, 0)
     os.truncate(damaged / "stem" / "train.bin", 100)
-    pattern = "train.bin holds 100 bytes, not the .* make it again: python prepare_data.py damaged"
+    pattern = "train.bin holds 100 bytes, not the .* make it again: python prepare_data.py tiny"
     assert re.search(pattern, error_of(open_corpus, damaged))
     for content in ('{"tokenizer": ', "{}", "3", '{"tokenizer": "bytes", "vocab_size": "x"}', "\udcff"):
         (damaged / "meta.json").write_text(content, errors="surrogateescape")

@@ -24,7 +24,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,11 +38,7 @@ from model import ModelConfig, PolychromaticLM, routing_stats, set_tau
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
-
-
-def shares(**domains: float):
-    """A field of a dataclass: shares of the domains."""
-    return field(default_factory=domains.copy)
+CORPORA = "text", "tiny", "tiny_sft", "pretrain", "sft"  # those of prepare_data.py
 
 
 @dataclass
@@ -52,8 +48,8 @@ class TrainConfig(ModelConfig):
     overridden: ClassVar[frozenset[str]] = frozenset()  # names that files and flags set; filled in by config.load()
     # data
     data_dir: str = "data/pretrain"  # a corpus of prepare_data.py
-    mixture: dict[str, float] = shares(math=0.70, stem=0.25, code=0.05)  # each domain's share of a step
-    mixture_end: dict[str, float] | None = shares(math=0.85, stem=0.10, code=0.05)  # at the last step; None: unchanged
+    mixture: dict[str, float] | None = None  # each domain's share of a step; None: that of the corpus
+    mixture_end: dict[str, float] | None = None  # shares at the last step; None: unchanged
     anneal_start: float = 0.8  # fraction of the run after which the mixture moves linearly to mixture_end
     seed: int = 1337  # of the initial weights, the data order and the routing noise
     # steps
@@ -106,9 +102,6 @@ class TrainConfig(ModelConfig):
             raise ValueError(f"batch_size is {batch}; it must be a multiple of micro_batch_size, {micro}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
-        for mixture in (self.mixture, self.mixture_end or self.mixture):
-            if set(mixture) != set(self.mixture) or min(mixture.values()) < 0 or abs(sum(mixture.values()) - 1) > 1e-6:
-                raise ValueError(f"the mixture {mixture} must be shares of {', '.join(self.mixture)} that sum to 1")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
@@ -158,18 +151,19 @@ class Corpus:
     """A corpus of prepare_data.py. A step's batch depends on (seed, step) alone, so there is no state to save."""
 
     def __init__(self, cfg: TrainConfig):
-        """Raises ValueError if the corpus is missing, damaged, or of another tokenizer than the model."""
+        """Sets cfg.mixture if it is None. Raises ValueError if the corpus is missing, damaged, or does not fit cfg."""
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
-        root = shlex.quote(str(self.folder.parent))
-        command = f"python prepare_data.py {self.folder.name}{'' if root == 'data' else f' --data_dir={root}'}"
-        self.make_again = f"make it again: {command}"
+        self.make_again = how_to_make(self.folder, "make it again")
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             tokenizer, vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
             self.dtype, self.end_of_text = np.dtype(meta["dtype"]), int(meta["end_of_text"])
             self.domains = dict(meta["domains"])
+            has_shares = all("share" in counts for counts in self.domains.values())
+            weights = {name: c["share" if has_shares else "train_tokens"] for name, c in self.domains.items()}
+            default_mixture = {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
         except OSError:
-            raise ValueError(f"no data in {self.folder}; make it: {command}") from None
+            raise ValueError(f"no data in {self.folder}; {how_to_make(self.folder)}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.folder}/meta.json is damaged ({e!r}); {self.make_again}") from None
         if tokenizer != cfg.tokenizer or vocab_size > cfg.vocab_size:
@@ -178,9 +172,13 @@ class Corpus:
                 f"{self.folder} has tokenizer {tokenizer!r} with {vocab_size:,} tokens, the model {cfg.tokenizer!r} "
                 f"with {cfg.vocab_size:,}; {'prepare other data' if cfg.init_from else remedy}"
             )
-        for domain in cfg.mixture:
-            if domain not in self.domains:
-                raise ValueError(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.domains)}")
+        cfg.mixture = cfg.mixture or default_mixture
+        for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
+            for domain in mixture:
+                if domain not in self.domains:
+                    raise ValueError(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.domains)}")
+            if set(mixture) != set(cfg.mixture) or min(mixture.values()) < 0 or abs(sum(mixture.values()) - 1) > 1e-6:
+                raise ValueError(f"the mixture {mixture} must be shares of {', '.join(cfg.mixture)} that sum to 1")
         self.tokens = {domain: {s: self.open_tokens(domain, s) for s in ("train", "val")} for domain in cfg.mixture}
         self.quotas = quotas(cfg)
         self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
@@ -263,6 +261,15 @@ class Corpus:
         counts = self.domains[domain]
         targets = counts.get("val_targets", counts["val_tokens"])  # a chat predicts only some of its tokens
         return loss / math.log(2) * targets / max(1, counts["val_bytes"])
+
+
+def how_to_make(folder: Path, advice: str = "make it") -> str:
+    """The command that makes this corpus; for a name that prepare_data.py does not know, those that it does."""
+    if folder.name not in CORPORA:
+        return f"prepare_data.py makes {', '.join(CORPORA)}"
+    source = " --source=input.txt" if folder.name == "text" else ""
+    root = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
+    return f"{advice}: python prepare_data.py {folder.name}{source}{root}"
 
 
 def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -433,8 +440,6 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
         theirs = checkpoint["settings"].get(name, ours)
         if ours != theirs and (name in checkpoint["model_config"] or name == "frozen"):
             raise ValueError(f"{path} was trained with {name}={theirs!r}, not {ours!r}; --resume cannot change that")
-        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
-            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
     if checkpoint["step"] > cfg.max_steps:
         raise ValueError(f"{path} is already at step {checkpoint['step']}, beyond max_steps, {cfg.max_steps}")
     return checkpoint
@@ -566,6 +571,10 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     # data
     corpus = corpus_type(cfg)
     tokens_per_step = cfg.batch_size * cfg.block_size  # block_size may be that of init_from
+    for name, theirs in checkpoint["settings"].items() if checkpoint else ():
+        ours = getattr(cfg, name, theirs)
+        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
+            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
 
     # model
     torch.manual_seed(cfg.seed)

@@ -116,9 +116,11 @@ def read_flag(arg: str, values: dict, hints: dict) -> tuple[str, str, object]:
     name, _, key = name.partition(".")
     check_name(name, hints, where=f"--{name}")
     if key:
-        if not isinstance(values[name], dict):
+        kinds = [hint for hint in (hints[name], *typing.get_args(hints[name])) if typing.get_origin(hint) is dict]
+        if not kinds:
             raise ValueError(f"--{name}.{key}: {name} is one value, without entries")
-        return f"--{name}.{key}", name, {**values[name], key: parse(text, typing.get_args(hints[name])[1])}
+        entries = values[name] if isinstance(values[name], dict) else {}
+        return f"--{name}.{key}", name, {**entries, key: parse(text, typing.get_args(kinds[0])[1])}
     if not equals and hints[name] not in (bool, bool | None):
         raise ValueError(f"--{name} needs a value: --{name}=<{type_name(hints[name])}>")
     return f"--{name}", name, parse(text, hints[name]) if equals else True

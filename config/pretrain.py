@@ -2,4 +2,7 @@
 # python prepare_data.py pretrain && python train.py config/pretrain.py
 # torchrun --nproc_per_node=8 train.py config/pretrain.py
 #
-# The recipe is the defaults: the model's in model.ModelConfig, the run's in train.TrainConfig. Nothing differs.
+# The model and the run are the defaults, those of model.ModelConfig and train.TrainConfig. The data are mixed so:
+
+mixture = {"math": 0.70, "stem": 0.25, "code": 0.05}
+mixture_end = {"math": 0.85, "stem": 0.10, "code": 0.05}  # the last fifth of the run moves there

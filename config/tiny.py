@@ -15,10 +15,6 @@ head_dim = 32
 n_embd = 160
 d_ff = 480
 
-# data: enough of each domain to learn it
-mixture = {"math": 0.5, "stem": 0.25, "code": 0.25}
-mixture_end = None
-
 # run: 1.6M tokens
 max_steps = 1600
 batch_size = 4

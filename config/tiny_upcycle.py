@@ -10,9 +10,6 @@ out_dir = "out/tiny_upcycled"
 activations = ("relu", "tanh", "silu", "gelu")
 gumbel = False
 
-mixture = {"math": 0.5, "stem": 0.25, "code": 0.25}
-mixture_end = None
-
 # run: 51 thousand tokens
 max_steps = 50
 batch_size = 4

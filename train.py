@@ -488,22 +488,6 @@ def begin_run(folder: Path, step: int | None):
         config.write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
 
 
-def open_wandb(cfg: TrainConfig, run_id: str):
-    """This run at Weights & Biases; a resumed run goes on in its own."""
-    try:
-        import wandb
-
-        settings = dataclasses.asdict(cfg)
-        run = wandb.init(project=cfg.wandb, id=run_id, name=cfg.out_dir, resume="allow", config=settings)
-        run.define_metric("*", step_metric="step")  # its own counter would drop steps that are repeated after a kill
-        return run
-    except ImportError:
-        raise ValueError("--wandb needs a package: pip install wandb") from None
-    except Exception as e:  # no login, no network, no such project: each raises its own type
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"cannot log to Weights & Biases: {reason}; without --wandb it works") from None
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
     """Stop the training of parameters with one of the parts in their names. Raises ValueError if a part fits none."""
@@ -625,7 +609,11 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # log
-    wandb_run = open_wandb(cfg, run_id) if cfg.wandb and is_main else None
+    wandb_run = None
+    if cfg.wandb and is_main:
+        from extras.wandb_log import open_wandb
+
+        wandb_run = open_wandb(cfg.wandb, run_id, cfg.out_dir, dataclasses.asdict(cfg))
 
     def log(record: dict):
         if is_main:

@@ -397,14 +397,17 @@ def write_domain(
     return {"source": source.name, **counts}
 
 
-def prepare(folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]]):
-    """Write every domain, then meta.json, which marks the corpus as complete."""
+def prepare(
+    folder: Path, encoding: tiktoken.Encoding, domains: dict[str, Callable[[], dict]], vocab: str | None = None
+):
+    """Write every domain, then meta.json, which marks the corpus as complete. vocab: the tokenizer's file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with config.locked(folder):
             counts = {name: write() for name, write in domains.items()}
             meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
             meta["dtype"] = np.min_scalar_type(encoding.max_token_value).name
+            meta |= {"vocab": os.path.abspath(vocab)} if vocab else {}
             path = folder / "meta.json"
             earlier = path.read_bytes() if path.exists() else None  # publish() has removed it if a domain changed
             write_json(path, {**meta, "domains": counts})
@@ -757,7 +760,7 @@ def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
         source = Source(name, open_batches, {"load_dataset": arguments, "sizes": sizes, "field": column})
         return write_domain(folder / domain, cfg, encoding, source, chat, cfg.max_tokens or max_tokens)
 
-    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains}, cfg.vocab)
 
 
 # ------------------------------------------------------------------------------------------------- text: your own files
@@ -870,7 +873,7 @@ def prepare_text(cfg: TextConfig, corpus: str):
             )
         return counts
 
-    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
+    prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains}, cfg.vocab)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

@@ -41,7 +41,7 @@ class SampleConfig:
     top_p: float | None = None  # sample from the fewest tokens whose probabilities sum to p
     seed: int = 1337  # of the sampling
     stop: str | None = None  # end a continuation before this text; <|endoftext|> always ends it
-    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
+    vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
     compile: bool = False  # compile the blocks: takes half a minute, pays off for long texts
@@ -241,7 +241,6 @@ def converse(chat: Chat):
 
 def main():
     cfg = config.load(SampleConfig)
-    sys.stdout.reconfigure(errors="replace")  # print ? for a character that the terminal cannot show
     device = pick_device(cfg.device)
     dtype = inference_dtype(cfg.dtype, device)
     model = open_model(cfg.init_from or newest_checkpoint(), device, cfg.revision, cfg.router_context)

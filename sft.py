@@ -79,6 +79,11 @@ class Conversations(Corpus):
     def n_rows(self, domain: str, split: str) -> int:
         return len(self.packed[domain, split])
 
+    def prompt(self) -> list[int]:
+        """The first held-out conversation, up to its first answer."""
+        domain = next(iter(self.tokens))
+        return self.tokens[domain]["val"][: self.masks[domain, "val"].argmax()].tolist()
+
     def row(self, domain: str, split: str, index: int) -> np.ndarray:
         """Tokens of whole conversations, their targets (-1: no loss) and document ids: [3, block_size] int64."""
         key, at = (domain, split), 0

@@ -862,7 +862,7 @@ def test_the_printed_command_fits_the_tokenizer_and_each_domain_its_size(gpt2_vo
     prepare("text", *sources, f"--data_dir={tmp_path}", "--tokenizer=gpt2", f"--vocab={gpt2_vocab}")
     meta = json.loads((tmp_path / "text" / "meta.json").read_text())
     small, large = (meta["domains"][name]["train_tokens"] for name in ("small", "large"))
-    assert meta["tokenizer"] == "gpt2" and 3 < large / small < 12
+    assert (meta["tokenizer"], meta["vocab"]) == ("gpt2", str(gpt2_vocab)) and 3 < large / small < 12
     command = f"train.py config/tiny.py --data_dir={tmp_path}/text --out_dir=out/text --tokenizer=gpt2"
     assert capsys.readouterr().out.endswith(f"{command} --vocab_size={meta['vocab_size']}\n")
 
@@ -1086,6 +1086,24 @@ def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(
     assert "resumed" in run_here(settings, "--resume")
     assert_same_run(tmp_path, unbroken)
     assert [x["step"] for x in losses_of(tmp_path)] == list(range(1, 13))  # nothing is logged twice
+
+
+def test_samples_change_nothing_and_stay_in_one_line(unbroken, corpus_dir, tmp_path, small_vocab):
+    """Of any tokenizer: printable, and without special tokens."""
+    settings = run_settings(corpus_dir, tmp_path / "run", sample_tokens=0)
+    assert "sample:" not in run_here(settings)
+    assert_same_run(tmp_path / "run", unbroken)
+    printed = run_here({**settings, "sample_tokens": 80, "router_context": "sequence"}, "--overwrite")
+    found = re.findall(r"^step (\d+): sample: (.*)$", printed, re.M)
+    assert [step for step, _ in found] == ["0", "6", "12"] and all(text.isprintable() and text for _, text in found)
+    assert len(printed.splitlines()) == len(run_here(settings, "--overwrite").splitlines()) + 3
+
+    vocab = damage_corpus(corpus_dir, tmp_path / "vocab", tokenizer="qwen3", vocab=str(small_vocab))
+    settings = run_settings(vocab, tmp_path / "run", tokenizer="qwen3", vocab_size=2048, max_steps=1)
+    assert run_here(settings, "--overwrite").count("sample: ") == 2
+    damage_corpus(vocab, tmp_path / "moved", vocab="moved.json")
+    printed = run_here({**settings, "data_dir": str(tmp_path / "moved")}, "--overwrite")
+    assert "without samples: cannot read the vocabulary moved.json: No such file" in printed and "done" in printed
 
 
 def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
@@ -1489,6 +1507,7 @@ def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("sft")
     output = run_here(settings_from(unbroken, chat_dir, out_dir), script=sft)
     assert f"starting from the model of {unbroken}" in output and f"; {8 * 64:,} tokens a step" in output
+    assert re.search(r"step 12: sample: user\\nSay \d+ to \d\.\\nassistant\\n", output), output
     assert re.search(r"step 0: static entropy.*agreement.*\n  step 12: static entropy .*usage.*dependence", output)
     return out_dir
 

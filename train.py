@@ -79,6 +79,7 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 1_048_576  # maximum tokens of each domain's val.bin in an evaluation
     save_interval: int = 500  # steps between checkpoints
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
+    sample_tokens: int = 80  # length of the text that the model writes at every evaluation; 0: none
     wandb: str | None = None  # Weights & Biases project to log to as well; None: log.jsonl only
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
@@ -91,6 +92,7 @@ class TrainConfig(ModelConfig):
         config.check_range(self, 1, 10**8, "max_steps", "eval_interval", "save_interval", "log_interval")
         config.check_range(self, 1, 2**20, "batch_size", "micro_batch_size")
         config.check_range(self, 1, 2**40, "eval_tokens")
+        config.check_range(self, 0, 2**20, "sample_tokens")
         config.check_range(self, 0, 2**63 - 1, "seed", "warmup_steps")
         config.check_range(self, 0, 1, "anneal_start", "weight_decay")
         config.check_range(self, 0, 0.99999, "beta1", "beta2")
@@ -156,7 +158,7 @@ class Corpus:
         self.make_again = how_to_make(self.folder, "make it again")
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            tokenizer, vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
+            tokenizer, vocab_size, self.vocab = str(meta["tokenizer"]), int(meta["vocab_size"]), meta.get("vocab")
             self.dtype, self.end_of_text = np.dtype(meta["dtype"]), int(meta["end_of_text"])
             self.domains = dict(meta["domains"])
             has_shares = all("share" in counts for counts in self.domains.values())
@@ -251,6 +253,10 @@ class Corpus:
             batch = np.resize(rows, (B, *rows.shape[1:]))  # every batch has one shape, so nothing recompiles
             batch[len(rows) :, 1] = -1  # the last one is filled up with ignored targets
             yield to_inputs(batch, ranks.device)
+
+    def prompt(self) -> list[int]:
+        """What a sample continues: <|endoftext|>, after which a document starts."""
+        return [self.end_of_text]
 
     def is_text(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Which tokens are not padding, [B, T] bool. Padding is <|endoftext|> that predicts nothing."""
@@ -529,6 +535,29 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
     return {"val": val, "routing": routing}
 
 
+def open_tokenizer(corpus: Corpus):
+    """The tiktoken.Encoding of a corpus, to print samples; without it, None, and the reason is printed."""
+    try:
+        from prepare_data import get_tokenizer
+
+        return get_tokenizer(corpus.cfg.tokenizer, corpus.vocab)
+    except (ImportError, ValueError) as e:
+        print(f"without samples: {e}")
+        return None
+
+
+def write_sample(model: PolychromaticLM, corpus: Corpus, encoding) -> str:
+    """The corpus' prompt and what the model writes after it, in one line. Leaves the global random state alone."""
+    from prepare_data import stop_tokens
+
+    ids, length = corpus.prompt(), corpus.cfg.sample_tokens
+    generator = torch.Generator(model.device).manual_seed(corpus.cfg.seed)
+    with torch.compiler.set_stance("force_eager"):  # compiling the blocks for one token would take half a minute
+        ids += [t.item() for t in model.generate([ids], length, 0.8, None, None, stop_tokens(encoding), generator)]
+    text = encoding.decode_bytes([i for i in ids if i < encoding.eot_token]).decode(errors="replace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     """Run the training that cfg describes, from its first step or its checkpoint to its last step."""
     # machine
@@ -554,6 +583,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
     # data
     corpus = corpus_type(cfg)
+    encoding = open_tokenizer(corpus) if cfg.sample_tokens and is_main else None
     tokens_per_step = cfg.batch_size * cfg.block_size  # block_size may be that of init_from
     for name, theirs in checkpoint["settings"].items() if checkpoint else ():
         ours = getattr(cfg, name, theirs)
@@ -662,6 +692,9 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             measured = evaluate(model, corpus, ranks, autocast)
             log({"step": step, "tau": tau, **measured})
             print_evaluation(step, measured)
+            if encoding:
+                with autocast:
+                    print(f"step {step}: sample: {write_sample(model, corpus, encoding)}", flush=True)
             t0 += time.monotonic() - started  # excluded from the throughput
         if step == cfg.max_steps:
             if saved < step:

@@ -26,6 +26,8 @@ def run(main: Callable[[], None]):
     The functions of this project raise ValueError or OSError with the whole message. A ValueError that no `raise` of
     ours made, such as numpy's for a wrong shape, is a bug.
     """
+    with contextlib.suppress(AttributeError):  # not a text file
+        sys.stdout.reconfigure(errors="replace")  # print ? for a character that the terminal cannot show
     try:
         main()
         sys.stdout.flush()

@@ -48,6 +48,7 @@ import tiktoken
 from tqdm import tqdm
 
 import config
+from config import write_json
 
 
 @dataclass
@@ -270,10 +271,6 @@ def text_hash(text: str) -> int:
 def is_held_out(key: str, fraction: float) -> bool:
     """Whether documents with this key go to val: its hash, as a fraction of the largest, is below this one."""
     return text_hash(key) < fraction * 2**64
-
-
-def write_json(path: Path, value: dict):
-    config.write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 class DomainWriter:

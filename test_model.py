@@ -1161,7 +1161,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(corpus_dir, tmp_path, mon
     monkeypatch.setattr(torch, "save", save)
     message = error_of(run_here, run_settings(corpus_dir, tmp_path, save_interval=1))
     assert re.match("cannot write .*ckpt.pt: No space left on device; an earlier checkpoint.* is intact", message)
-    assert step_of(tmp_path) == 1 and set(os.listdir(tmp_path)) == {"ckpt.pt", "log.jsonl", ".lock"}
+    assert step_of(tmp_path) == 1 and "ckpt.partial" not in os.listdir(tmp_path)
 
 
 def assert_one_line(done: subprocess.CompletedProcess, *messages: str):
@@ -1215,6 +1215,7 @@ def test_a_step_takes_the_settings_and_the_noise_of_its_place_in_the_run(corpus_
     assert [record["tau"] for record in losses_of(tmp_path)] == [train.get_tau(s, cfg) for s in range(5)]
 
     assert "resuming with routing_lr=4.0; it was 1.0" in run_here({**settings, **new}, "--resume")
+    assert json.loads((tmp_path / "settings.json").read_text())["routing_lr"] == 4.0
     assert step_of(tmp_path) == 6 and norms == pytest.approx([0.01] * 6, rel=1e-3)
     for s in range(5):
         rate = train.get_lr(s, cfg)
@@ -1222,6 +1223,50 @@ def test_a_step_takes_the_settings_and_the_noise_of_its_place_in_the_run(corpus_
     rate = train.get_lr(5, train.TrainConfig(**{**settings, **new}))
     expected = [(1.0, rate, 0.5), (1.0, rate, 0.0), (4.0, 4 * rate, 0.5 / 4), (4.0, 4 * rate, 0.0)]
     assert groups[5] == {(scale, lr, (0.5, 0.75), decay) for scale, lr, decay in expected}
+
+
+def test_the_first_step_and_evaluations_do_not_count_in_the_throughput(corpus_dir, tmp_path, monkeypatch):
+    clock, micro_batches, evaluate = [0.0], train.Corpus.micro_batches, train.evaluate
+
+    def take(seconds, function, *arguments):
+        clock[0] += seconds
+        return function(*arguments)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(train.Corpus, "micro_batches", lambda *a: take(2 if a[1] else 99, micro_batches, *a))
+    monkeypatch.setattr(train, "evaluate", lambda *a: take(1000, evaluate, *a))
+    run_here(run_settings(corpus_dir, tmp_path, log_interval=4))
+    assert [line["tokens_per_second"] for line in losses_of(tmp_path)] == [8 * 64 / 2] * 3
+
+
+def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
+    def estimate(**overrides) -> int:
+        cfg = train.TrainConfig(**{**SMALL, "dtype": "bfloat16", "batch_size": 64, **overrides})
+        return train.estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
+
+    n = sum(p.numel() for p in small_model().parameters())
+    fixed = 2 * estimate(micro_batch_size=1) - estimate(micro_batch_size=2)  # without tokens
+    assert fixed == 16 * n + 6 * 259 * 32
+    a_token = (estimate(micro_batch_size=2) - fixed) / 2 / 64
+    assert a_token == 2 * (8 * 32 + 2 * (2 * 32 + 20 * 8 + 3 * 48)) + 6 * 259
+    assert estimate(recompute=True) < estimate() < estimate(dtype="float32")
+    with torch.device("meta"):
+        cfg = train.TrainConfig(dtype="bfloat16")
+        assert 40 < train.estimate_memory(PolychromaticLM(cfg.model_config()), cfg) / 2**30 < 70
+
+
+def test_the_first_lines_name_the_card_and_the_memory_that_the_run_needs(capsys, monkeypatch):
+    card = SimpleNamespace(name="A card", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    ranks, cfg = SimpleNamespace(device=torch.device("cuda"), world_size=1), train.TrainConfig(dtype="bfloat16")
+    with torch.device("meta"):
+        model = PolychromaticLM(cfg.model_config())
+    for compiled, ending in (
+        (True, "GiB\ncompiling, about half"),
+        (False, "GiB when compiled; uncompiled it needs more"),
+    ):
+        train.print_start(model, cfg, ranks, compiled)
+        assert re.search(rf"^A card, 80 GiB; the run needs an estimated \d\d {ending}", capsys.readouterr().out, re.M)
 
 
 def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus_dir, tmp_path):

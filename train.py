@@ -5,7 +5,8 @@ python train.py config/tiny.py --max_steps=50      a flag overrides any setting
 python train.py config/tiny.py --resume            continue a stopped or killed run
 torchrun --nproc_per_node=8 train.py config/pretrain.py     on 8 GPUs: the same steps, the same data, the same loss
 
-Without an override file the settings are the paper's pretraining run. The run folder gets ckpt.pt and log.jsonl.
+Without an override file the settings are the paper's pretraining run. The run folder gets ckpt.pt, log.jsonl and
+settings.json.
 """
 
 import contextlib
@@ -652,12 +653,12 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         if wandb_run:
             wandb_run.log(record)
 
-    size, layer = sum(p.numel() for p in model.parameters()), "/".join(cfg.activations)
-    machine = f"{ranks.world_size} x {device.type} in {str(dtype)[6:]}{', compiled' if compiled else ''}"
-    print(f"{size:,} parameters, {layer}, on {machine}; {tokens_per_step:,} tokens a step", flush=True)
+    print_start(model, cfg, ranks, compiled)
     ranks.wait()  # all ranks have read the run folder; from here on it changes
     if is_main:
         begin_run(folder, first_step if resumed else None)
+        with writing(folder / "settings.json"):
+            config.write_json(folder / "settings.json", dataclasses.asdict(cfg))
 
     # loop
     saved = first_step if resumed else -1
@@ -729,8 +730,10 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         optimizer.zero_grad(set_to_none=True)
 
         # log
-        if (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.max_steps:
-            now = time.monotonic()
+        now, due = time.monotonic(), (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.max_steps
+        if step == first_step and not due:
+            logged, t0 = step + 1, now  # the first step compiles: excluded from the throughput
+        if due:
             rate = (step + 1 - logged) * tokens_per_step / (now - t0)
             logged, t0 = step + 1, now
             record = {
@@ -745,6 +748,20 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     lock.close()
     if ranks.world_size > 1:
         torch.distributed.destroy_process_group()
+
+
+def estimate_memory(model: PolychromaticLM, cfg: TrainConfig) -> int:
+    """Bytes of GPU memory that a compiled run needs: an estimate from the shapes, not a measurement."""
+    c, tokens = model.config, cfg.micro_batch_size * model.config.block_size
+    size = pick_dtype(cfg.dtype, model.device).itemsize  # of what a matmul reads
+    # Kept for the backward pass, per token and block: the residual stream twice, both norms, the heads before and after
+    # QK-norm and RoPE, attention's output, and gate, up and their product.
+    heads = (3 * c.n_head + 4 * c.n_kv_head) * c.head_dim
+    block = 2 * 4 * c.n_embd + size * (2 * c.n_embd + heads + 3 * c.d_ff)
+    kept = tokens * (4 * c.n_embd * c.n_layer + block if cfg.recompute else block * c.n_layer)
+    head = (4 + size) * (min(2**28, tokens * c.vocab_size) + c.n_embd * c.vocab_size)  # a chunk of logits, the gradient
+    # A trained parameter takes 16 bytes: itself, its gradient and AdamW's two moments.
+    return sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) + kept + head
 
 
 def finite(x: float) -> float | None:
@@ -764,6 +781,22 @@ def resume_command() -> str:
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     start = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
     return shlex.join([*start, *args, "--resume"])
+
+
+def print_start(model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks, compiled: bool):
+    """What runs and on what; on a GPU the memory that it has and that the run needs."""
+    size, device, dtype = sum(p.numel() for p in model.parameters()), ranks.device, pick_dtype(cfg.dtype, ranks.device)
+    machine = f"{ranks.world_size} x {device.type} in {str(dtype)[6:]}{', compiled' if compiled else ''}"
+    tokens_per_step = cfg.batch_size * cfg.block_size
+    print(
+        f"{size:,} parameters, {'/'.join(cfg.activations)}, on {machine}; {tokens_per_step:,} tokens a step", flush=True
+    )
+    if device.type == "cuda":
+        card, needed = torch.cuda.get_device_properties(device), estimate_memory(model, cfg) / 2**30
+        more = "" if compiled else " when compiled; uncompiled it needs more and may not fit"
+        print(f"{card.name}, {card.total_memory / 2**30:.0f} GiB; the run needs an estimated {needed:.0f} GiB{more}")
+    if compiled:
+        print("compiling, about half a minute", flush=True)
 
 
 def print_step(record: dict, cfg: TrainConfig):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import os
 import re
@@ -74,6 +75,10 @@ def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]):
     except (OSError, RuntimeError):
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: dict):
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def load(cls: type, argv: list[str] | None = None):

@@ -380,45 +380,59 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None) -> Tensor:
+def chunk_loss(h: Tensor, w: Tensor, target: Tensor, share: Tensor, V: int, needs_grad: bool = True):
+    """Sum of share * cross-entropy of the first V logits h @ w.T, and its gradient in the logits, in h's dtype.
+
+    h [C, d], w [V or more, d], target [C] int64, share [C]. Compiled, one kernel reads the logits and writes the rest.
+    """
+    logits = at_least_fp32(h @ w.t())
+    logits[:, V:] = -torch.inf
+    log_p = logits.log_softmax(-1)
+    loss = -(log_p.gather(1, target[:, None])[:, 0] * share).sum()
+    if not needs_grad:
+        return loss, None
+    is_target = torch.arange(len(w), device=h.device) == target[:, None]
+    return loss, log_p.exp_().add_(is_target, alpha=-1).mul_(share[:, None]).to(h.dtype)  # (softmax - one-hot) * share
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None, chunk_loss: Callable = chunk_loss
+) -> Tensor:
     """Mean cross-entropy, in nats, of the logits hidden @ weight.T, without ever holding all of them.
 
     hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. chunk_size is in tokens
-    (None: about 2**25 logits a chunk, 2**28 on a GPU).
+    (None: about 2**25 logits a chunk, 2**28 on a GPU). chunk_loss: the function above, compiled or not.
     """
     if chunk_size is None:
         chunk_size = max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_size, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_size, chunk_loss, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """chunked_cross_entropy(): the forward pass computes each chunk's gradient too, while its logits are there."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, needs_grad: bool) -> Tensor:
-        dtype, V = compute_dtype(hidden), weight.size(0)
-        w = F.pad(weight, (0, 0, 0, -V % 128)).to(dtype)  # tensor cores are slow on a ragged 151,669
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, chunk_loss, needs_grad: bool):
+        dtype, (N, _), V = compute_dtype(hidden), hidden.shape, weight.size(0)
+        n_chunks = -(-N // chunk_size)
+        padding = -N % n_chunks  # with ignored targets: chunks of one shape take one compiled graph
+        hidden_padded, targets = F.pad(hidden.to(dtype), (0, 0, 0, padding)), F.pad(targets, (0, padding), value=-1)
+        w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128))  # tensor cores are slow on a ragged 151,669
         mask = (targets >= 0).to(at_least_fp32(hidden).dtype)
         share = mask / mask.sum().clamp_min(1)  # weight of each token in the mean
         loss, d_hidden = mask.new_zeros(()), []
         d_weight = torch.zeros_like(w, dtype=mask.dtype) if needs_grad else None
-        chunks = (x.split(chunk_size) for x in (hidden.to(dtype), targets.clamp_min(0), share))
-        for h, target, s in zip(*chunks):
-            target = target[:, None]
-            logits = at_least_fp32(h @ w.t())
-            logits[:, V:] = -torch.inf
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss = loss + ((lse - logits.gather(1, target))[:, 0] * s).sum()
+        for h, target, s in zip(*(x.chunk(n_chunks) for x in (hidden_padded, targets.clamp_min(0), share))):
+            chunk_sum, grad = chunk_loss(h, w, target, s, V, needs_grad)
+            loss = loss + chunk_sum
             if needs_grad:
-                grad = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))  # softmax - one-hot
-                grad = grad.mul_(s[:, None]).to(dtype)
                 d_hidden.append(grad @ w)
                 if dtype == d_weight.dtype:
                     d_weight.addmm_(grad.t(), h)  # without a second [V, d] tensor
                 else:
                     d_weight += grad.t() @ h
         if needs_grad:
-            ctx.save_for_backward(torch.cat(d_hidden), d_weight[:V])
+            ctx.save_for_backward(torch.cat(d_hidden)[:N], d_weight[:V])
             ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
@@ -426,7 +440,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * d_loss).to(ctx.dtypes[0]), (d_weight * d_loss).to(ctx.dtypes[1]), None, None, None
+        return (d_hidden * d_loss).to(ctx.dtypes[0]), (d_weight * d_loss).to(ctx.dtypes[1]), None, None, None, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -453,9 +467,16 @@ class PolychromaticLM(nn.Module):
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass: less memory, more time
+        self.chunk_loss = chunk_loss  # compile() replaces it
         self.flex: bool | None = None  # use FlexAttention for packed documents; None: on CUDA only
         torch.set_rng_state(rng)  # so that a seed gives the same shared weights whatever the routing
         self.init_weights()
+
+    def compile(self):
+        """Compile in place, part by part: the blocks, which share one graph, and the loss of a chunk."""
+        for block in self.blocks:
+            block.compile()
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=False)
 
     def init_weights(self):
         """Initialize as the paper does. The routers come last, so that models that differ in routing share the rest.
@@ -493,7 +514,7 @@ class PolychromaticLM(nn.Module):
         x = self.hidden(tokens, doc_ids, cache)
         if targets is None:
             return F.linear(x, self.head_weight)
-        return chunked_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
+        return chunked_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), chunk_loss=self.chunk_loss)
 
     def hidden(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Input of the output head, [B, T, n_embd]; with a cache, of the last position. Arguments as forward()'s."""

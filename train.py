@@ -633,8 +633,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     forward = model
     compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and compiler_works(device)
     if compiled:
-        for block in model.blocks:  # they share one graph, so 28 compile as fast as one
-            block.compile()
+        model.compile()
     if ranks.world_size > 1:
         torch._dynamo.config.optimize_ddp = False  # it would cut every compiled block in three
         forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -31,7 +31,16 @@ from torch import Tensor, nn
 import config
 from eval import print_table
 from extras.weights import from_pretrained
-from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, chunked_cross_entropy, compute_dtype, set_tau
+from model import (
+    KVCache,
+    ModelConfig,
+    PolychromaticLM,
+    PolyGLU,
+    chunk_loss,
+    chunked_cross_entropy,
+    compute_dtype,
+    set_tau,
+)
 from prepare_data import code_documents, encode, get_tokenizer, write_json
 from train import PEAK_FLOPS, TrainConfig, compiler_works, pick_device, pick_dtype, prepare_cpu
 
@@ -199,7 +208,11 @@ def bench_loss(cfg: BenchConfig, device: torch.device, autocast: torch.autocast)
         loss.backward()
         hidden.grad = weight.grad = None
 
-    steps = {f.__name__: functools.partial(step, f) for f in (cross_entropy, chunked_cross_entropy)}
+    functions = {"all logits at once": cross_entropy, "in chunks": chunked_cross_entropy}
+    if compiler_works(device):
+        compiled = torch.compile(chunk_loss, dynamic=False)
+        functions["in chunks, compiled"] = functools.partial(chunked_cross_entropy, chunk_loss=compiled)
+    steps = {name: functools.partial(step, f) for name, f in functions.items()}
     results = time_interleaved(steps, max(3, cfg.rounds // 3), device, n_tokens=n_tokens)
     for name, result in results.items():
         result["peak"] = peak_bytes(steps[name], device)
@@ -218,8 +231,7 @@ def bench_step(cfg: BenchConfig, device: torch.device, autocast: torch.autocast)
         settings.activations = activations
         model = PolychromaticLM(settings.model_config()).to(device).train()
         if compiled:
-            for block in model.blocks:
-                block.compile()
+            model.compile()
         return model, model.configure_optimizer(settings.lr, settings.weight_decay, (settings.beta1, settings.beta2))
 
     def step(model: PolychromaticLM, optimizer: torch.optim.Optimizer, all_logits: bool = False):

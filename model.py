@@ -521,9 +521,8 @@ class PolychromaticLM(nn.Module):
         layout = self.layout(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            if (
-                cache is not None
-            ):  # block.forward bypasses block.compile(): every length of a prompt would compile again
+            # block.forward bypasses block.compile(): every length of a prompt would compile again
+            if cache is not None:
                 x = (block if tokens.size(1) == 1 else block.forward)(x, layout, cache.layers[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, use_reentrant=False)

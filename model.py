@@ -285,6 +285,9 @@ class Attention(nn.Module):
         if isinstance(layout.mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
             y = attend(q, k, v, block_mask=layout.mask, enable_gqa=True)
+        elif T == 1:  # the queries of a key head as its rows: CUDA has no fast kernel for enable_gqa with a mask
+            q_rows = q.reshape(B, k.size(1), -1, self.head_dim)
+            y = F.scaled_dot_product_attention(q_rows, k, v, layout.mask).reshape(q.shape)
         else:
             is_causal = layout.mask is None
             y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=is_causal, enable_gqa=True)

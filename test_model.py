@@ -244,6 +244,18 @@ def test_cached_logits_equal_the_full_forward_at_every_position_of_a_ragged_batc
     torch.testing.assert_close(torch.cat(steps, dim=1), alone, rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_decoding_asks_for_no_grouped_queries_with_a_mask():
+    """For these CUDA has no fast kernel; the queries of a key head are rows of that head instead."""
+    model, cache = small_model(), KVCache(small_model().config, 2, 8)
+    model(random_tokens(2, 5), doc_ids=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), cache=cache)
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attend:
+        model(random_tokens(2, 1), cache=cache)
+    c, (q, k, *_) = model.config, attend.call_args.args
+    assert "enable_gqa" not in attend.call_args.kwargs
+    assert q.shape == (2, c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim) and k.shape[:2] == q.shape[:2]
+
+
 def test_a_cache_carries_the_documents_across_calls_with_and_without_activation_checkpointing():
     model, (tokens, doc_ids) = small_model(), pack([7, 6, 11])
     full = model(tokens, doc_ids=doc_ids)

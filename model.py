@@ -475,11 +475,11 @@ class PolychromaticLM(nn.Module):
         torch.set_rng_state(rng)  # so that a seed gives the same shared weights whatever the routing
         self.init_weights()
 
-    def compile(self):
+    def compile(self, **options):
         """Compile in place, part by part: the blocks, which share one graph, and the loss of a chunk."""
         for block in self.blocks:
-            block.compile()
-        self.chunk_loss = torch.compile(chunk_loss, dynamic=False)
+            block.compile(**options)
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=False, **options)
 
     def init_weights(self):
         """Initialize as the paper does. The routers come last, so that models that differ in routing share the rest.

@@ -547,6 +547,27 @@ def test_a_compiled_model_trains_like_an_eager_one():
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("flex", [False, True])
+def test_two_graphs_serve_all_blocks_and_two_the_loss(flex):
+    """One for training, one for evaluation, whatever the documents and tau."""
+    torch._dynamo.reset()
+    model, graphs = small_model(block_size=256, n_layer=3), torch._dynamo.utils.counters["stats"]
+    model.flex, rng = flex, np.random.default_rng(0)
+    model.requires_grad_(not flex).compile(backend="aot_eager")  # FlexAttention has no backward pass on a CPU
+    graphs.clear()
+    for step in range(20):
+        set_tau(model, 1 - step / 25)
+        doc_ids = torch.tensor(rng.integers(0, 2, (2, 256)) * (rng.random((2, 256)) < step / 20)).cumsum(1)
+        model.train()
+        loss = model(random_tokens(2, 256, seed=step), random_tokens(2, 256), doc_ids)
+        if not flex:
+            loss.backward()
+        if step % 5 == 0:
+            with torch.no_grad():
+                model.eval()(random_tokens(2, 256), random_tokens(2, 256), doc_ids)
+    assert graphs["unique_graphs"] == 4
+
+
 # ------------------------------------------------------------------------------------------------- measures of routing
 
 

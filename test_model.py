@@ -2523,23 +2523,56 @@ def test_interleaved_timing_takes_turns_and_reports_what_does_not_fit(capsys):
 # --------------------------------------------------------------------------------------------------------- the study
 
 
-def test_a_study_plans_each_seed_and_its_variants_differ_in_routing_alone(monkeypatch):
+def test_a_study_plans_the_most_important_runs_first_and_its_variants_differ_in_routing_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
-    routing = set("activations router_context router_hidden gumbel frozen routing_lr tau_start tau_end".split())
-    assert len(files := sorted(study.VARIANTS.glob("*.py"))) >= 11
-    for path in files:
+    routing = set("activations router_context router_centred router_hidden gumbel frozen alpha_lr tau_end".split())
+    assert sorted(path.stem for path in study.VARIANTS.glob("*.py")) == sorted(study.ORDER)
+    for path in study.VARIANTS.glob("*.py"):
         assert {name for _, name, _ in config.read_overrides(path)} <= routing, path
-    runs = study.plan_runs(study.StudyConfig(variants=("prefix", "moa"), seeds=2))
-    names = "prefix-1 moa-1 prefix-2 moa-2 prefix-lr_0.5-1 prefix-lr_2-1 prefix-sft-1 prefix-sft-2".split()
-    assert [run.name for run in runs] == names and all(run.settings.seed == int(run.name[-1]) for run in runs)
-    assert [run.settings.lr / runs[0].settings.lr for run in runs[:6]] == [1, 1, 1, 1, 0.5, 2]
+        assert f"config/tiny.py config/study/{path.name}\n" in path.read_text()
+    settings = dict(variants=("moa", "prefix", "swiglu"), seeds=2, check_lr=1, max_steps=100, cost_ratio=1.3)
+    runs = study.plan_runs(study.StudyConfig(**settings))
+    names = "swiglu-1 prefix-1 swiglu-2 prefix-2 moa-1 moa-2 swiglu-equal_time-1 swiglu-equal_time-2"
+    names += " swiglu-lr_0.5-1 swiglu-lr_2-1 prefix-lr_0.5-1 prefix-lr_2-1"
+    assert [run.name for run in runs] == names.split()
+    assert all(run.settings.seed == int(run.name[-1]) for run in runs)
+    assert [run.settings.max_steps for run in runs] == 6 * [100] + 2 * [130] + 4 * [100]
+    assert [run.settings.lr / runs[0].settings.lr for run in runs] == 8 * [1] + 2 * [0.5, 2]
 
 
-def test_a_study_compares_runs_of_one_seed():
-    bits = [("swiglu", 1, 2.0), ("swiglu", 2, 3.0), ("prefix", 1, 1.5), ("prefix", 2, 2.7), ("prefix", 3, 9.0)]
-    common = {"kind": "variant", "parameters": 1, "tokens_per_second": 1.0, "routing": {}}
-    _, row = study.summarize([{"variant": v, "seed": i, "bits_per_byte": {"math": x}, **common} for v, i, x in bits])
-    assert row["difference"]["math"] == pytest.approx((-0.4, 0.1)) and (row["runs"], row["pairs"]) == (3, 2)
+def test_students_t_and_holm_are_those_of_the_tables():
+    for df, t in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)):
+        assert study.t_quantile(df) == pytest.approx(t, abs=5e-5)
+    for df, t, p in ((1, 1, 0.5), (2, math.sqrt(2), 1 - math.sqrt(0.5)), (4, 5, 0.00749043), (5, -1, 0.3632175)):
+        assert study.two_sided_p(t, df) == pytest.approx(p, abs=5e-8)
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.9, 0.5]) == [1, 1] and study.holm([]) == []
+
+
+def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons():
+    seeds, common = (1, 2, 3, 4), {"parameters": 1, "activations": ["silu"], "causal": True, "routing": {}}
+    offsets = {"swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4)}
+    results = [
+        {"kind": "variant", "variant": v, "seed": s, "bits_per_byte": {"mean": 10.0 * s + x}, **common}
+        for v, differences in offsets.items()
+        for s, x in zip(seeds, differences)
+    ]
+    results.append({**results[0], "kind": "lr x 2"})
+    found = study.summarize(results)
+    geglu, prefix = found["comparisons"]["swiglu"]  # a learning rate is compared with its own variant alone
+    assert (geglu["seeds"], prefix["seeds"]) == ([1, 2, 3], [1, 2, 3, 4])
+    assert geglu["mean"] == pytest.approx(-0.5) and geglu["interval"] == pytest.approx([-0.748414, -0.251586], abs=1e-6)
+    assert geglu["p"] == pytest.approx(0.0130725, abs=5e-8) and geglu["p_holm"] == pytest.approx(2 * geglu["p"])
+    assert geglu["survives"] and not prefix["survives"] and prefix["p_holm"] == prefix["p"] > 0.5
+    assert [x["ours"] for x in found["comparisons"]["geglu"]] == ["swiglu", "prefix"]
+    (lr,) = found["contrasts"]
+    assert (lr["ours"], lr["theirs"], lr["mean"], lr["interval"], lr["p"]) == (
+        "swiglu, lr x 2",
+        "swiglu",
+        0,
+        None,
+        None,
+    )
 
 
 def write_settings(path: Path, settings: dict) -> Path:
@@ -2548,12 +2581,10 @@ def write_settings(path: Path, settings: dict) -> Path:
 
 
 def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_fails(
-    corpus_dir, chat_dir, tmp_path, capsys, monkeypatch
+    corpus_dir, tmp_path, capsys, monkeypatch
 ):
     settings, out = run_settings(corpus_dir, tmp_path), tmp_path / "out"
     base = write_settings(tmp_path / "base.py", settings)
-    tuning = {name: settings[name] for name in ("batch_size", "micro_batch_size", "lr", "dtype", "compile")}
-    sft_base = write_settings(tmp_path / "sft.py", {**tuning, "data_dir": str(chat_dir)})
     variants = shutil.copytree(ROOT / study.VARIANTS, tmp_path / "variants")
     write_settings(variants / "bad.py", {"lr": 1e12, "routing_lr": 1e12})
     monkeypatch.setattr(study, "VARIANTS", variants)
@@ -2561,33 +2592,45 @@ def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_
     def run_study(*flags: str, out: Path = out, error: str | None = None) -> tuple[str, dict]:
         """What it prints, and study.json. error: what it raises."""
         monkeypatch.setattr(sys, "argv", [
-            "study", f"--base={base}", f"--sft={sft_base}", f"--out_dir={out}", "--variants=swiglu,prefix,sequence",
-            "--max_steps=2", "--sft_steps=1", "--eval_tokens=256", "--seeds=1", "--check_lr=0", "--device=cpu", *flags,
+            "study", f"--base={base}", f"--out_dir={out}", "--max_steps=2", "--eval_tokens=256", "--device=cpu",
+            "--variants=swiglu,prefix,sequence", "--seeds=1", "--check_lr=0", "--cost_ratio=1", *flags,
         ])  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(error)) if error else contextlib.nullcontext():
             study.main()
         return capsys.readouterr().out, json.loads((out / "study.json").read_text())
 
-    failure = "1 of 5 runs: bad-1 did not finish (error: "
-    printed, found = run_study("--variants=bad,swiglu,prefix,sequence", error=failure)
-    for text in ("5 runs, 0 of them done before", "mean - swiglu", "sequence, causal", "before", "after", "prefix-1"):
+    printed, found = run_study(
+        "--variants=bad,swiglu,prefix,sequence", error="1 runs failed: bad-1 did not finish (error: "
+    )
+    for text in ("4 runs, 0 of them done before", "| prefix - swiglu | 1 |", "| sequence, causal - sequence |"):
         assert text in printed
-    rows = {row["variant"]: row for row in found["summary"]}
-    assert rows["swiglu"]["difference"]["mean"] == [0, None] != rows["prefix"]["difference"]["mean"]
-    assert rows["sequence"]["bits_per_byte"]["math"] != rows["sequence, causal"]["bits_per_byte"]["math"]
+    bits = {row["name"]: row["bits_per_byte"]["math"] for row in found["summary"]}
+    assert len(set(bits.values())) == 4 and bits.keys() == {"swiglu", "prefix", "sequence", "sequence, causal"}
 
     shutil.rmtree(out / "prefix-1")
-    printed, again = run_study("--variants=swiglu,prefix", "--sft=None")
-    assert "2 runs, 1 of them done before" in printed and "[1/1] prefix-1: math" in printed
-    first, second = ({run["name"]: run["bits_per_byte"] for run in study["runs"]} for study in (found, again))
-    assert second["prefix-1"] == first["prefix-1"] != first["swiglu-1"]
+    printed, partly = run_study("--jobs=0")  # trains nothing
+    assert [run["name"] for run in partly["runs"]] == ["swiglu-1", "sequence-1", "sequence-1, causal"]
+    printed, again = run_study()
+    assert "3 runs, 2 of them done before" in printed and "[1/1] prefix-1: math" in printed
+    assert again["runs"] == found["runs"]
 
-    other_steps = "swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir"
-    run_study("--max_steps=3", error=other_steps)
     shutil.move(out, moved := tmp_path / "moved")  # a study may be moved
-    assert "4 runs, 4 of them done before" in run_study(out=moved)[0]
-    shutil.rmtree(moved / "prefix-1")
-    run_study(out=moved, error="prefix-sft-1 was fine-tuned from an earlier prefix-1; remove it")
+    flags = "--variants=swiglu,prefix,centred", "--seeds=2", "--check_lr=1", "--cost_ratio=1.5"
+    printed, found = run_study(*flags, out=moved)
+    assert "12 runs, 2 of them done before" in printed and "| swiglu, lr x 2 - swiglu | 1 |" in printed
+    assert {x["ours"] for x in found["comparisons"]["swiglu"]} == {"prefix", "centred", "swiglu, equal time"}
+    assert all(0 < x["p"] <= x["p_holm"] <= 1 for x in found["comparisons"]["swiglu"])
+    report = shutil.copy(moved / "study.json", tmp_path / "report.json")
+    tables = printed[printed.index("\nBits per byte") : printed.index("figure: ")]
+    monkeypatch.setattr(sys, "argv", ["study", f"--report={report}"])
+    study.main()
+    assert tables in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "report.png").read_bytes() == (moved / "study.png").read_bytes()
+
+    run_study(
+        "--max_steps=3", out=moved, error="swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another"
+    )
     write_settings(base, {name: value for name, value in settings.items() if name != "lr"})
     run_study(out=moved, error="swiglu-1 was trained with lr=")
     write_settings(base, {**settings, "frozen": ("alhpa",)})
@@ -2620,8 +2663,8 @@ def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
         (bench, "--dtype=float16", "dtype is 'float16'; it must be auto, bfloat16 or float32"),
         (bench, "--n_embd=0", "n_embd is 0; it must lie in 1..1.04858e+06"),
         (bench, f"--init_from={tmp_path}", f"no checkpoint at {tmp_path / 'ckpt.pt'}"),
-        (study, "--variants=swiglu,prefxi", "there is no config/study/prefxi.py; there are constant_tau, dynamic, "),
-        (study, "--seeds=0", "seeds is 0; it must lie in 1..10"),
+        (study, "--variants=swiglu,prefxi", "there is no config/study/prefxi.py; there are alpha_10, centred, "),
+        (study, "--seeds=0", "seeds is 0; it must lie in 1..100"),
         (study, "--base=config/tyni.py", "config/tyni.py: no such file; did you mean config/tiny.py?"),
     ):
         assert message in error_of(run_here, settings[script], flag, script=script)

@@ -1,17 +1,18 @@
 """The study: what routing is worth.
 
-python -m extras.study                             train every variant in config/study/ with a few seeds (hours)
+python -m extras.study                             train every variant in config/study/ with five seeds (hours)
 python -m extras.study --variants=swiglu,prefix    train some of them; a new file in config/study/ is a new variant
+python -m extras.study --jobs=0                    report the runs that are finished, without training
+python -m extras.study --report=study.json         print the tables and draw the figures again from the numbers alone
 python -m extras.study --help                      list the settings
 
 Runs that share a seed see the same data in the same order and start from identical weights, except the routing
-parameters. Each run is trained once: the same command continues where it was stopped. The run folders, study.json and
-study.png are written to out_dir.
+parameters, so variants are compared within each seed. Each run is trained once: the same command continues where it was
+stopped. The most important runs come first. The run folders, study.json and the figures are written to out_dir.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,25 +32,35 @@ import torch.nn.functional as F
 
 import config
 import train
-from eval import print_table
 from extras.bench import describe_machine, load_settings
 from extras.weights import from_pretrained
-from model import ModelConfig, PolychromaticLM
+from model import PolychromaticLM
 from prepare_data import write_json
-from sft import Conversations, SFTConfig
 
 REPOSITORY = Path(__file__).parent.parent
 VARIANTS = Path("config/study")  # one override file per variant
-BASELINE, ROUTED = "swiglu", "prefix"  # what the others are compared with; PolyGLU as model.py defines it
-LR_FACTORS = (0.5, 2.0)  # both are also trained at these multiples of the learning rate
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5% quantile, 1 to 9 degrees of freedom
+MAIN = ("swiglu", "geglu", "prefix", "centred")  # trained first
+ORDER = (
+    *MAIN, "sequence", "token", "centred_no_noise", "no_noise", "constant_tau", "moa", "static", "dynamic",
+    "centred_alpha_10", "alpha_10", "tau_half", "prefix_centred",
+)  # fmt: skip
+BASELINES = ("swiglu", "geglu")  # also trained for the time that a routed variant takes
+LR_CHECKED = ("swiglu", "geglu", "prefix")  # also trained at these multiples of the learning rate
+LR_FACTORS = (0.5, 2.0)
+CONTRASTS = (  # what the leak of "sequence" is worth, by two estimates; what centring changes; the layers of the figure
+    ("sequence, causal", "sequence"), ("prefix", "sequence"), ("centred", "token"), ("prefix_centred", "prefix"),
+    ("centred", "prefix"),
+)  # fmt: skip
+PICTURED = (
+    "geglu", "swiglu, equal time", "prefix", "no_noise", "sequence", "sequence, causal", "token", "moa", "centred",
+    "centred_no_noise",
+)  # fmt: skip
 MEASURES = {  # of the routing: heading and format
-    "static_entropy_share": ("static entropy", ".3%"),
-    "dynamic_entropy_share": ("dynamic entropy", ".2%"),
-    "input_dependence": ("input dependence, nats", ".4f"),
-    "agreement": ("agreement", ".2%"),
+    "static_entropy_share": ("static entropy", ".2%"),
+    "dynamic_entropy_share": ("dynamic entropy", ".1%"),
+    "input_dependence": ("input dependence, nats", ".3f"),
+    "agreement": ("agreement", ".1%"),
 }
-MeanAndError = tuple[float, float | None]  # a mean over runs and its standard error; None for a single run
 
 
 @dataclass
@@ -58,29 +69,30 @@ class StudyConfig:
 
     base: str = "config/tiny.py"  # override file that all variants share
     variants: tuple[str, ...] = ()  # names of files in config/study/; empty: all of them
-    seeds: int = 3  # runs of each variant, with the seeds 1, 2, ...
+    seeds: int = 5  # runs of each variant, with the seeds 1, 2, ...
     max_steps: int = 500  # optimizer steps of a run
+    cost_ratio: float = 1.31  # step of a routed variant to a baseline's (extras.bench); 1: no runs at equal time
+    check_lr: int = 3  # seeds with which swiglu, geglu and prefix also train at half and at twice the learning rate
     eval_tokens: int = 131_072  # evaluate on at most this many tokens of each domain's val.bin
-    check_lr: int = 1  # seeds with which swiglu and prefix also train at half and at twice the learning rate
-    sft: str | None = "config/tiny_sft.py"  # override file for fine-tuning the prefix runs; None: no fine-tuning
-    sft_steps: int = 400  # optimizer steps of the fine-tuning
-    out_dir: str = "out/study"  # where the runs, study.json and study.png go
-    jobs: int | None = None  # runs at a time; None: one per CPU core, on a GPU one
+    out_dir: str = "out/study"  # where the runs, study.json and the figures go
+    jobs: int | None = None  # runs at a time; None: one per CPU core, on a GPU one; 0: report finished runs
+    report: str | None = None  # a study.json to report, without any run; the figures go beside it
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
 
     def __post_init__(self):
-        config.check_range(self, 1, len(T95) + 1, "seeds")
+        config.check_range(self, 1, 100, "seeds")
         config.check_range(self, 0, self.seeds, "check_lr")
-        config.check_range(self, 1, 10**8, "max_steps", "sft_steps", "eval_tokens")
+        config.check_range(self, 1, 10**8, "max_steps", "eval_tokens")
+        config.check_range(self, 1, 100, "cost_ratio")
         if self.jobs is not None:
-            config.check_range(self, 1, 1024, "jobs")
+            config.check_range(self, 0, 1024, "jobs")
         known = sorted(path.stem for path in VARIANTS.glob("*.py"))
         if not known:
             raise ValueError(f"there is no {VARIANTS}/ here; run from the repository root")
-        self.variants = tuple(dict.fromkeys(self.variants)) or tuple(known)
         for name in self.variants:
             if name not in known:
                 raise ValueError(f"there is no {VARIANTS / name}.py; there are {', '.join(known)}")
+        self.variants = tuple(sorted(set(self.variants or known), key=lambda name: ((*ORDER, name).index(name), name)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -91,48 +103,50 @@ class Run:
     """One training run of a study."""
 
     name: str  # of its folder
-    kind: str  # "variant", "lr x 0.5", "lr x 2" or "sft"
+    kind: str  # "variant", "equal time", "lr x 0.5" or "lr x 2"
     variant: str
     seed: int
-    arguments: list[str]  # of train.py, or of sft.py
+    arguments: list[str]  # of train.py
     folder: Path
-
-    @property
-    def script(self) -> str:
-        return "sft.py" if self.kind == "sft" else "train.py"
 
     @functools.cached_property
     def settings(self) -> train.TrainConfig:
-        return load_settings(SFTConfig if self.kind == "sft" else train.TrainConfig, self.arguments)
+        return load_settings(train.TrainConfig, self.arguments)
 
     def started(self) -> bool:
         return (self.folder / "ckpt.pt").exists()
 
-    def evaluations(self) -> list[dict]:
-        """The evaluations in its log, from step 0 to the last step; none if the run is not finished."""
+    def evaluation(self) -> dict | None:
+        """The evaluation after the last step in its log; None if the run is not finished."""
         found = [line for line in train.read_log(self.folder) if "val" in line]
-        return found if found and (found[0]["step"], found[-1]["step"]) == (0, self.settings.max_steps) else []
+        return found[-1] if found and found[-1]["step"] == self.settings.max_steps else None
 
 
 def plan_runs(cfg: StudyConfig) -> list[Run]:
-    """All runs of the study: every variant with every seed, the checks of the learning rate, then the fine-tuning."""
+    """All runs of the study, the most important first."""
 
-    def plan(variant: str, seed: int, kind: str, *arguments: str) -> Run:
-        name = f"{variant}-{seed}" if kind == "variant" else f"{variant}-{kind.replace(' x ', '_')}-{seed}"
-        folder, steps = Path(cfg.out_dir) / name, cfg.sft_steps if kind == "sft" else cfg.max_steps
+    def plan(variant: str, seed: int, kind: str = "variant", steps: int = cfg.max_steps, *more: str) -> Run:
+        suffix = "" if kind == "variant" else "-" + kind.replace(" x ", "_").replace(" ", "_")
+        name = f"{variant}{suffix}-{seed}"
+        folder = Path(cfg.out_dir) / name
         arguments = [
-            *arguments, f"--seed={seed}", f"--max_steps={steps}", f"--eval_interval={steps}",
-            f"--eval_tokens={cfg.eval_tokens}", f"--out_dir={folder}", f"--device={cfg.device}",
+            cfg.base, f"{VARIANTS / variant}.py", *more, f"--seed={seed}", f"--max_steps={steps}",
+            f"--eval_interval={steps}", f"--eval_tokens={cfg.eval_tokens}", f"--out_dir={folder}",
+            f"--device={cfg.device}",
         ]  # fmt: skip
         return Run(name, kind, variant, seed, arguments, folder)
 
-    seeds, files = range(1, cfg.seeds + 1), {name: (cfg.base, f"{VARIANTS / name}.py") for name in cfg.variants}
-    runs = [plan(variant, seed, "variant", *files[variant]) for seed in seeds for variant in cfg.variants]
-    lr = {run.variant: run.settings.lr for run in runs if run.variant in (BASELINE, ROUTED)}
-    for seed, variant, factor in itertools.product(range(1, cfg.check_lr + 1), lr, LR_FACTORS):
-        runs.append(plan(variant, seed, f"lr x {factor:g}", *files[variant], f"--lr={factor * lr[variant]!r}"))
-    if cfg.sft and ROUTED in cfg.variants:
-        runs += [plan(ROUTED, n, "sft", cfg.sft, f"--init_from={Path(cfg.out_dir) / ROUTED}-{n}") for n in seeds]
+    seeds, main = range(1, cfg.seeds + 1), [variant for variant in cfg.variants if variant in MAIN]
+    runs = [plan(variant, seed) for seed in seeds for variant in main]
+    runs += [plan(variant, seed) for variant in cfg.variants if variant not in main for seed in seeds]
+    lr = {run.variant: run.settings.lr for run in runs if run.variant in LR_CHECKED}
+    if cfg.cost_ratio > 1:
+        steps = round(cfg.max_steps * cfg.cost_ratio)
+        runs += [plan(name, seed, "equal time", steps) for seed in seeds for name in main if name in BASELINES]
+    for seed in seeds[: cfg.check_lr]:
+        for variant in lr:
+            for x in LR_FACTORS:
+                runs.append(plan(variant, seed, f"lr x {x:g}", cfg.max_steps, f"--lr={x * lr[variant]!r}"))
     return runs
 
 
@@ -140,9 +154,6 @@ def check_runs(runs: list[Run]):
     """Find errors before the first run, not after hours. Raises ValueError."""
     first = runs[0].settings
     for run in runs:
-        if run.kind == "sft":
-            Conversations(dataclasses.replace(run.settings, **dataclasses.asdict(first.model_config())))
-            continue
         train.Corpus(run.settings)
         if set(run.settings.mixture) != set(first.mixture):
             domains = ", ".join(run.settings.mixture)
@@ -160,75 +171,51 @@ def is_finished(run: Run) -> bool:
         saved, step = checkpoint["settings"], checkpoint["step"]
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{e}; remove {run.folder} to train it again") from None
-    ignored = {"resume", "overwrite", "out_dir", "init_from", "device"}
-    if run.kind == "sft":
-        ignored |= {field.name for field in dataclasses.fields(ModelConfig)}  # they come from the model it starts from
     for name, value in dataclasses.asdict(run.settings).items():
-        if name not in ignored and saved.get(name, value) != value:
-            raise ValueError(
-                f"{run.folder} was trained with {name}={saved[name]!r}, not {value!r}; remove it, or choose another "
-                "--out_dir"
-            )
-    if step == run.settings.max_steps and not run.evaluations():
-        raise ValueError(f"{run.folder / 'log.jsonl'} lacks evaluations; remove {run.folder} to train it again")
-    return bool(run.evaluations())
+        if saved.get(name, value) != value and name not in ("resume", "overwrite", "out_dir", "device"):
+            found = f"{run.folder} was trained with {name}={saved[name]!r}, not {value!r}"
+            raise ValueError(f"{found}; remove it, or choose another --out_dir")
+    return step == run.settings.max_steps and run.evaluation() is not None
 
 
 def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
     """Train the runs that are not finished, `jobs` at a time, and report each. Returns the errors of those that failed.
 
-    On a CPU each run gets one thread, so that its results do not depend on the number of cores.
+    Each is a process of its own. On a CPU it gets one thread, so that its results do not depend on the number of cores.
     """
-    finished = {run.name for run in runs if is_finished(run)}
-    for run in runs:
-        if run.kind == "sft" and run.started() and f"{run.variant}-{run.seed}" not in finished:
-            raise ValueError(f"{run.folder} was fine-tuned from an earlier {run.variant}-{run.seed}; remove it")
-    print(f"{len(runs)} runs, {len(finished)} of them done before; {jobs} at a time", flush=True)
+    waiting, running, errors = [run for run in runs if not is_finished(run)], {}, []
+    n_waiting, n_ended = len(waiting), 0
+    print(f"{len(runs)} runs, {len(runs) - n_waiting} of them done before; {jobs} at a time", flush=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if on_cpu else {})}
-    waiting = [run for run in runs if run.name not in finished]
-    stages = [[run for run in waiting if run.script == script] for script in ("train.py", "sft.py")]
-    ended = itertools.chain.from_iterable(train_in_parallel(stage, jobs, environment) for stage in stages)
-    errors = []
-    for i, (run, returncode, seconds) in enumerate(ended, 1):
-        evaluations = run.evaluations()
-        if returncode == 0 and evaluations:
-            bits = [f"{domain} {val['bits_per_byte']:.3f}" for domain, val in evaluations[-1]["val"].items()]
-            outcome = f"{'  '.join(bits)} bits per byte"
-        else:
-            output = run.folder / "output.txt"
-            reason = (output.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-            outcome = f"{run.name} did not finish ({reason}); see {output}"
-            errors.append(outcome)
-        print(f"[{i}/{len(waiting)}] {run.name}: {outcome}, {seconds:.0f} s", flush=True)
-    return errors
-
-
-def train_in_parallel(runs: list[Run], jobs: int, environment: dict) -> Iterator[tuple[Run, int, float]]:
-    """Train each run in a process of its own. Yields the run, its exit status and its seconds when it ends."""
-    waiting, running = list(runs), {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run] = start_training(run, environment), time.monotonic()
+                run.folder.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, str(REPOSITORY / "train.py"), *run.arguments, *["--resume"] * run.started()]
+                with open(run.folder / "output.txt", "a") as output:
+                    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+                running[run] = process, time.monotonic()
             time.sleep(0.1)
             for run, (process, start) in list(running.items()):
-                if process.poll() is not None:
-                    del running[run]
-                    yield run, process.returncode, time.monotonic() - start
+                if process.poll() is None:
+                    continue
+                del running[run]
+                if process.returncode == 0 and (evaluation := run.evaluation()):
+                    bits = (f"{domain} {val['bits_per_byte']:.3f}" for domain, val in evaluation["val"].items())
+                    outcome = "  ".join(bits) + " bits per byte"
+                else:
+                    lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()
+                    outcome = f"did not finish ({(lines or ['no output'])[-1]}); see {run.folder / 'output.txt'}"
+                    errors.append(f"{run.name} {outcome}")
+                n_ended += 1
+                print(f"[{n_ended}/{n_waiting}] {run.name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
     finally:  # if interrupted, each run finishes its step and saves
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
             process.wait()
-
-
-def start_training(run: Run, environment: dict) -> subprocess.Popen:
-    """Start or resume a run. Its output goes to output.txt in its folder."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(REPOSITORY / run.script), *run.arguments, *["--resume"] * run.started()]
-    with open(run.folder / "output.txt", "a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    return errors
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -262,225 +249,260 @@ def causal_losses(
                     loss = functools.partial(F.cross_entropy, target=targets[:, t], ignore_index=-1, reduction="sum")
                     difference += weight * (loss(causal.float()) - loss(noncausal[:, t].float())).item()
                     count += weight * (targets[:, t] >= 0).sum().item()
-            nats = run.evaluations()[-1]["val"][domain]["loss"] + difference / count
+            nats = run.evaluation()["val"][domain]["loss"] + difference / count
             losses[domain] = corpus.bits_per_byte(domain, nats)
     return losses
 
 
-def with_mean(bits_per_byte: dict[str, float]) -> dict[str, float]:
-    """With the mean over the domains."""
-    return {**bits_per_byte, "mean": statistics.fmean(bits_per_byte.values())}
-
-
 def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
-    """The measurements of every finished run: {"name", "kind", "variant", "seed", "bits_per_byte", "routing", ...}."""
+    """The measurements of every finished run, and of each "sequence" run once more with its causal score."""
     results = []
-    for run in runs:
-        if not (evaluations := run.evaluations()):
-            continue
-        speeds = [line["tokens_per_second"] for line in train.read_log(run.folder) if "tokens_per_second" in line]
-        checkpoint = train.load_checkpoint(run.folder)
-        result = {
+    for run in filter(is_finished, runs):
+        last, weights = run.evaluation(), train.load_checkpoint(run.folder)["model"]
+        results.append({
             **{key: getattr(run, key) for key in ("name", "kind", "variant", "seed")},
-            "command": shlex.join(["python", run.script, *run.arguments]),
-            "parameters": sum(w.numel() for name, w in checkpoint["model"].items() if not name.endswith("tau")),
-            "activations": checkpoint["model_config"]["activations"],
-            "tokens_per_second": statistics.median(speeds),
-            "bits_per_byte": with_mean({d: val["bits_per_byte"] for d, val in evaluations[-1]["val"].items()}),
-            "routing": evaluations[-1]["routing"],
-            "routing_before": evaluations[0]["routing"],
-        }
-        results.append(result)
+            "command": shlex.join(["python", "train.py", *run.arguments]),
+            "parameters": sum(w.numel() for name, w in weights.items() if not name.endswith("tau")),
+            "activations": run.settings.activations,
+            "causal": not run.settings.sees_future,
+            "bits_per_byte": with_mean({domain: val["bits_per_byte"] for domain, val in last["val"].items()}),
+            "routing": last["routing"],
+        })  # fmt: skip
         if run.kind == "variant" and run.settings.sees_future:
             path = run.folder / "causal.json"  # takes minutes to compute
             if not path.exists():
                 write_json(path, causal_losses(run, device))
-            names = {key: f"{result[key]}, causal" for key in ("name", "variant")}
-            bits = with_mean(json.loads(path.read_text()))
-            results.append({**result, **names, "bits_per_byte": bits, "routing": {}})
+            changed = {"name": f"{run.name}, causal", "kind": "causal", "causal": True, "routing": {}}
+            results.append({**results[-1], **changed, "bits_per_byte": with_mean(json.loads(path.read_text()))})
     return results
 
 
-def means_and_errors(samples: Iterable[dict[str, float]]) -> dict[str, MeanAndError]:
-    """Mean and standard error over the samples, for each key."""
-    samples, result = list(samples), {}
-    for key in samples[0]:
-        values = [sample[key] for sample in samples]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        result[key] = statistics.fmean(values), error
-    return result
+def with_mean(bits_per_byte: dict[str, float]) -> dict[str, float]:
+    """With the mean over the domains, which is what variants are judged by."""
+    return {**bits_per_byte, "mean": statistics.fmean(bits_per_byte.values())}
 
 
-def mean_routing(stats: list[dict]) -> tuple[dict[str, MeanAndError], list]:
-    """Of the runs' routing_stats(): each measure's mean over layers and runs, and the mean usage [n_layer, K]."""
-    measures = means_and_errors({name: np.mean(s[name]) for name in MEASURES} for s in stats)
-    return measures, np.mean([s["usage"] for s in stats], axis=0).tolist()
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def summarize(results: list[dict]) -> list[dict]:
-    """One row per kind and variant: bits per byte, and their difference to the baseline of the same seed."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+def two_sided_p(t: float, df: int) -> float:
+    """P(|T| >= |t|) of Student's t with df degrees of freedom (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4)."""
+    theta, odd = math.atan(abs(t) / math.sqrt(df)), df % 2
+    series, term = 0.0, math.cos(theta) if odd else 1.0
+    for k in range(1 + odd, df, 2):
+        series += term
+        term *= k / (k + 1) * math.cos(theta) ** 2
+    inside = math.sin(theta) * series
+    return max(0.0, 1 - (2 / math.pi * (theta + inside) if odd else inside))
+
+
+def t_quantile(df: int) -> float:
+    """The t that |T| exceeds with probability 5%."""
+    low, high = 0.0, 16.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided_p(middle, df) > 0.05 else (low, middle)
+    return high
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p adjusted for the number of tests (Holm, 1979): the smallest times n, the next times n - 1, never falling."""
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(np.argsort(p, kind="stable")):
+        largest = adjusted[i] = max(largest, min(1.0, (len(p) - rank) * p[i]))
+    return adjusted
+
+
+def estimate(values: Sequence[float]) -> dict:
+    """Mean of independent values, its 95% t-interval and the two-sided p of a mean of 0; None for a single value."""
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return {"mean": mean, "interval": None, "p": None}
+    error = max(statistics.stdev(values) / math.sqrt(n), 1e-300)
+    half = t_quantile(n - 1) * error
+    return {"mean": mean, "interval": [mean - half, mean + half], "p": two_sided_p(mean / error, n - 1)}
+
+
+def label(x: dict) -> str:
+    """The name of a result's group."""
+    return x["variant"] if x["kind"] == "variant" else f"{x['variant']}, {x['kind']}"
+
+
+def summarize(results: list[dict]) -> dict:
+    """Means of each group of runs, and differences of its mean over the domains to other groups, paired by seed.
+
+    "comparisons": each baseline with every other group, p of paired t-tests, corrected for their number. "contrasts":
+    single pairs, not corrected.
+    """
+    groups: dict[str, dict[int, dict]] = {}
     for result in results:
-        groups.setdefault((result["kind"], result["variant"]), []).append(result)
-    groups.pop(("sft", ROUTED), None)  # another corpus
-    baseline = {result["seed"]: result["bits_per_byte"] for result in groups.get(("variant", BASELINE), [])}
+        groups.setdefault(label(result), {})[result["seed"]] = result
     rows = []
-    for (kind, variant), group in groups.items():
-        pairs = [(run["bits_per_byte"], baseline[run["seed"]]) for run in group if run["seed"] in baseline]
-        row = {
-            "kind": kind,
-            "variant": variant,
-            "parameters": group[0]["parameters"],
-            "runs": len(group),
-            "tokens_per_second": statistics.median(run["tokens_per_second"] for run in group),
-            "bits_per_byte": means_and_errors(run["bits_per_byte"] for run in group),
-            "pairs": len(pairs),
-        }
-        if pairs:
-            row["difference"] = means_and_errors({d: ours[d] - theirs[d] for d in ours} for ours, theirs in pairs)
-        if group[0]["routing"]:
-            row["routing"], row["usage"] = mean_routing([run["routing"] for run in group])
-        rows.append(row)
-    return rows
+    for name, runs in groups.items():
+        first, *_ = members = list(runs.values())
+        row = {key: first[key] for key in ("kind", "variant", "parameters", "activations", "causal")}
+        bits = {d: statistics.fmean(run["bits_per_byte"][d] for run in members) for d in first["bits_per_byte"]}
+        rows.append({"name": name, **row, "seeds": list(runs), "bits_per_byte": bits})
+        if first["routing"]:
+            measures = {m: estimate([statistics.fmean(run["routing"][m]) for run in members]) for m in MEASURES}
+            usage = np.mean([run["routing"]["usage"] for run in members], axis=0).tolist()  # [n_layer, K]
+            rows[-1] |= {"routing": measures, "usage": usage}
+
+    def compare(pairs: Iterable[tuple[str, str]]) -> list[dict]:
+        found = []
+        for ours, theirs in pairs:
+            a, b = groups.get(ours, {}), groups.get(theirs, {})
+            if seeds := [seed for seed in a if seed in b]:
+                difference = estimate([a[s]["bits_per_byte"]["mean"] - b[s]["bits_per_byte"]["mean"] for s in seeds])
+                found.append({"ours": ours, "theirs": theirs, "seeds": seeds, **difference})
+        return found
+
+    comparisons, names = {}, [row["name"] for row in rows if not row["kind"].startswith("lr")]
+    for theirs in (name for name in names if name.split(",")[0] in BASELINES):
+        comparisons[theirs] = compare((ours, theirs) for ours in names if ours != theirs)
+        tested = [x for x in comparisons[theirs] if x["p"] is not None]
+        for x, p in zip(tested, holm([x["p"] for x in tested])):
+            x |= {"p_holm": p, "survives": p < 0.05}
+    contrasts = [*CONTRASTS, *((row["name"], row["variant"]) for row in rows if row["kind"].startswith("lr"))]
+    return {"summary": rows, "comparisons": comparisons, "contrasts": compare(contrasts)}
 
 
-# --------------------------------------------------------------------------------------------------- tables and picture
+# --------------------------------------------------------------------------------------------------- tables and figure
 
 
-def label(row: dict) -> str:
-    """The name of a row of the summary."""
-    return row["variant"] if row["kind"] == "variant" else f"{row['variant']}, {row['kind']}"
+def print_table(title: str, rows: list[list[str]]):
+    """Print a table in Markdown; the first row is the header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    print("", title, "", lines[0], "|---" * len(rows[0]) + "|", *lines[1:], sep="\n")
 
 
-def with_error(value: MeanAndError, form: str) -> str:
-    """mean ± standard error."""
-    mean, error = value
-    return format(mean, form) + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+def with_interval(x: dict, form: str) -> str:
+    """mean [95% interval]"""
+    return format(x["mean"], form) + (" [{:{f}}, {:{f}}]".format(*x["interval"], f=form) if x["interval"] else "")
 
 
-def interval(row: dict, domain: str) -> float:
-    """Half the width of the 95% interval of a row's difference to the baseline; 0 if there is only one pair."""
-    return T95[row["pairs"] - 2] * row["difference"][domain][1] if row["pairs"] > 1 else 0.0
+def print_report(report: dict):
+    """Print the tables of docs/study.md."""
+    rows = sorted(report["summary"], key=lambda row: row["bits_per_byte"]["mean"])
+    table = [["", "seeds", *rows[0]["bits_per_byte"], "parameters"]]
+    for row in rows:
+        bits = (f"{x:.4f}" for x in row["bits_per_byte"].values())
+        table.append([row["name"], str(len(row["seeds"])), *bits, f"{row['parameters']:,}"])
+    print_table("Bits per byte of held-out text, mean over the seeds; mean: over the domains", table)
+
+    contrasts = {"Single differences, paired by seed, not corrected": report["contrasts"]}
+    for title, found in {
+        **{f"Minus {name}, paired by seed": x for name, x in report["comparisons"].items()},
+        **contrasts,
+    }.items():
+        table = [["mean bits per byte", "pairs", "difference [95% interval]", "p", "p, Holm", "survives"]]
+        for x in found:
+            p, corrected = (f"{x[key]:.4f}" if x.get(key) is not None else "-" for key in ("p", "p_holm"))
+            cells = with_interval(x, "+.4f"), p, corrected, {True: "yes", False: "no"}.get(x.get("survives"), "-")
+            table.append([f"{x['ours']} - {x['theirs']}", str(len(x["seeds"])), *cells])
+        print_table(title, table)
+
+    routed = [row for row in rows if "routing" in row and row["kind"] == "variant"]
+    measures = [["", *(heading for heading, _ in MEASURES.values())]]
+    usage = [["", "activations", *(f"layer {i}" for i in range(len(routed[0]["usage"]) if routed else 0))]]
+    for row in routed:
+        measures.append([row["name"], *(with_interval(row["routing"][m], f) for m, (_, f) in MEASURES.items())])
+        layers = (" / ".join(f"{share:.0%}" for share in layer) for layer in row["usage"])
+        usage.append([row["name"], " / ".join(row["activations"]), *layers])
+    print_table("Routing at the end, mean over layers and seeds [95% interval]; entropies as shares of ln K", measures)
+    print_table("Usage by layer, mean over the seeds", usage)
 
 
-def routing_row(name: str, measures: dict[str, MeanAndError], usage: list) -> list[str]:
-    figures = (with_error(measures[key], form) for key, (_, form) in MEASURES.items())
-    return [name, *figures, " / ".join(f"{share:.1%}" for share in np.mean(usage, axis=0))]
+def finding(report: dict) -> str:
+    """What the corrected comparisons show about the causal routed variants, as a sentence."""
+    routed = {row["name"] for row in report["summary"] if row["causal"] and len(row["activations"]) > 1}
+    parts = []
+    for baseline, name in (("swiglu", "SwiGLU"), ("geglu", "GEGLU")):
+        tested = [x for x in report["comparisons"].get(baseline, []) if x["ours"] in routed and "p_holm" in x]
+        n_better = sum(x["survives"] and x["mean"] < 0 for x in tested)
+        parts += [f"{n_better or 'none'} of {len(tested)} beat {name}"] if tested else []
+    return f"Of the causal routed variants, {' and '.join(parts)}\n(corrected for all comparisons)" if parts else ""
 
 
-def print_losses(rows: list[dict], seeds: int):
-    domains = list(rows[0]["bits_per_byte"])
-    table = [["variant", "seeds", *domains, f"mean - {BASELINE}", "parameters", "tokens/s"]]
-    for row in sorted(rows, key=lambda row: row["bits_per_byte"]["mean"][0]):
-        bits = (with_error(row["bits_per_byte"][domain], ".4f") for domain in domains)
-        compared = "difference" in row and label(row) != BASELINE
-        difference = with_error(row["difference"]["mean"], "+.4f") if compared else "-"
-        figures = str(row["runs"]), *bits, difference, f"{row['parameters']:,}", f"{row['tokens_per_second']:,.0f}"
-        table.append([label(row), *figures])
-    note = f" (95% interval: ± {T95[seeds - 2]} standard errors)" if seeds > 1 else ""
-    print(f"\nBits per byte of held-out text: mean ± standard error over the seeds{note}.")
-    print("mean: over the domains. tokens/s: while other runs share the machine.")
-    print_table(table)
+def draw_differences(ax, report: dict):
+    """Differences to SwiGLU with 95% intervals, at most ten rows, and a line for each baseline."""
+    found = sorted(report["comparisons"]["swiglu"], key=lambda x: (*PICTURED, x["ours"]).index(x["ours"]))[9::-1]
+    for i, x in enumerate(found):
+        low, high = x["interval"] or (x["mean"], x["mean"])
+        ax.errorbar(x["mean"], i, xerr=[[x["mean"] - low], [high - x["mean"]]], fmt="ko", markersize=4, capsize=2)
+    for color, name, x in (("C0", "swiglu", 0.0), *(("C1", "geglu", x["mean"]) for x in found if x["ours"] == "geglu")):
+        ax.axvline(x, color=color, linewidth=1)
+        ax.text(x, len(found) - 0.4, f" {name} ", color=color, ha="left" if name == "swiglu" else "right")
+    ax.set(yticks=range(len(found)), yticklabels=[x["ours"] for x in found], ylim=(-0.6, len(found) + 0.3))
+    ax.set(xlabel="bits per byte minus SwiGLU's, with 95% interval (lower is better)", title=finding(report))
 
 
-def print_routing(rows: list[dict], results: list[dict]):
-    routed = [row for row in rows if "routing" in row]
-    if not routed:
-        return
-    runs = [result for result in results if result["kind"] == "variant" and result["routing"]]
-    names = {tuple(result["activations"]) for result in runs}
-    usage = f"usage: {' / '.join(*names)}" if len(names) == 1 else "usage, in the order of the activations"
-    header = ["", *(heading for heading, _ in MEASURES.values()), usage]
-    print("Routing at the end: mean over layers ± standard error over the seeds. Entropies as shares of ln K;")
-    print("the paper measured only the static entropy.")
-    print_table([header, *(routing_row(label(row), row["routing"], row["usage"]) for row in routed)])
-
-    print("Usage by layer and run, in the same order")
-    by_layer = [
-        [run["name"], *(" / ".join(f"{share:.0%}" for share in layer) for layer in run["routing"]["usage"])]
-        for run in runs
-    ]
-    print_table([["run", *(f"layer {i}" for i in range(len(by_layer[0]) - 1))], *by_layer])
-
-    finetuned = [result for result in results if result["kind"] == "sft"]
-    if finetuned:
-        print(f"The {ROUTED} runs on conversations, before and after fine-tuning")
-        before, after = (mean_routing([run[key] for run in finetuned]) for key in ("routing_before", "routing"))
-        print_table([header, routing_row("before", *before), routing_row("after", *after)])
+def draw_usage(ax, runs: list[dict]):
+    """Usage of the activations by layer, one bar a seed."""
+    usage = np.array([run["routing"]["usage"] for run in runs])  # [seeds, n_layer, K]
+    S, L, K = usage.shape
+    x = np.arange(L) + 0.85 * ((np.arange(S)[:, None] + 0.5) / S - 0.5)
+    for k, name in enumerate(runs[0]["activations"]):
+        bottom = usage[..., :k].sum(-1).ravel()
+        ax.bar(x.ravel(), usage[..., k].ravel(), 0.8 / S, bottom=bottom, color=f"C{k}", label=name)
+    ax.set(xlabel="layer, one bar a seed", ylim=(0, 1), xticks=range(L))
+    dependence = np.mean([run["routing"]["input_dependence"] for run in runs])
+    title = f"{runs[0]['variant']}: one activation takes\n{usage.max(-1).mean():.0%} of a layer's choices;\n"
+    ax.set_title(f"{title}input dependence {dependence:.2f} of {math.log(K):.2f} nats")
 
 
-def draw_differences(axes, compared: list[dict]):
-    """The difference of each variant to the baseline, by domain, with 95% intervals."""
-    for k, domain in enumerate(compared[0]["difference"]):
-        means = [row["difference"][domain][0] for row in compared]
-        heights = np.arange(len(compared)) + (0.27 - 0.18 * k)
-        color, errors = "k" if domain == "mean" else f"C{k + 4}", [interval(row, domain) for row in compared]
-        axes.errorbar(means, heights, xerr=errors, fmt="o", color=color, markersize=4, capsize=2, label=domain)
-    axes.axvline(0, color="gray", linewidth=1)
-    axes.set_yticks(range(len(compared)), [row["variant"] for row in compared])
-    axes.set_xlabel(f"bits per byte minus {BASELINE}'s (lower is better)")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-
-
-def draw_usage(axes, runs: list[dict]):
-    """The share of each activation in every layer, one bar per run."""
-    for i, run in enumerate(runs):
-        usage = np.array(run["routing"]["usage"])  # [n_layer, K]
-        x, width = np.arange(len(usage)) + 0.8 * (i + 0.5) / len(runs) - 0.4, 0.7 / len(runs)
-        for k, name in enumerate(run["activations"]):
-            bottom, legend = usage[:, :k].sum(1), name if i == 0 else None
-            axes.bar(x, usage[:, k], width, bottom=bottom, color=f"C{k}", label=legend)
-    axes.set(xlabel="layer (one bar per seed)", ylabel=f"usage, {ROUTED}", ylim=(0, 1), xticks=range(len(usage)))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-
-
-def draw_study(path: Path, rows: list[dict], results: list[dict], seeds: int):
-    """Differences to the baseline, and the usage of PolyGLU's activations in every layer."""
-    compared = [row for row in rows if row["kind"] == "variant" and row["variant"] != BASELINE and "difference" in row]
-    compared.sort(key=lambda row: row["difference"]["mean"][0], reverse=True)
-    if not compared:
-        return print(f"no picture: it compares variants with {BASELINE}")
+def draw_report(path: Path, report: dict):
+    """Draw the differences to SwiGLU and, below, the same layer without and with centring."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no picture: pip install matplotlib")
-    routed = [result for result in results if (result["kind"], result["variant"]) == ("variant", ROUTED)]
-    figure = Figure(figsize=(11, 2.2 + 0.42 * len(compared)), dpi=120, layout="constrained")
-    left, *right = figure.subplots(1, 2, width_ratios=(3, 2)) if routed else (figure.subplots(),)
-    draw_differences(left, compared)
-    if routed:
-        draw_usage(*right, routed)
-    figure.suptitle(f"{seeds} paired seeds, 95% intervals" if seeds > 1 else "1 seed, no intervals")
+        return print("no figure: pip install matplotlib")
+    names = [name for name in ("prefix", "centred") if name in (label(run) for run in report["runs"])]
+    if not report["comparisons"].get("swiglu") or not names:
+        return print("no figure: it compares prefix and centred with swiglu")
+    figure = Figure(figsize=(7, 7), dpi=200, layout="constrained")  # GitHub shows 100 pixels an inch
+    axes = figure.subplot_mosaic([["differences"] * len(names), names], height_ratios=(4, 3))
+    draw_differences(axes["differences"], report)
+    for name in names:
+        draw_usage(axes[name], [run for run in report["runs"] if label(run) == name])
+    axes[names[0]].set_ylabel("usage")
+    figure.legend(*axes[names[0]].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
     figure.savefig(path)
-    print(f"picture: {path}")
+    print(f"\nfigure: {path}")
+
+
+def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
+    """Train what is not finished. Returns the report of all finished runs, and the errors of those that failed."""
+    device, out, runs, errors = train.pick_device(cfg.device), Path(cfg.out_dir), plan_runs(cfg), []
+    on_cpu = device.type == "cpu"
+    jobs = (os.cpu_count() if on_cpu else 1) if cfg.jobs is None else cfg.jobs
+    out.mkdir(parents=True, exist_ok=True)
+    check_runs(runs)
+    if jobs:
+        with config.locked(out):
+            errors = train_runs(runs, jobs, on_cpu)
+    train.prepare_cpu()
+    results = collect_results(runs, device)
+    if not results:
+        raise ValueError(errors[0] if errors else f"no run in {out} is finished")
+    machine = describe_machine(device) + ("; one thread per run" if on_cpu else "")
+    report = {"machine": machine, "settings": dataclasses.asdict(cfg), **summarize(results), "runs": results}
+    write_json(out / "study.json", report)
+    return report, errors
 
 
 def main():
-    cfg = config.load(StudyConfig)
+    cfg, errors = config.load(StudyConfig), []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    device, out, runs = train.pick_device(cfg.device), Path(cfg.out_dir), plan_runs(cfg)
-    on_cpu = device.type == "cpu"
-    out.mkdir(parents=True, exist_ok=True)
-    check_runs(runs)
-    train.prepare_cpu()
-    with config.locked(out):
-        try:
-            errors = train_runs(runs, cfg.jobs or (os.cpu_count() if on_cpu else 1), on_cpu)
-        except KeyboardInterrupt:
-            raise ValueError("stopped; the same command continues from here") from None
-        results = collect_results(runs, device)
-        rows = summarize(results)
-        if not rows:
-            raise ValueError(errors[0])
-        print_losses(rows, cfg.seeds)
-        print_routing(rows, results)
-        machine = describe_machine(device) + ("; one thread per run" if on_cpu else "")
-        report = {"machine": machine, "settings": dataclasses.asdict(cfg), "summary": rows, "runs": results}
-        write_json(out / "study.json", report)
-        print(f"figures: {out / 'study.json'}")
-        draw_study(out / "study.png", rows, results, cfg.seeds)
+    if cfg.report:
+        report = json.loads(Path(cfg.report).read_text())
+        report |= summarize(report["runs"])
+    else:
+        report, errors = run_study(cfg)
+    print_report(report)
+    draw_report(Path(cfg.report or cfg.out_dir + "/study.json").with_suffix(".png"), report)
     if errors:
-        raise ValueError(f"{len(errors)} of {len(runs)} runs: {errors[0]}")
+        raise ValueError(f"{len(errors)} runs failed: {errors[0]}")
 
 
 if __name__ == "__main__":

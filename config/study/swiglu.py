@@ -1,2 +1,3 @@
-# SwiGLU: one activation, silu. The baseline.
+# SwiGLU, the baseline: one activation, silu.
+# Override files combine: python train.py config/tiny.py config/study/swiglu.py
 activations = ("silu",)

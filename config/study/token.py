@@ -1,2 +1,3 @@
-# The router reads the current token only.
+# Is a context needed? The router reads the current token only.
+# Override files combine: python train.py config/tiny.py config/study/token.py
 router_context = "token"

@@ -1,2 +1,0 @@
-# ReGLU: one activation, relu.
-activations = ("relu",)

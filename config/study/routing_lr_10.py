@@ -1,2 +1,0 @@
-# The routing parameters train with 10 times the learning rate.
-routing_lr = 10.0

@@ -1,2 +1,0 @@
-# One activation, tanh.
-activations = ("tanh",)

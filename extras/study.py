@@ -13,6 +13,7 @@ stopped. The most important runs come first. The run folders, study.json and the
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -39,21 +40,17 @@ from prepare_data import write_json
 
 REPOSITORY = Path(__file__).parent.parent
 VARIANTS = Path("config/study")  # one override file per variant
-MAIN = ("swiglu", "geglu", "prefix", "centred")  # trained first
-ORDER = (
-    *MAIN, "sequence", "token", "centred_no_noise", "no_noise", "constant_tau", "moa", "static", "dynamic",
-    "centred_alpha_10", "alpha_10", "tau_half", "prefix_centred",
+ORDER = (  # of training: the most important first; other files in config/study/ follow
+    "swiglu", "geglu", "prefix", "centred", "sequence", "token", "centred_no_noise", "no_noise", "constant_tau", "moa",
+    "static", "dynamic", "centred_alpha_10", "alpha_10", "tau_half", "prefix_centred",
 )  # fmt: skip
-BASELINES = ("swiglu", "geglu")  # also trained for the time that a routed variant takes
+MAIN = ORDER[:4]  # each seed of them before any other variant
+BASELINES = {"swiglu": "SwiGLU", "geglu": "GEGLU"}  # also trained for the time that a routed variant takes
 LR_CHECKED = ("swiglu", "geglu", "prefix")  # also trained at these multiples of the learning rate
 LR_FACTORS = (0.5, 2.0)
-CONTRASTS = (  # what the leak of "sequence" is worth, by two estimates; what centring changes; the layers of the figure
-    ("sequence, causal", "sequence"), ("prefix", "sequence"), ("centred", "token"), ("prefix_centred", "prefix"),
-    ("centred", "prefix"),
-)  # fmt: skip
-PICTURED = (
-    "geglu", "swiglu, equal time", "prefix", "no_noise", "sequence", "sequence, causal", "token", "moa", "centred",
-    "centred_no_noise",
+CONTRASTS = (  # two estimates of what the leak of "sequence" is worth; what centring changes
+    ("sequence, causal", "sequence"), ("prefix", "sequence"),
+    ("centred", "token"), ("prefix_centred", "prefix"), ("centred", "prefix"),
 )  # fmt: skip
 MEASURES = {  # of the routing: heading and format
     "static_entropy_share": ("static entropy", ".2%"),
@@ -143,10 +140,8 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
     if cfg.cost_ratio > 1:
         steps = round(cfg.max_steps * cfg.cost_ratio)
         runs += [plan(name, seed, "equal time", steps) for seed in seeds for name in main if name in BASELINES]
-    for seed in seeds[: cfg.check_lr]:
-        for variant in lr:
-            for x in LR_FACTORS:
-                runs.append(plan(variant, seed, f"lr x {x:g}", cfg.max_steps, f"--lr={x * lr[variant]!r}"))
+    for seed, variant, x in itertools.product(seeds[: cfg.check_lr], lr, LR_FACTORS):
+        runs.append(plan(variant, seed, f"lr x {x:g}", cfg.max_steps, f"--lr={x * lr[variant]!r}"))
     return runs
 
 
@@ -329,10 +324,10 @@ def label(x: dict) -> str:
 
 
 def summarize(results: list[dict]) -> dict:
-    """Means of each group of runs, and differences of its mean over the domains to other groups, paired by seed.
+    """The means of each group of runs, and paired differences between groups in bits per byte, averaged over domains.
 
-    "comparisons": each baseline with every other group, p of paired t-tests, corrected for their number. "contrasts":
-    single pairs, not corrected.
+    "comparisons": each baseline with all other groups (its run at equal time: with all routed variants), paired by
+    seed, p corrected for their number. "contrasts": single pairs, not corrected.
     """
     groups: dict[str, dict[int, dict]] = {}
     for result in results:
@@ -351,20 +346,22 @@ def summarize(results: list[dict]) -> dict:
     def compare(pairs: Iterable[tuple[str, str]]) -> list[dict]:
         found = []
         for ours, theirs in pairs:
-            a, b = groups.get(ours, {}), groups.get(theirs, {})
+            a, b = ({s: run["bits_per_byte"]["mean"] for s, run in groups.get(x, {}).items()} for x in (ours, theirs))
             if seeds := [seed for seed in a if seed in b]:
-                difference = estimate([a[s]["bits_per_byte"]["mean"] - b[s]["bits_per_byte"]["mean"] for s in seeds])
+                difference = estimate([a[seed] - b[seed] for seed in seeds])
                 found.append({"ours": ours, "theirs": theirs, "seeds": seeds, **difference})
         return found
 
-    comparisons, names = {}, [row["name"] for row in rows if not row["kind"].startswith("lr")]
-    for theirs in (name for name in names if name.split(",")[0] in BASELINES):
-        comparisons[theirs] = compare((ours, theirs) for ours in names if ours != theirs)
-        tested = [x for x in comparisons[theirs] if x["p"] is not None]
-        for x, p in zip(tested, holm([x["p"] for x in tested])):
+    comparisons, tested = {}, [row for row in rows if not row["kind"].startswith("lr")]
+    for baseline in (row for row in tested if row["variant"] in BASELINES):
+        others = [x["name"] for x in tested if baseline["kind"] == "variant" or len(x["activations"]) > 1]
+        found = compare((name, baseline["name"]) for name in others if name != baseline["name"])
+        comparisons[baseline["name"]] = sorted(found, key=lambda x: x["mean"])
+        found = [x for x in found if x["p"] is not None]
+        for x, p in zip(found, holm([x["p"] for x in found])):
             x |= {"p_holm": p, "survives": p < 0.05}
-    contrasts = [*CONTRASTS, *((row["name"], row["variant"]) for row in rows if row["kind"].startswith("lr"))]
-    return {"summary": rows, "comparisons": comparisons, "contrasts": compare(contrasts)}
+    lr = ((row["name"], row["variant"]) for row in rows if row["kind"].startswith("lr"))
+    return {"summary": rows, "comparisons": comparisons, "contrasts": compare([*CONTRASTS, *lr])}
 
 
 # --------------------------------------------------------------------------------------------------- tables and figure
@@ -390,14 +387,14 @@ def print_report(report: dict):
         table.append([row["name"], str(len(row["seeds"])), *bits, f"{row['parameters']:,}"])
     print_table("Bits per byte of held-out text, mean over the seeds; mean: over the domains", table)
 
-    contrasts = {"Single differences, paired by seed, not corrected": report["contrasts"]}
-    for title, found in {
-        **{f"Minus {name}, paired by seed": x for name, x in report["comparisons"].items()},
-        **contrasts,
-    }.items():
-        table = [["mean bits per byte", "pairs", "difference [95% interval]", "p", "p, Holm", "survives"]]
+    sections = {
+        f"Mean bits per byte minus that of {name}, paired by seed": x for name, x in report["comparisons"].items()
+    }
+    sections["Single differences of mean bits per byte, paired by seed, not corrected"] = report["contrasts"]
+    for title, found in sections.items():
+        table = [["", "pairs", "difference [95% interval]", "p", "p, Holm", "survives"]]
         for x in found:
-            p, corrected = (f"{x[key]:.4f}" if x.get(key) is not None else "-" for key in ("p", "p_holm"))
+            p, corrected = ("-" if x.get(key) is None else f"{x[key]:.2g}" for key in ("p", "p_holm"))
             cells = with_interval(x, "+.4f"), p, corrected, {True: "yes", False: "no"}.get(x.get("survives"), "-")
             table.append([f"{x['ours']} - {x['theirs']}", str(len(x["seeds"])), *cells])
         print_table(title, table)
@@ -416,91 +413,92 @@ def print_report(report: dict):
 def finding(report: dict) -> str:
     """What the corrected comparisons show about the causal routed variants, as a sentence."""
     routed = {row["name"] for row in report["summary"] if row["causal"] and len(row["activations"]) > 1}
-    parts = []
-    for baseline, name in (("swiglu", "SwiGLU"), ("geglu", "GEGLU")):
-        tested = [x for x in report["comparisons"].get(baseline, []) if x["ours"] in routed and "p_holm" in x]
-        n_better = sum(x["survives"] and x["mean"] < 0 for x in tested)
-        parts += [f"{n_better or 'none'} of {len(tested)} beat {name}"] if tested else []
-    return f"Of the causal routed variants, {' and '.join(parts)}\n(corrected for all comparisons)" if parts else ""
+    found = {
+        name: [x for x in xs if x["ours"] in routed and "p_holm" in x] for name, xs in report["comparisons"].items()
+    }
+    n_better = {name: sum(x["survives"] and x["mean"] < 0 for x in xs) for name, xs in found.items()}
+    parts = [f"{n_better[x] or 'none'} beat {name}" for x, name in BASELINES.items() if found.get(x)]
+    correction = "(at equal steps; p < 0.05 by paired t-tests with Holm's correction)"
+    return f"Of {len(found['swiglu'])} causal routed variants, {' and '.join(parts)}\n{correction}" if parts else ""
 
 
 def draw_differences(ax, report: dict):
     """Differences to SwiGLU with 95% intervals, at most ten rows, and a line for each baseline."""
-    found = sorted(report["comparisons"]["swiglu"], key=lambda x: (*PICTURED, x["ours"]).index(x["ours"]))[9::-1]
+    order = [row["name"] for row in sorted(report["summary"], key=lambda row: row["kind"] != "equal time")]
+    found = sorted(report["comparisons"]["swiglu"], key=lambda x: order.index(x["ours"]))[9::-1]
     for i, x in enumerate(found):
         low, high = x["interval"] or (x["mean"], x["mean"])
         ax.errorbar(x["mean"], i, xerr=[[x["mean"] - low], [high - x["mean"]]], fmt="ko", markersize=4, capsize=2)
-    for color, name, x in (("C0", "swiglu", 0.0), *(("C1", "geglu", x["mean"]) for x in found if x["ours"] == "geglu")):
+    lines = {"swiglu": 0.0, **{x["ours"]: x["mean"] for x in found if x["ours"] == "geglu"}}
+    for color, (name, x) in zip(("C0", "C1"), lines.items()):
         ax.axvline(x, color=color, linewidth=1)
-        ax.text(x, len(found) - 0.4, f" {name} ", color=color, ha="left" if name == "swiglu" else "right")
-    ax.set(yticks=range(len(found)), yticklabels=[x["ours"] for x in found], ylim=(-0.6, len(found) + 0.3))
+        ha = "left" if x == max(lines.values()) else "right"
+        ax.text(x, len(found) - 0.4, f" {BASELINES[name]} ", color=color, ha=ha)
+    ax.margins(x=0.12)
+    ax.set(yticks=range(len(found)), yticklabels=[x["ours"] for x in found], ylim=(-0.6, len(found) + 0.4))
     ax.set(xlabel="bits per byte minus SwiGLU's, with 95% interval (lower is better)", title=finding(report))
 
 
-def draw_usage(ax, runs: list[dict]):
+def draw_usage(ax, variant: str, runs: list[dict]):
     """Usage of the activations by layer, one bar a seed."""
     usage = np.array([run["routing"]["usage"] for run in runs])  # [seeds, n_layer, K]
     S, L, K = usage.shape
-    x = np.arange(L) + 0.85 * ((np.arange(S)[:, None] + 0.5) / S - 0.5)
+    x = np.arange(L) + 0.85 * ((np.arange(S)[:, None] + 0.5) / S - 0.5)  # [seeds, n_layer]
     for k, name in enumerate(runs[0]["activations"]):
         bottom = usage[..., :k].sum(-1).ravel()
         ax.bar(x.ravel(), usage[..., k].ravel(), 0.8 / S, bottom=bottom, color=f"C{k}", label=name)
-    ax.set(xlabel="layer, one bar a seed", ylim=(0, 1), xticks=range(L))
     dependence = np.mean([run["routing"]["input_dependence"] for run in runs])
-    title = f"{runs[0]['variant']}: one activation takes\n{usage.max(-1).mean():.0%} of a layer's choices;\n"
-    ax.set_title(f"{title}input dependence {dependence:.2f} of {math.log(K):.2f} nats")
+    ax.set(xlabel=f"layer, one bar a seed\n(input dependence {dependence:.2f} of {math.log(K):.2f} nats)")
+    title = f"In {variant}, a layer makes {usage.max(-1).mean():.0%} of\nits choices with one activation"
+    ax.set(ylabel="usage", ylim=(0, 1), xticks=range(L), title=title)
 
 
 def draw_report(path: Path, report: dict):
-    """Draw the differences to SwiGLU and, below, the same layer without and with centring."""
+    """Draw the differences to SwiGLU and, below, the usage by layer without and with centring."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError:
         return print("no figure: pip install matplotlib")
-    names = [name for name in ("prefix", "centred") if name in (label(run) for run in report["runs"])]
-    if not report["comparisons"].get("swiglu") or not names:
-        return print("no figure: it compares prefix and centred with swiglu")
-    figure = Figure(figsize=(7, 7), dpi=200, layout="constrained")  # GitHub shows 100 pixels an inch
-    axes = figure.subplot_mosaic([["differences"] * len(names), names], height_ratios=(4, 3))
-    draw_differences(axes["differences"], report)
-    for name in names:
-        draw_usage(axes[name], [run for run in report["runs"] if label(run) == name])
-    axes[names[0]].set_ylabel("usage")
-    figure.legend(*axes[names[0]].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
-    figure.savefig(path)
+    panels = {v: [run for run in report["runs"] if label(run) == v] for v in ("prefix", "centred")}
+    panels = {variant: runs for variant, runs in panels.items() if runs}
+    if not panels or not report["comparisons"].get("swiglu"):
+        return print("no figure: it compares swiglu with prefix and centred")
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10}):  # GitHub shows 100 pixels an inch
+        figure = matplotlib.figure.Figure(figsize=(7, 6.5), dpi=200, layout="constrained")
+        axes = figure.subplot_mosaic([["differences"] * len(panels), list(panels)], height_ratios=(3, 2))
+        draw_differences(axes["differences"], report)
+        for variant, runs in panels.items():
+            draw_usage(axes[variant], variant, runs)
+        figure.legend(*axes[variant].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
+        figure.savefig(path)
     print(f"\nfigure: {path}")
-
-
-def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
-    """Train what is not finished. Returns the report of all finished runs, and the errors of those that failed."""
-    device, out, runs, errors = train.pick_device(cfg.device), Path(cfg.out_dir), plan_runs(cfg), []
-    on_cpu = device.type == "cpu"
-    jobs = (os.cpu_count() if on_cpu else 1) if cfg.jobs is None else cfg.jobs
-    out.mkdir(parents=True, exist_ok=True)
-    check_runs(runs)
-    if jobs:
-        with config.locked(out):
-            errors = train_runs(runs, jobs, on_cpu)
-    train.prepare_cpu()
-    results = collect_results(runs, device)
-    if not results:
-        raise ValueError(errors[0] if errors else f"no run in {out} is finished")
-    machine = describe_machine(device) + ("; one thread per run" if on_cpu else "")
-    report = {"machine": machine, "settings": dataclasses.asdict(cfg), **summarize(results), "runs": results}
-    write_json(out / "study.json", report)
-    return report, errors
 
 
 def main():
     cfg, errors = config.load(StudyConfig), []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    file = Path(cfg.report or f"{cfg.out_dir}/study.json")
     if cfg.report:
-        report = json.loads(Path(cfg.report).read_text())
+        report = json.loads(file.read_text())
         report |= summarize(report["runs"])
     else:
-        report, errors = run_study(cfg)
+        device, runs = train.pick_device(cfg.device), plan_runs(cfg)
+        on_cpu = device.type == "cpu"
+        jobs = (os.cpu_count() if on_cpu else 1) if cfg.jobs is None else cfg.jobs
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_runs(runs)
+        train.prepare_cpu()
+        if jobs:
+            with config.locked(file.parent):
+                errors = train_runs(runs, jobs, on_cpu)
+        results = collect_results(runs, device)
+        if not results:
+            raise ValueError(errors[0] if errors else f"no run in {file.parent} is finished")
+        machine = describe_machine(device) + ("; one thread per run" if on_cpu else "")
+        report = {"machine": machine, "settings": dataclasses.asdict(cfg), **summarize(results), "runs": results}
+        write_json(file, report)
     print_report(report)
-    draw_report(Path(cfg.report or cfg.out_dir + "/study.json").with_suffix(".png"), report)
+    draw_report(file.with_suffix(".png"), report)
     if errors:
         raise ValueError(f"{len(errors)} runs failed: {errors[0]}")
 

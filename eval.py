@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from model import PolychromaticLM, entropy, routing_stats
+from model import PolychromaticLM, routing_stats
 from prepare_data import FAMILIES, encode_chat, get_tokenizer, problems, stop_tokens, write_json
 from sample import generate_texts, inference_dtype, newest_checkpoint, open_model
 from sft import Conversations
@@ -230,13 +230,13 @@ MEASURES = {
 
 
 def measure_routing(model: PolychromaticLM, corpus: Corpus, samples: dict[str, Tensor]) -> dict[str, dict]:
-    """routing_stats() of each domain and of "all", there with each neuron's usage; empty for a plain GLU."""
+    """routing_stats() of each domain and of "all"; empty for a plain GLU."""
     if len(model.config.activations) == 1:
         return {}
     stats, mixed = {}, torch.cat([windows[:: len(samples)] for windows in samples.values()])
     for name, windows in {"all": mixed, **samples}.items():
         tokens, targets, doc_ids = windows.to(model.device).unbind(1)
-        stats[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets), neurons=name == "all")
+        stats[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
     return stats
 
 
@@ -246,7 +246,7 @@ def format_shares(shares: Sequence[float]) -> str:
 
 def format_measures(stats: dict, layers: slice = slice(None)) -> list[str]:
     """The five measures as cells of a table, averaged over these layers."""
-    mean = {name: np.mean(values[layers], axis=0) for name, values in stats.items() if name != "neuron_usage"}
+    mean = {name: np.mean(values[layers], axis=0) for name, values in stats.items()}
     entropies = [f"{mean[f'{x}_entropy']:.4f} nats ({mean[f'{x}_entropy_share']:.2%})" for x in ("static", "dynamic")]
     return [
         *entropies,
@@ -278,94 +278,91 @@ def print_routing(stats: dict[str, dict], activations: Sequence[str]):
 # ---------------------------------------------------------------------------------------------------------------- plots
 
 
-def make_axes(n: int, title: str, xlabel: str):
-    """A matplotlib figure and its n axes, one above another. Raises ImportError without matplotlib."""
+def make_figure(title: str, *shape: int):
+    """A matplotlib figure and its [rows, columns] of axes. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5 + n / 2), dpi=120, layout="constrained")
-    axes = figure.subplots(n, sharex=True, squeeze=False)[:, 0]
+    figure = Figure(figsize=(7, 5.5), dpi=200, layout="constrained")
     figure.suptitle(title)
-    axes[-1].set_xlabel(xlabel)
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    return figure, axes
+    return figure, figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
 
 
-def plot_layers(folder: Path, stats: dict, activations: Sequence[str]):
-    """Usage of each activation by layer, and the other measures by layer."""
+def plot_layers(path: Path, stats: dict, activations: Sequence[str]):
+    """The measures by layer: usage, and below it the others."""
     usage, dependence = np.array(stats["usage"]), np.array(stats["input_dependence"])  # [n_layer, K], [n_layer]
-    n_single, largest = (usage.max(1) > 0.99).sum(), usage.mean(0).argmax()
-    title = f"{n_single} of {len(usage)} layers use one activation for over 99% of their choices;\n"
-    title += f"{activations[largest]} has the largest share, {usage.mean(0)[largest]:.0%} over all layers"
-    figure, (ax,) = make_axes(1, title, "layer (0 reads the embedding)")
+    n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), math.log(len(activations))
+    title = f"{n_single} of {len(usage)} layers make over 90% of their choices with one activation;\n"
+    title += f"input dependence is highest in layer {layer}: {dependence[layer]:.2g} of {ln_K:.2f} nats"
+    figure, ((top,), (bottom,)) = make_figure(title, 2, 1)
     for k, name in enumerate(activations):
-        ax.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=f"C{k}", label=name)
-    ax.set(ylabel="usage, share of neurons x tokens", ylim=(0, 1))
-    figure.legend(title="activation", loc="outside right", reverse=True)
-    figure.savefig(folder / "usage.png")
-
-    layer, ln_K = dependence.argmax(), math.log(len(activations))
-    title = f"Input dependence peaks in layer {layer}: {dependence[layer]:.2g} of at most {ln_K:.2f} nats;\n"
-    title += f"static entropy is at least {min(stats['static_entropy_share']):.1%} of ln K in every layer"
-    figure, (top, bottom) = make_axes(2, title, "layer (0 reads the embedding)")
-    top.plot(stats["static_entropy_share"], "k--", label="static entropy, of softmax(alpha)")
-    top.plot(entropy(torch.tensor(usage.T)) / ln_K, "C1", linewidth=7, alpha=0.5, label="entropy of the layer's usage")
-    top.plot(dependence / ln_K, "C3s-", label="input dependence")
-    top.plot(stats["dynamic_entropy_share"], "C0o-", label="dynamic entropy, of g")
-    bottom.plot(stats["agreement"], "C2o-", label="agreement")
-    top.set(ylabel=f"share of ln {len(activations)} nats", ylim=(-0.04, 1.04))
-    bottom.set(ylabel="share of neurons", ylim=(-0.04, 1.04))
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(folder / "entropy.png")
-
-
-def plot_neurons(path: Path, stats: dict, activations: Sequence[str]):
-    """Preferred activation of every neuron, averaged over the tokens: one row a layer, one column a neuron."""
-    from matplotlib.colors import to_rgb
-
-    usage, K = np.array(stats["neuron_usage"]), len(activations)  # [n_layer, K, d_ff]
-    order = np.lexsort((-usage.max(1), usage.argmax(1)), axis=-1)
-    usage = np.take_along_axis(usage, order[:, None], 2)
-    preferred, strength = usage.argmax(1), (usage.max(1) - 1 / K) / (1 - 1 / K)
-    n_unanimous = sum(len(set(row)) == 1 for row in preferred)
-    title = f"In {n_unanimous} of {len(usage)} layers, all neurons prefer the same activation"
-    figure, (ax,) = make_axes(1, title, "neurons of the layer, sorted by preferred activation")
-    inks = 1 - np.array([to_rgb(f"C{k}") for k in range(K)])
-    ax.imshow(1 - strength[..., None] * inks[preferred], aspect="auto", interpolation="nearest")
-    ax.set_ylabel("layer (0 reads the embedding)")
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    for k, name in enumerate(activations):
-        ax.bar(0, 0, color=f"C{k}", label=name)
-    figure.legend(title="preferred; white:\nno preference", loc="outside right")
+        top.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=f"C{k}", label=name)
+    top.set(ylabel="usage", ylim=(0, 1))
+    top.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    bottom.plot(stats["static_entropy_share"], "k--", label="static entropy")
+    bottom.plot(stats["dynamic_entropy_share"], "C4o-", label="dynamic entropy")
+    bottom.plot(dependence / ln_K, "C5s-", label="input dependence")
+    bottom.plot(stats["agreement"], "C6^-", label="agreement")
+    bottom.set(xlabel="layer (0 reads the embedding)", ylabel="share of ln K, or of neurons", ylim=(-0.04, 1.04))
+    bottom.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path)
 
 
-def plot_training(path: Path, log: list[dict]):
-    """Loss, learning rate, tau and dynamic entropy over the steps of log.jsonl."""
-    steps, evaluations = ([line for line in log if line.get(name)] for name in ("loss", "routing"))
+def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
+    """Usage over training, a stacked area for each layer."""
+    steps, usage = zip(*((line["step"], line["routing"]["usage"]) for line in evaluations))
+    usage = np.array(usage)  # [evaluations, n_layer, K]
+    n_single, n_layer, middle = (usage.max(2) > 0.9).sum(1), usage.shape[1], len(steps) // 2
+    title = f"{n_single[-1]} of {n_layer} layers end with over 90% of their choices on one activation;\n"
+    title += f"after {steps[middle]} of {steps[-1]} steps, {n_single[middle]} of them did"
+    n_columns = math.ceil(math.sqrt(n_layer))
+    figure, axes = make_figure(title, math.ceil(n_layer / n_columns), n_columns)
+    for i, ax in enumerate(axes.flat[:n_layer]):
+        areas = ax.stackplot(steps, usage[:, i].T, colors=[f"C{k}" for k in range(len(activations))])
+        ax.set(xlim=(steps[0], steps[-1]), ylim=(0, 1))
+        ax.set_title(f"layer {i}", fontsize="medium")
+    for ax in axes.flat[n_layer:]:
+        ax.set_axis_off()
+    figure.supxlabel("optimizer step")
+    figure.supylabel("usage")
+    figure.legend(areas, activations, loc="outside right", reverse=True)
+    figure.savefig(path)
+
+
+def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
+    """Loss over the steps, and below it the entropies of the routing with tau."""
+    steps = [line for line in log if line.get("loss")]
     title = f"The training loss went from {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f} nats"
-    labels = {"loss": "loss, nats per token", "lr": "learning rate", "tau": "tau"}
-    curves = [(label, steps, [line[name] for line in steps], "") for name, label in labels.items()]
+    names = {"static entropy": "static_entropy_share", "dynamic entropy": "dynamic_entropy_share"}
+    means = {name: [np.mean(line["routing"][key]) for line in evaluations] for name, key in names.items()}
     if evaluations:
-        shares = [np.mean(line["routing"]["dynamic_entropy_share"]) for line in evaluations]
-        curves.append(("dynamic entropy,\nshare of ln K", evaluations, shares, "o"))
-        title += f",\nthe layers' mean dynamic entropy from {shares[0]:.1%} to {shares[-1]:.1%} of ln K"
-    figure, axes = make_axes(len(curves), title, "optimizer step")
-    for k, (ax, (label, lines, values, marker)) in enumerate(zip(axes, curves)):
-        ax.plot([line["step"] for line in lines], values, f"C{k}", marker=marker)
-        ax.set(ylabel=label, ylim=(0, None))
-    figure.align_ylabels(axes)
+        ends = (f"the {name} from {values[0]:.1%} to {values[-1]:.1%} of ln K" for name, values in means.items())
+        tau = f"while tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}"
+        title += f";\n{tau},\n" + "\nand ".join(ends)
+    figure, axes = make_figure(title, 1 + bool(evaluations), 1)
+    axes[0, 0].plot([line["step"] for line in steps], [line["loss"] for line in steps], "C7")
+    axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))
+    if evaluations:
+        axes[1, 0].plot([line["step"] for line in steps], [line["tau"] for line in steps], "k:", label="tau")
+        for (name, values), style in zip(means.items(), ("k--", "C4o-")):
+            axes[1, 0].plot([line["step"] for line in evaluations], values, style, label=name)
+        axes[1, 0].set(ylabel="tau, or share of ln K", ylim=(0, None))
+        axes[1, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1, 0].set_xlabel("optimizer step")
     figure.savefig(path)
 
 
 def save_plots(folder: Path, stats: dict, activations: Sequence[str], log: list[dict]):
     """Write the plots for which there are numbers. Without matplotlib, or if that fails, print why."""
+    evaluations = [line for line in log if line.get("routing")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if stats:
-            plot_layers(folder, stats["all"], activations)
-            plot_neurons(folder / "neurons.png", stats["all"], activations)
+            plot_layers(folder / "layers.png", stats["all"], activations)
+        if stats and len(evaluations) > 1:
+            plot_usage(folder / "usage.png", evaluations, activations)
         if any(line.get("loss") for line in log):
-            plot_training(folder / "training.png", log)
+            plot_training(folder / "training.png", log, evaluations)
         print(f"pictures: {folder}/*.png")
     except ImportError:
         print("no pictures: they need a package: pip install matplotlib")
@@ -398,11 +395,9 @@ def solve_problems(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: Eva
     """Exact match by family: {family: {"n", "exact_match", "interval"}}, "all" last."""
     held_out = list(problems(cfg.seed, reserved=True, limit=cfg.limit or 40))
     texts = answer_questions(model, encoding, [question for _, question, _, _ in held_out], cfg.batch_size)
-    two_digits = "addition, both of two digits"
-    outcomes: dict[str, list[bool]] = {name: [] for name in (*FAMILIES, two_digits, "all")}
-    for (family, question, _, answer), text in zip(held_out, texts):
-        n_long = sum(word.isdigit() and len(word) > 1 for word in question.strip("?").split())
-        for name in (family, "all", *[two_digits] * (family == "addition" and n_long == 2)):
+    outcomes: dict[str, list[bool]] = {name: [] for name in (*FAMILIES, "all")}
+    for (family, _, _, answer), text in zip(held_out, texts):
+        for name in (family, "all"):
             outcomes[name].append(is_correct(text, answer))
     results = {}
     for name, correct in outcomes.items():
@@ -438,7 +433,6 @@ def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dic
     else:
         print(f"a plain GLU of {model.config.activations[0]}: there is no routing to measure")
     save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, read_log(folder))
-    stats.get("all", {}).pop("neuron_usage", None)  # plotted; half a million numbers in a large model
 
 
 def main():

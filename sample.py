@@ -27,13 +27,16 @@ from train import compiler_works, load_model, pick_device, pick_dtype
 class SampleConfig:
     """Settings of sampling."""
 
+    # model
     init_from: str | None = None  # run folder, checkpoint or any other model that loads; None: the newest under out/
     out_dir: str | None = None  # synonym of init_from, so that a run's own flag names it here too
     revision: str | None = None  # commit of a model on the hub
     router_context: str | None = None  # what the router reads: prefix, token or sequence; None: as trained
+    # prompt
     prompt: str = ""  # text to continue, or @file (@@ for a literal @); empty: start a new document
     chat: bool = False  # answer the prompt as a question; without a prompt, chat in the terminal
     system: str = ""  # chat: the system message
+    # what it writes
     num_samples: int = 1  # number of continuations
     max_new_tokens: int = 500  # maximum length of each, in tokens
     temperature: float = 0.8  # 0 always takes the most likely token; higher is more random
@@ -41,6 +44,7 @@ class SampleConfig:
     top_p: float | None = None  # sample from the fewest tokens whose probabilities sum to p
     seed: int = 1337  # of the sampling
     stop: str | None = None  # end a continuation before this text; <|endoftext|> always ends it
+    # machine
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32

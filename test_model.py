@@ -2283,7 +2283,7 @@ def test_a_bad_setting_is_one_line(monkeypatch):
         "--mixture={1:1.0}": "mixture takes {'name': value, ...}, not {1: 1.0}",
         "--resume --overwrite": "resume and overwrite exclude each other",
         "config/tinny.py": "config/tinny.py: no such file; did you mean config/tiny.py?",
-        "tiny": "'tiny' is neither a .py file of settings nor a --name=value flag",
+        "config/tiny": "'config/tiny' is neither a .py file of settings nor a --name=value flag",
     }.items():  # fmt: skip
         assert message in error_of(load, *arguments.split())
 
@@ -2303,13 +2303,37 @@ def test_a_bad_override_file_is_one_line(tmp_path):
         assert message in error_of(load, str(path))
 
 
-@pytest.mark.parametrize("cls", [train.TrainConfig, sft.SFTConfig])
-def test_help_lists_every_setting_with_default_and_comment(cls, capsys):
+SETTINGS = [
+    train.TrainConfig, sft.SFTConfig, sample.SampleConfig, evaluate.EvalConfig, bench.BenchConfig, study.StudyConfig,
+    *set(prepare_data.CORPORA.values()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", SETTINGS)
+def test_help_lists_every_setting_with_its_value_and_comment(cls, capsys):
     with pytest.raises(SystemExit) as done:
         config.load(cls, ["--help"])
     text = capsys.readouterr().out
-    missing = [f for f in dataclasses.fields(cls) if not re.search(rf"^  --{f.name}=.*\n        \S", text, re.M)]
+    missing = [f.name for f in dataclasses.fields(cls) if not re.search(rf"^  --{f.name}=.*  \S", text, re.M)]
     assert done.value.code == 0 and not missing
+
+
+def test_help_has_headings_and_shows_the_settings_of_a_file(capsys):
+    with pytest.raises(SystemExit):
+        load(str(ROOT / "config/tiny.py"), "--max_steps=5", "--help")
+    printed = capsys.readouterr()
+    groups = dict(re.findall(r"^([a-z ]+):\n((?:  .*\n?)+)", printed.out, re.M))
+    assert {"model", "data", "optimizer", "machine"} <= groups.keys() and printed.err == ""
+    for heading, setting in {"model": "n_layer=4", "data": "data_dir=data/tiny", "steps": "max_steps=5"}.items():
+        assert f"  --{setting} " in groups[heading]
+
+
+def test_a_word_alone_is_the_model(unbroken, run_main):
+    assert load("out/tiny").init_from == "out/tiny" and "init_from" in load("out/tiny").overridden
+    for script, *arguments in ((sample, "--max_new_tokens=1"), (evaluate, "--max_tokens=200")):
+        assert f"model: {unbroken}" in run_main(script, str(unbroken), *arguments).err
+    message = "'out/tiny' is neither a .py file of settings nor a --name=value flag"
+    assert error_of(config.load, prepare_data.TextConfig, ["out/tiny"]) == message
 
 
 def damage_corpus(source: Path, target: Path, **meta) -> Path:

@@ -70,12 +70,13 @@ class TrainConfig(ModelConfig):
     # routing temperature
     tau_start: float = 1.0  # routing temperature at the first step
     tau_end: float = 0.1  # routing temperature at the last step; linear in between
-    # where a run starts and what it leaves
+    # where a run starts and ends
     out_dir: str = "out/pretrain"  # the run folder
     init_from: str | None = None  # model to start from: a run folder, a checkpoint, a Qwen3, ...; None: random weights
     revision: str | None = None  # commit or tag of an init_from on the hub
     resume: bool = False  # continue from the run folder's checkpoint
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
+    # evaluation, checkpoints and log
     eval_interval: int = 1000  # steps between evaluations; there is always one at the start and at the end
     eval_tokens: int = 1_048_576  # maximum tokens of each domain's val.bin in an evaluation
     save_interval: int = 500  # steps between checkpoints
@@ -699,7 +700,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         if step == cfg.max_steps:
             if saved < step:
                 raise ValueError(f"the run ended in non-finite updates; {state_of_run}; resume with a lower --lr")
-            command = shlex.join(["python", "sample.py", f"--out_dir={cfg.out_dir}"])
+            command = shlex.join(["python", "sample.py", cfg.out_dir])
             print(f"done; {state_of_run}. Read what it writes: {command}")
             break
 

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import traceback
 import types
 import typing
@@ -85,20 +86,23 @@ def load(cls: type, argv: list[str] | None = None):
     """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints each override.
 
     argv: paths of override files (ending in .py), --name=value flags, --name for a bool, --name.key=value for an entry
-    of a dict, --help. The result's attribute `overridden` is the set of names that argv set. Raises ValueError with
-    the file or flag at fault, the type that was expected, and for an unknown name the nearest valid one.
+    of a dict, --help; any other word is the value of init_from, for a class that has one. The result's attribute
+    `overridden` is the set of names that argv set. Raises ValueError with the file or flag at fault, the type that was
+    expected, and for an unknown name the nearest valid one.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(describe(cls))
-        raise SystemExit(0)
+    wants_help = "--help" in argv or "-h" in argv
     values = {f.name: default(f) for f in dataclasses.fields(cls)}
     hints, overridden = {name: typing.get_type_hints(cls)[name] for name in values}, set()
     for arg in argv:
+        if arg in ("--help", "-h"):
+            continue
         if arg.startswith("-"):
             overrides = [read_flag(arg, values, hints)]
         elif arg.endswith(".py"):
             overrides = [(f"{arg}:{line}", name, value) for line, name, value in read_overrides(Path(arg))]
+        elif "init_from" in hints and not Path(f"{arg}.py").is_file():
+            overrides = [(arg, "init_from", arg)]
         else:
             raise ValueError(f"{arg!r} is neither a .py file of settings nor a --name=value flag")
         for where, name, value in overrides:
@@ -106,7 +110,11 @@ def load(cls: type, argv: list[str] | None = None):
             values[name] = convert(value, hints[name], where, name)
             overridden.add(name)
         changed = ", ".join(f"{name}={values[name]!r}" for _, name, _ in overrides) or "the defaults"
-        print(f"override: {changed}" if arg.startswith("-") else f"{arg}: {changed}", file=sys.stderr)
+        if not wants_help:
+            print(f"{arg if arg.endswith('.py') else 'override'}: {changed}", file=sys.stderr)
+    if wants_help:
+        print(describe(cls, values))
+        raise SystemExit(0)
     settings = cls(**values)
     settings.overridden = frozenset(overridden)
     return settings
@@ -221,14 +229,23 @@ def type_name(hint) -> str:
     return {int: "int", float: "float", bool: "True or False", str: "str", type(None): "None"}.get(hint, str(hint))
 
 
-def describe(cls: type) -> str:
-    """The --help text: every field with its default and the comment beside it in the source."""
-    comments = {}
+def describe(cls: type, values: dict) -> str:
+    """The --help text: every setting with its value and the comment beside it, under the headings in the source."""
+    comments, headings = {}, {}
     for base in reversed(cls.__mro__[:-1]):
-        for match in re.finditer(r"^    (\w+):.*?  # (.*)$", inspect.getsource(base), re.M):
-            comments[match[1]] = match[2]
+        heading = base.__name__.removesuffix("Config").lower()
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"(?:    |class .*:  )# (.*)", line):
+                heading = match[1]
+            elif match := re.match(r"    (\w+): .*?  # (.*)", line):
+                comments[match[1]] = match[2]
+                headings.setdefault(match[1], heading)
+    groups: dict[str, list[str]] = {}
+    for name, value in values.items():
+        value = ",".join(value) if isinstance(value, tuple) else value
+        flag = f"  --{name}={value if isinstance(value, str) else repr(value)}  "
+        text = textwrap.fill(comments.get(name, ""), 120, initial_indent=f"{flag:<32}", subsequent_indent=" " * 32)
+        groups.setdefault(headings.get(name, ""), []).append(text)
     doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
-    lines = [doc, "", "Settings, as --name=value or as lines of an override file:", ""]
-    for field in dataclasses.fields(cls):
-        lines.append(f"  --{field.name}={default(field)!r}\n        {comments.get(field.name, '')}")
-    return "\n".join(lines)
+    settings = ["\n".join([f"{heading}:", *texts]) for heading, texts in groups.items()]
+    return "\n\n".join([doc, "Settings, as --name=value or as lines of an override file", *settings])

@@ -2536,12 +2536,16 @@ def test_bench_measures_and_writes_json(tmp_path):
     assert [row["name"] for row in rows if row["row"] == "decode"] == 2 * ["after 128 tokens"]
 
 
-def test_interleaved_timing_takes_turns_and_reports_what_does_not_fit(capsys):
+def test_interleaved_timing_takes_turns_and_reports_what_does_not_fit(capsys, monkeypatch):
     calls, big = [], mock.Mock(side_effect=torch.OutOfMemoryError)
     functions = {"a": lambda: calls.append("a"), "big": big, "b": lambda: calls.append("b") or time.sleep(0.01)}
     found = bench.time_interleaved(functions, 3, torch.device("cpu"), warmups=1, n_tokens=5)
-    assert calls == ["a", "b"] * 4 and list(found) == ["a", "b"] and "big: out of GPU memory" in capsys.readouterr().out
+    assert calls == ["a", "b"] * 4 and list(found) == ["a", "b"] and "big: does not fit" in capsys.readouterr().out
     assert found["a"]["ratio"] == 1 < found["b"]["ratio"] and found["b"]["tokens_per_second"] < 500
+    monkeypatch.setattr(bench, "BENCHMARKS", {"ffn": big, "loss": lambda *_: [("loss: 5 tokens", found)]})
+    monkeypatch.setattr(sys, "argv", ["bench", "--only=ffn,loss", "--prepare_cpu=False", "--device=cpu"])
+    bench.main()
+    assert re.search(r"^ffn: does not fit.*^loss: 5 tokens$", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
 
 
 # --------------------------------------------------------------------------------------------------------- the study

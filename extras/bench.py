@@ -100,7 +100,7 @@ def time_interleaved(
             try:
                 functions[name]()
             except torch.OutOfMemoryError:
-                print(f"{name}: out of GPU memory")
+                print(f"{name}: does not fit in the GPU's memory")
                 del times[name]
                 continue
             if device.type == "cuda":
@@ -383,9 +383,12 @@ def main():
     for row in cfg.only:
         used = step_dtype if row == "step" else dtype
         autocast = torch.autocast(device.type, used, enabled=used != torch.float32)
-        for title, results in BENCHMARKS[row](cfg, device, autocast):
-            print_figures(title, results)
-            rows += [{"row": title.split(":")[0], "name": name, **result} for name, result in results.items()]
+        try:
+            for title, results in BENCHMARKS[row](cfg, device, autocast):
+                print_figures(title, results)
+                rows += [{"row": title.split(":")[0], "name": name, **result} for name, result in results.items()]
+        except torch.OutOfMemoryError:  # before the first call: of two models, say
+            print(f"{row}: does not fit in the GPU's memory\n")
     if cfg.json:
         write_json(Path(cfg.json), {"machine": machine, "rows": rows})
         print(f"figures: {cfg.json}")

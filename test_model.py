@@ -2561,9 +2561,9 @@ def test_a_study_plans_the_most_important_runs_first_and_its_variants_differ_in_
     settings = dict(variants=("moa", "prefix", "swiglu"), seeds=2, check_lr=1, max_steps=100, cost_ratio=1.3)
     runs = study.plan_runs(study.StudyConfig(**settings))
     names = "swiglu-1 prefix-1 swiglu-2 prefix-2 moa-1 moa-2 swiglu-equal_time-1 swiglu-equal_time-2"
-    names += " swiglu-lr_0.5-1 swiglu-lr_2-1 prefix-lr_0.5-1 prefix-lr_2-1"
-    assert [run.name for run in runs] == names.split()
-    assert all(run.settings.seed == int(run.name[-1]) for run in runs)
+    names += " swiglu-lr_x_0.5-1 swiglu-lr_x_2-1 prefix-lr_x_0.5-1 prefix-lr_x_2-1"
+    assert [run.folder.name for run in runs] == names.split()
+    assert all(run.settings.seed == int(run.folder.name[-1]) for run in runs)
     assert [run.settings.max_steps for run in runs] == 6 * [100] + 2 * [130] + 4 * [100]
     assert [run.settings.lr / runs[0].settings.lr for run in runs] == 8 * [1] + 2 * [0.5, 2]
 
@@ -2581,11 +2581,11 @@ def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons():
     seeds, common = (1, 2, 3, 4), {"parameters": 1, "activations": ["silu"], "causal": True, "routing": {}}
     offsets = {"swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4)}
     results = [
-        {"kind": "variant", "variant": v, "seed": s, "bits_per_byte": {"mean": 10.0 * s + x}, **common}
+        {"group": v, "seed": s, "bits_per_byte": {"mean": 10.0 * s + x}, **common}
         for v, differences in offsets.items()
         for s, x in zip(seeds, differences)
     ]
-    results.append({**results[0], "kind": "lr x 2"})
+    results.append({**results[0], "group": "swiglu, lr x 2"})
     found = study.summarize(results)
     geglu, prefix = found["comparisons"]["swiglu"]  # a learning rate is compared with its own variant alone
     assert (geglu["seeds"], prefix["seeds"]) == ([1, 2, 3], [1, 2, 3, 4])
@@ -2632,12 +2632,12 @@ def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_
     )
     for text in ("4 runs, 0 of them done before", "| prefix - swiglu | 1 |", "| sequence, causal - sequence | 1 |"):
         assert text in printed
-    bits = {row["name"]: row["bits_per_byte"]["math"] for row in found["summary"]}
+    bits = {row["group"]: row["bits_per_byte"]["math"] for row in found["summary"]}
     assert len(set(bits.values())) == 4 and bits.keys() == {"swiglu", "prefix", "sequence", "sequence, causal"}
 
     shutil.rmtree(out / "prefix-1")
     printed, partly = run_study("--jobs=0")  # trains nothing
-    assert [run["name"] for run in partly["runs"]] == ["swiglu-1", "sequence-1", "sequence-1, causal"]
+    assert [run["group"] for run in partly["runs"]] == ["swiglu", "sequence", "sequence, causal"]
     printed, again = run_study()
     assert "3 runs, 2 of them done before" in printed and "[1/1] prefix-1: math" in printed
     assert again["runs"] == found["runs"]
@@ -2668,7 +2668,7 @@ def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_
 def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
     cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, max_steps=3, router_context="sequence", lr=0.1))
     train.train(cfg)
-    run = study.Run("x", "variant", "sequence", 1, [], tmp_path)
+    run = study.Run("sequence", 1, [], tmp_path)
     run.settings = cfg
     found = study.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
     model, corpus = from_pretrained(tmp_path).eval(), train.Corpus(cfg)

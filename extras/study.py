@@ -99,9 +99,7 @@ class StudyConfig:
 class Run:
     """One training run of a study."""
 
-    name: str  # of its folder
-    kind: str  # "variant", "equal time", "lr x 0.5" or "lr x 2"
-    variant: str
+    group: str  # of the runs that differ in their seed alone: "prefix", "swiglu, equal time", "prefix, lr x 2"
     seed: int
     arguments: list[str]  # of train.py
     folder: Path
@@ -122,26 +120,25 @@ class Run:
 def plan_runs(cfg: StudyConfig) -> list[Run]:
     """All runs of the study, the most important first."""
 
-    def plan(variant: str, seed: int, kind: str = "variant", steps: int = cfg.max_steps, *more: str) -> Run:
-        suffix = "" if kind == "variant" else "-" + kind.replace(" x ", "_").replace(" ", "_")
-        name = f"{variant}{suffix}-{seed}"
-        folder = Path(cfg.out_dir) / name
+    def plan(group: str, seed: int, steps: int = cfg.max_steps, *more: str) -> Run:
+        variant = group.split(",")[0]
+        folder = Path(cfg.out_dir) / f"{group.replace(', ', '-').replace(' ', '_')}-{seed}"
         arguments = [
             cfg.base, f"{VARIANTS / variant}.py", *more, f"--seed={seed}", f"--max_steps={steps}",
             f"--eval_interval={steps}", f"--eval_tokens={cfg.eval_tokens}", f"--out_dir={folder}",
             f"--device={cfg.device}",
         ]  # fmt: skip
-        return Run(name, kind, variant, seed, arguments, folder)
+        return Run(group, seed, arguments, folder)
 
     seeds, main = range(1, cfg.seeds + 1), [variant for variant in cfg.variants if variant in MAIN]
     runs = [plan(variant, seed) for seed in seeds for variant in main]
     runs += [plan(variant, seed) for variant in cfg.variants if variant not in main for seed in seeds]
-    lr = {run.variant: run.settings.lr for run in runs if run.variant in LR_CHECKED}
+    lr = {run.group: run.settings.lr for run in runs if run.group in LR_CHECKED}
     if cfg.cost_ratio > 1:
         steps = round(cfg.max_steps * cfg.cost_ratio)
-        runs += [plan(name, seed, "equal time", steps) for seed in seeds for name in main if name in BASELINES]
+        runs += [plan(f"{name}, equal time", seed, steps) for seed in seeds for name in main if name in BASELINES]
     for seed, variant, x in itertools.product(seeds[: cfg.check_lr], lr, LR_FACTORS):
-        runs.append(plan(variant, seed, f"lr x {x:g}", cfg.max_steps, f"--lr={x * lr[variant]!r}"))
+        runs.append(plan(f"{variant}, lr x {x:g}", seed, cfg.max_steps, f"--lr={x * lr[variant]!r}"))
     return runs
 
 
@@ -152,7 +149,7 @@ def check_runs(runs: list[Run]):
         train.Corpus(run.settings)
         if set(run.settings.mixture) != set(first.mixture):
             domains = ", ".join(run.settings.mixture)
-            raise ValueError(f"{run.name} has the domains {domains}, {runs[0].name} has {', '.join(first.mixture)}")
+            raise ValueError(f"{run.group} has the domains {domains}, {runs[0].group} has {', '.join(first.mixture)}")
         with torch.device("meta"):  # shapes without storage
             train.freeze(PolychromaticLM(run.settings.model_config()), run.settings.frozen)
 
@@ -161,11 +158,8 @@ def is_finished(run: Run) -> bool:
     """Whether the run's folder holds the finished run. Raises ValueError if it holds a run with other settings."""
     if not run.started():
         return False
-    try:
-        checkpoint = train.load_checkpoint(run.folder)
-        saved, step = checkpoint["settings"], checkpoint["step"]
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{e}; remove {run.folder} to train it again") from None
+    checkpoint = train.load_checkpoint(run.folder)
+    saved, step = checkpoint["settings"], checkpoint["step"]
     for name, value in dataclasses.asdict(run.settings).items():
         if saved.get(name, value) != value and name not in ("resume", "overwrite", "out_dir", "device"):
             found = f"{run.folder} was trained with {name}={saved[name]!r}, not {value!r}"
@@ -202,9 +196,12 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
                 else:
                     lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()
                     outcome = f"did not finish ({(lines or ['no output'])[-1]}); see {run.folder / 'output.txt'}"
-                    errors.append(f"{run.name} {outcome}")
+                    errors.append(f"{run.folder.name} {outcome}")
                 n_ended += 1
-                print(f"[{n_ended}/{n_waiting}] {run.name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
+                print(
+                    f"[{n_ended}/{n_waiting}] {run.folder.name}: {outcome}, {time.monotonic() - start:.0f} s",
+                    flush=True,
+                )
     finally:  # if interrupted, each run finishes its step and saves
         for process, _ in running.values():
             process.terminate()
@@ -255,7 +252,8 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     for run in filter(is_finished, runs):
         last, weights = run.evaluation(), train.load_checkpoint(run.folder)["model"]
         results.append({
-            **{key: getattr(run, key) for key in ("name", "kind", "variant", "seed")},
+            "group": run.group,
+            "seed": run.seed,
             "command": shlex.join(["python", "train.py", *run.arguments]),
             "parameters": sum(w.numel() for name, w in weights.items() if not name.endswith("tau")),
             "activations": run.settings.activations,
@@ -263,11 +261,11 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
             "bits_per_byte": with_mean({domain: val["bits_per_byte"] for domain, val in last["val"].items()}),
             "routing": last["routing"],
         })  # fmt: skip
-        if run.kind == "variant" and run.settings.sees_future:
+        if run.settings.sees_future:
             path = run.folder / "causal.json"  # takes minutes to compute
             if not path.exists():
                 write_json(path, causal_losses(run, device))
-            changed = {"name": f"{run.name}, causal", "kind": "causal", "causal": True, "routing": {}}
+            changed = {"group": f"{run.group}, causal", "causal": True, "routing": {}}
             results.append({**results[-1], **changed, "bits_per_byte": with_mean(json.loads(path.read_text()))})
     return results
 
@@ -318,11 +316,6 @@ def estimate(values: Sequence[float]) -> dict:
     return {"mean": mean, "interval": [mean - half, mean + half], "p": two_sided_p(mean / error, n - 1)}
 
 
-def label(x: dict) -> str:
-    """The name of a result's group."""
-    return x["variant"] if x["kind"] == "variant" else f"{x['variant']}, {x['kind']}"
-
-
 def summarize(results: list[dict]) -> dict:
     """The means of each group of runs, and paired differences between groups in bits per byte, averaged over domains.
 
@@ -331,13 +324,13 @@ def summarize(results: list[dict]) -> dict:
     """
     groups: dict[str, dict[int, dict]] = {}
     for result in results:
-        groups.setdefault(label(result), {})[result["seed"]] = result
+        groups.setdefault(result["group"], {})[result["seed"]] = result
     rows = []
-    for name, runs in groups.items():
+    for runs in groups.values():
         first, *_ = members = list(runs.values())
-        row = {key: first[key] for key in ("kind", "variant", "parameters", "activations", "causal")}
+        row = {key: first[key] for key in ("group", "parameters", "activations", "causal")}
         bits = {d: statistics.fmean(run["bits_per_byte"][d] for run in members) for d in first["bits_per_byte"]}
-        rows.append({"name": name, **row, "seeds": list(runs), "bits_per_byte": bits})
+        rows.append({**row, "seeds": list(runs), "bits_per_byte": bits})
         if first["routing"]:
             measures = {m: estimate([statistics.fmean(run["routing"][m]) for run in members]) for m in MEASURES}
             usage = np.mean([run["routing"]["usage"] for run in members], axis=0).tolist()  # [n_layer, K]
@@ -352,16 +345,16 @@ def summarize(results: list[dict]) -> dict:
                 found.append({"ours": ours, "theirs": theirs, "seeds": seeds, **difference})
         return found
 
-    comparisons, tested = {}, [row for row in rows if not row["kind"].startswith("lr")]
-    for baseline in (row for row in tested if row["variant"] in BASELINES):
-        others = [x["name"] for x in tested if baseline["kind"] == "variant" or len(x["activations"]) > 1]
-        found = compare((name, baseline["name"]) for name in others if name != baseline["name"])
-        comparisons[baseline["name"]] = sorted(found, key=lambda x: x["mean"])
+    comparisons, lr = {}, [row["group"] for row in rows if ", lr" in row["group"]]
+    for baseline in (name for name in groups if name.split(",")[0] in BASELINES and name not in lr):
+        tested = [row for row in rows if row["group"] not in (baseline, *lr)]
+        others = [row["group"] for row in tested if baseline in BASELINES or len(row["activations"]) > 1]
+        found = comparisons[baseline] = compare((group, baseline) for group in others)
         found = [x for x in found if x["p"] is not None]
         for x, p in zip(found, holm([x["p"] for x in found])):
             x |= {"p_holm": p, "survives": p < 0.05}
-    lr = ((row["name"], row["variant"]) for row in rows if row["kind"].startswith("lr"))
-    return {"summary": rows, "comparisons": comparisons, "contrasts": compare([*CONTRASTS, *lr])}
+    contrasts = compare([*CONTRASTS, *((group, group.split(",")[0]) for group in lr)])
+    return {"summary": rows, "comparisons": comparisons, "contrasts": contrasts}
 
 
 # --------------------------------------------------------------------------------------------------- tables and figure
@@ -384,7 +377,7 @@ def print_report(report: dict):
     table = [["", "seeds", *rows[0]["bits_per_byte"], "parameters"]]
     for row in rows:
         bits = (f"{x:.4f}" for x in row["bits_per_byte"].values())
-        table.append([row["name"], str(len(row["seeds"])), *bits, f"{row['parameters']:,}"])
+        table.append([row["group"], str(len(row["seeds"])), *bits, f"{row['parameters']:,}"])
     print_table("Bits per byte of held-out text, mean over the seeds; mean: over the domains", table)
 
     sections = {
@@ -393,26 +386,26 @@ def print_report(report: dict):
     sections["Single differences of mean bits per byte, paired by seed, not corrected"] = report["contrasts"]
     for title, found in sections.items():
         table = [["", "pairs", "difference [95% interval]", "p", "p, Holm", "survives"]]
-        for x in found:
+        for x in sorted(found, key=lambda x: x["mean"]):
             p, corrected = ("-" if x.get(key) is None else f"{x[key]:.2g}" for key in ("p", "p_holm"))
             cells = with_interval(x, "+.4f"), p, corrected, {True: "yes", False: "no"}.get(x.get("survives"), "-")
             table.append([f"{x['ours']} - {x['theirs']}", str(len(x["seeds"])), *cells])
         print_table(title, table)
 
-    routed = [row for row in rows if "routing" in row and row["kind"] == "variant"]
+    routed = [row for row in rows if "routing" in row and ", lr" not in row["group"]]
     measures = [["", *(heading for heading, _ in MEASURES.values())]]
     usage = [["", "activations", *(f"layer {i}" for i in range(len(routed[0]["usage"]) if routed else 0))]]
     for row in routed:
-        measures.append([row["name"], *(with_interval(row["routing"][m], f) for m, (_, f) in MEASURES.items())])
+        measures.append([row["group"], *(with_interval(row["routing"][m], f) for m, (_, f) in MEASURES.items())])
         layers = (" / ".join(f"{share:.0%}" for share in layer) for layer in row["usage"])
-        usage.append([row["name"], " / ".join(row["activations"]), *layers])
+        usage.append([row["group"], " / ".join(row["activations"]), *layers])
     print_table("Routing at the end, mean over layers and seeds [95% interval]; entropies as shares of ln K", measures)
     print_table("Usage by layer, mean over the seeds", usage)
 
 
 def finding(report: dict) -> str:
     """What the corrected comparisons show about the causal routed variants, as a sentence."""
-    routed = {row["name"] for row in report["summary"] if row["causal"] and len(row["activations"]) > 1}
+    routed = {row["group"] for row in report["summary"] if row["causal"] and len(row["activations"]) > 1}
     found = {
         name: [x for x in xs if x["ours"] in routed and "p_holm" in x] for name, xs in report["comparisons"].items()
     }
@@ -424,7 +417,7 @@ def finding(report: dict) -> str:
 
 def draw_differences(ax, report: dict):
     """Differences to SwiGLU with 95% intervals, at most ten rows, and a line for each baseline."""
-    order = [row["name"] for row in sorted(report["summary"], key=lambda row: row["kind"] != "equal time")]
+    order = [row["group"] for row in sorted(report["summary"], key=lambda row: "equal time" not in row["group"])]
     found = sorted(report["comparisons"]["swiglu"], key=lambda x: order.index(x["ours"]))[9::-1]
     for i, x in enumerate(found):
         low, high = x["interval"] or (x["mean"], x["mean"])
@@ -459,7 +452,7 @@ def draw_report(path: Path, report: dict):
         import matplotlib.figure
     except ImportError:
         return print("no figure: pip install matplotlib")
-    panels = {v: [run for run in report["runs"] if label(run) == v] for v in ("prefix", "centred")}
+    panels = {v: [run for run in report["runs"] if run["group"] == v] for v in ("prefix", "centred")}
     panels = {variant: runs for variant, runs in panels.items() if runs}
     if not panels or not report["comparisons"].get("swiglu"):
         return print("no figure: it compares swiglu with prefix and centred")

@@ -283,7 +283,7 @@ def make_figure(title: str, *shape: int):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), dpi=200, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     return figure, figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
 
 
@@ -314,7 +314,7 @@ def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
     usage = np.array(usage)  # [evaluations, n_layer, K]
     n_single, n_layer, middle = (usage.max(2) > 0.9).sum(1), usage.shape[1], len(steps) // 2
     title = f"{n_single[-1]} of {n_layer} layers end with over 90% of their choices on one activation;\n"
-    title += f"after {steps[middle]} of {steps[-1]} steps, {n_single[middle]} of them did"
+    title += f"after {steps[middle]} of {steps[-1]} steps, {n_single[middle] or 'none'} of them did"
     n_columns = math.ceil(math.sqrt(n_layer))
     figure, axes = make_figure(title, math.ceil(n_layer / n_columns), n_columns)
     for i, ax in enumerate(axes.flat[:n_layer]):
@@ -336,9 +336,10 @@ def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
     names = {"static entropy": "static_entropy_share", "dynamic entropy": "dynamic_entropy_share"}
     means = {name: [np.mean(line["routing"][key]) for line in evaluations] for name, key in names.items()}
     if evaluations:
-        ends = (f"the {name} from {values[0]:.1%} to {values[-1]:.1%} of ln K" for name, values in means.items())
-        tau = f"while tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}"
-        title += f";\n{tau},\n" + "\nand ".join(ends)
+        dynamic = means["dynamic entropy"]
+        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
+        title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
+        title += f"the static entropy never fell below {min(means['static entropy']):.2%}"
     figure, axes = make_figure(title, 1 + bool(evaluations), 1)
     axes[0, 0].plot([line["step"] for line in steps], [line["loss"] for line in steps], "C7")
     axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))

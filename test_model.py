@@ -2578,7 +2578,7 @@ def test_students_t_and_holm_are_those_of_the_tables():
 
 
 def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons():
-    seeds, common = (1, 2, 3, 4), {"parameters": 1, "activations": ["silu"], "causal": True, "routing": {}}
+    seeds, common = (1, 2, 3, 4), {"activations": ["silu"], "causal": True, "routing": {}}
     offsets = {"swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4)}
     results = [
         {"group": v, "seed": s, "bits_per_byte": {"mean": 10.0 * s + x}, **common}

@@ -3,12 +3,12 @@
 python -m extras.study                             train every variant in config/study/ with five seeds (hours)
 python -m extras.study --variants=swiglu,prefix    train some of them; a new file in config/study/ is a new variant
 python -m extras.study --jobs=0                    report the runs that are finished, without training
-python -m extras.study --report=study.json         print the tables and draw the figures again from the numbers alone
+python -m extras.study --report=study.json         print the tables and draw the figure again from the numbers alone
 python -m extras.study --help                      list the settings
 
 Runs that share a seed see the same data in the same order and start from identical weights, except the routing
 parameters, so variants are compared within each seed. Each run is trained once: the same command continues where it was
-stopped. The most important runs come first. The run folders, study.json and the figures are written to out_dir.
+stopped. The most important runs come first. The run folders, study.json and study.png are written to out_dir.
 """
 
 import dataclasses
@@ -71,9 +71,9 @@ class StudyConfig:
     cost_ratio: float = 1.31  # step of a routed variant to a baseline's (extras.bench); 1: no runs at equal time
     check_lr: int = 3  # seeds with which swiglu, geglu and prefix also train at half and at twice the learning rate
     eval_tokens: int = 131_072  # evaluate on at most this many tokens of each domain's val.bin
-    out_dir: str = "out/study"  # where the runs, study.json and the figures go
+    out_dir: str = "out/study"  # where the runs, study.json and study.png go
     jobs: int | None = None  # runs at a time; None: one per CPU core, on a GPU one; 0: report finished runs
-    report: str | None = None  # a study.json to report, without any run; the figures go beside it
+    report: str | None = None  # a study.json to report, without any run; the figure goes beside it
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
 
     def __post_init__(self):
@@ -173,8 +173,8 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
     Each is a process of its own. On a CPU it gets one thread, so that its results do not depend on the number of cores.
     """
     waiting, running, errors = [run for run in runs if not is_finished(run)], {}, []
-    n_waiting, n_ended = len(waiting), 0
-    print(f"{len(runs)} runs, {len(runs) - n_waiting} of them done before; {jobs} at a time", flush=True)
+    n_done, n_waiting = len(runs) - len(waiting), len(waiting)
+    print(f"{len(runs)} runs, {n_done} of them done before; {jobs} at a time", flush=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if on_cpu else {})}
     try:
         while waiting or running:
@@ -186,9 +186,7 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
                     process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
                 running[run] = process, time.monotonic()
             time.sleep(0.1)
-            for run, (process, start) in list(running.items()):
-                if process.poll() is None:
-                    continue
+            for run, (process, start) in [x for x in running.items() if x[1][0].poll() is not None]:
                 del running[run]
                 if process.returncode == 0 and (evaluation := run.evaluation()):
                     bits = (f"{domain} {val['bits_per_byte']:.3f}" for domain, val in evaluation["val"].items())
@@ -197,11 +195,8 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
                     lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()
                     outcome = f"did not finish ({(lines or ['no output'])[-1]}); see {run.folder / 'output.txt'}"
                     errors.append(f"{run.folder.name} {outcome}")
-                n_ended += 1
-                print(
-                    f"[{n_ended}/{n_waiting}] {run.folder.name}: {outcome}, {time.monotonic() - start:.0f} s",
-                    flush=True,
-                )
+                count = f"{n_waiting - len(waiting) - len(running)}/{n_waiting}"
+                print(f"[{count}] {run.folder.name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
     finally:  # if interrupted, each run finishes its step and saves
         for process, _ in running.values():
             process.terminate()
@@ -214,9 +209,7 @@ def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
 
 
 @torch.no_grad()
-def causal_losses(
-    run: Run, device: torch.device, rows: int = 128, first: int = 32, others: int = 8
-) -> dict[str, float]:
+def causal_losses(run: Run, device: torch.device, rows=128, first=32, others=8) -> dict[str, float]:
     """Bits per byte of a "sequence" model in each domain when its router cannot read later tokens, as in generation.
 
     Each token is then predicted by its own forward pass on the tokens before it. To save time this is done in at most
@@ -250,12 +243,11 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     """The measurements of every finished run, and of each "sequence" run once more with its causal score."""
     results = []
     for run in filter(is_finished, runs):
-        last, weights = run.evaluation(), train.load_checkpoint(run.folder)["model"]
+        last = run.evaluation()
         results.append({
             "group": run.group,
             "seed": run.seed,
             "command": shlex.join(["python", "train.py", *run.arguments]),
-            "parameters": sum(w.numel() for name, w in weights.items() if not name.endswith("tau")),
             "activations": run.settings.activations,
             "causal": not run.settings.sees_future,
             "bits_per_byte": with_mean({domain: val["bits_per_byte"] for domain, val in last["val"].items()}),
@@ -328,7 +320,7 @@ def summarize(results: list[dict]) -> dict:
     rows = []
     for runs in groups.values():
         first, *_ = members = list(runs.values())
-        row = {key: first[key] for key in ("group", "parameters", "activations", "causal")}
+        row = {key: first[key] for key in ("group", "activations", "causal")}
         bits = {d: statistics.fmean(run["bits_per_byte"][d] for run in members) for d in first["bits_per_byte"]}
         rows.append({**row, "seeds": list(runs), "bits_per_byte": bits})
         if first["routing"]:
@@ -345,11 +337,12 @@ def summarize(results: list[dict]) -> dict:
                 found.append({"ours": ours, "theirs": theirs, "seeds": seeds, **difference})
         return found
 
-    comparisons, lr = {}, [row["group"] for row in rows if ", lr" in row["group"]]
-    for baseline in (name for name in groups if name.split(",")[0] in BASELINES and name not in lr):
+    comparisons, lr = {}, [group for group in groups if ", lr" in group]
+    for baseline in (group for group in groups if group.split(",")[0] in BASELINES and group not in lr):
         tested = [row for row in rows if row["group"] not in (baseline, *lr)]
         others = [row["group"] for row in tested if baseline in BASELINES or len(row["activations"]) > 1]
-        found = comparisons[baseline] = compare((group, baseline) for group in others)
+        found = sorted(compare((group, baseline) for group in others), key=lambda x: x["mean"])
+        comparisons[baseline] = found
         found = [x for x in found if x["p"] is not None]
         for x, p in zip(found, holm([x["p"] for x in found])):
             x |= {"p_holm": p, "survives": p < 0.05}
@@ -374,19 +367,18 @@ def with_interval(x: dict, form: str) -> str:
 def print_report(report: dict):
     """Print the tables of docs/study.md."""
     rows = sorted(report["summary"], key=lambda row: row["bits_per_byte"]["mean"])
-    table = [["", "seeds", *rows[0]["bits_per_byte"], "parameters"]]
+    table = [["", "seeds", *rows[0]["bits_per_byte"]]]
     for row in rows:
-        bits = (f"{x:.4f}" for x in row["bits_per_byte"].values())
-        table.append([row["group"], str(len(row["seeds"])), *bits, f"{row['parameters']:,}"])
+        table.append([row["group"], str(len(row["seeds"])), *(f"{x:.4f}" for x in row["bits_per_byte"].values())])
     print_table("Bits per byte of held-out text, mean over the seeds; mean: over the domains", table)
 
     sections = {
-        f"Mean bits per byte minus that of {name}, paired by seed": x for name, x in report["comparisons"].items()
+        f"Compared with {name}: mean bits per byte, paired by seed": x for name, x in report["comparisons"].items()
     }
     sections["Single differences of mean bits per byte, paired by seed, not corrected"] = report["contrasts"]
     for title, found in sections.items():
         table = [["", "pairs", "difference [95% interval]", "p", "p, Holm", "survives"]]
-        for x in sorted(found, key=lambda x: x["mean"]):
+        for x in found:
             p, corrected = ("-" if x.get(key) is None else f"{x[key]:.2g}" for key in ("p", "p_holm"))
             cells = with_interval(x, "+.4f"), p, corrected, {True: "yes", False: "no"}.get(x.get("survives"), "-")
             table.append([f"{x['ours']} - {x['theirs']}", str(len(x["seeds"])), *cells])
@@ -406,13 +398,13 @@ def print_report(report: dict):
 def finding(report: dict) -> str:
     """What the corrected comparisons show about the causal routed variants, as a sentence."""
     routed = {row["group"] for row in report["summary"] if row["causal"] and len(row["activations"]) > 1}
-    found = {
-        name: [x for x in xs if x["ours"] in routed and "p_holm" in x] for name, xs in report["comparisons"].items()
-    }
-    n_better = {name: sum(x["survives"] and x["mean"] < 0 for x in xs) for name, xs in found.items()}
-    parts = [f"{n_better[x] or 'none'} beat {name}" for x, name in BASELINES.items() if found.get(x)]
-    correction = "(at equal steps; p < 0.05 by paired t-tests with Holm's correction)"
-    return f"Of {len(found['swiglu'])} causal routed variants, {' and '.join(parts)}\n{correction}" if parts else ""
+    parts = []
+    for baseline, name in BASELINES.items():
+        tested = [x for x in report["comparisons"].get(baseline, ()) if x["ours"] in routed and "p_holm" in x]
+        n_better = sum(x["survives"] and x["mean"] < 0 for x in tested)
+        parts += [f"{n_better or 'none'} of {len(tested)} beat {name}"] if tested else []
+    sentence = f"Of the causal routed variants, {' and '.join(parts)}\n(at equal steps, after Holm's correction)"
+    return sentence if parts else ""
 
 
 def draw_differences(ax, report: dict):

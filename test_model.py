@@ -2561,7 +2561,7 @@ def test_a_study_plans_the_most_important_runs_first_and_its_variants_differ_in_
     settings = dict(variants=("moa", "prefix", "swiglu"), seeds=2, check_lr=1, max_steps=100, cost_ratio=1.3)
     runs = study.plan_runs(study.StudyConfig(**settings))
     names = "swiglu-1 prefix-1 swiglu-2 prefix-2 moa-1 moa-2 swiglu-equal_time-1 swiglu-equal_time-2"
-    names += " swiglu-lr_x_0.5-1 swiglu-lr_x_2-1 prefix-lr_x_0.5-1 prefix-lr_x_2-1"
+    names += " swiglu-lr_0.5-1 swiglu-lr_2-1 prefix-lr_0.5-1 prefix-lr_2-1"
     assert [run.folder.name for run in runs] == names.split()
     assert all(run.settings.seed == int(run.folder.name[-1]) for run in runs)
     assert [run.settings.max_steps for run in runs] == 6 * [100] + 2 * [130] + 4 * [100]

@@ -122,7 +122,7 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
 
     def plan(group: str, seed: int, steps: int = cfg.max_steps, *more: str) -> Run:
         variant = group.split(",")[0]
-        folder = Path(cfg.out_dir) / f"{group.replace(', ', '-').replace(' ', '_')}-{seed}"
+        folder = Path(cfg.out_dir) / f"{group.replace(', ', '-').replace(' x ', '_').replace(' ', '_')}-{seed}"
         arguments = [
             cfg.base, f"{VARIANTS / variant}.py", *more, f"--seed={seed}", f"--max_steps={steps}",
             f"--eval_interval={steps}", f"--eval_tokens={cfg.eval_tokens}", f"--out_dir={folder}",

@@ -1128,6 +1128,15 @@ def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(
     assert [x["step"] for x in losses_of(tmp_path)] == list(range(1, 13))  # nothing is logged twice
 
 
+def test_a_run_with_a_centred_router_resumes_bit_identical(corpus_dir, tmp_path):
+    unbroken, broken = (run_settings(corpus_dir, tmp_path / x, **ROUTERS["centred token"]) for x in ("one", "two"))
+    run_here(unbroken)
+    with mock.patch.object(train, "StopSignal", return_value=SimpleNamespace(requested=True)):
+        assert "stopped" in run_here(broken)
+    run_here(broken, "--resume")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 def test_samples_change_nothing_and_stay_in_one_line(unbroken, corpus_dir, tmp_path, small_vocab):
     """Of any tokenizer: printable, and without special tokens."""
     settings = run_settings(corpus_dir, tmp_path / "run", sample_tokens=0)
@@ -1147,9 +1156,10 @@ def test_samples_change_nothing_and_stay_in_one_line(unbroken, corpus_dir, tmp_p
 
 
 def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
-    """With routing noise, an annealed mixture, several micro-batches a process; one's run goes on in two, and back."""
+    """With a centred router, noise, an annealed mixture and several micro-batches; one's run goes on in two, and back."""
     overrides = {"max_steps": 20, "micro_batch_size": 2, "anneal_start": 0.5, "eval_interval": 10, "save_interval": 99}
     overrides |= {"mixture": {"math": 0.8, "code": 0.2}, "mixture_end": {"math": 0.2, "code": 0.8}}
+    overrides |= ROUTERS["centred token"]
     one, two, both = (run_settings(corpus_dir, tmp_path / name, **overrides) for name in ("one", "two", "both"))
     run_here(one)
     assert run_script(*command_of(two, processes=2)).returncode == 0

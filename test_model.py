@@ -1156,7 +1156,7 @@ def test_samples_change_nothing_and_stay_in_one_line(unbroken, corpus_dir, tmp_p
 
 
 def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
-    """With a centred router, noise, an annealed mixture and several micro-batches; one's run goes on in two, and back."""
+    """With a centred router, noise, an annealed mixture and micro-batches; one's run goes on in two, and back."""
     overrides = {"max_steps": 20, "micro_batch_size": 2, "anneal_start": 0.5, "eval_interval": 10, "save_interval": 99}
     overrides |= {"mixture": {"math": 0.8, "code": 0.2}, "mixture_end": {"math": 0.2, "code": 0.8}}
     overrides |= ROUTERS["centred token"]

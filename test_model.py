@@ -907,6 +907,24 @@ def test_the_printed_command_fits_the_tokenizer_and_each_domain_its_size(gpt2_vo
     assert capsys.readouterr().out.endswith(f"{command} --vocab_size={meta['vocab_size']}\n")
 
 
+def test_config_small_trains_resumes_and_writes_on_a_text_of_ones_own(gpt2_vocab, tmp_path, monkeypatch, run_main):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "a.txt").write_text(OUR_CODE)
+    vocab, out = f"--vocab={gpt2_vocab}", f"--out_dir={tmp_path}/out"
+    prepare("text", f"--source={tmp_path}/a.txt", f"--data_dir={tmp_path}", "--tokenizer=gpt2", vocab)
+    cuts = {"n_layer": 1, "n_embd": 32, "d_ff": 48, "block_size": 64, "batch_size": 4, "micro_batch_size": 2}
+    cuts["vocab_size"] = json.loads((tmp_path / "text" / "meta.json").read_text())["vocab_size"]
+    data = {"data_dir": tmp_path / "text", "mixture": {"text": 1.0}, "mixture_end": None, "device": "cpu"}
+    arguments = ["config/small.py", out, *flags({**cuts, **data, "eval_tokens": 256})]
+    run_here({}, *arguments, "--max_steps=5")
+    resumed = run_here({}, *arguments, "--max_steps=10", "--resume")
+    assert "at step 5" in resumed and re.search("^step 10/10", resumed, re.MULTILINE)
+    assert run_main(sample, out, vocab, "--max_new_tokens=5").out.strip()
+    with torch.device("meta"), mock.patch.object(PolychromaticLM, "init_weights"):
+        model = PolychromaticLM(config.load(train.TrainConfig, ["config/small.py"]).model_config())
+    assert sum(p.numel() for p in model.parameters()) == 123_961_824
+
+
 def test_text_in_another_encoding_is_read_when_it_is_named(tmp_path):
     text = "\u00e9t\u00e9 \u00fc\n\n" + OUR_CODE[:9000]
     for encoding in ("latin-1", "utf-16"):

@@ -1,0 +1,29 @@
+# A PolyGLU of GPT-2's size, 124M parameters, on one consumer card of 24 GB.
+# python prepare_data.py pretrain --tokenizer=gpt2 --max_tokens=2e9 && python train.py config/small.py
+# On your own text: python prepare_data.py text --source='*.txt' --tokenizer=gpt2
+#                   python train.py config/small.py --data_dir=data/text --max_steps=500
+#
+# Estimates by docs/performance.md, never measured: 5,000 steps are 2.6B tokens, 21 a parameter; 8 hours on an RTX 4090
+# (100 TFLOP/s achieved, 1.0 TB/s), 15 on an RTX 3090 (50 TFLOP/s, 0.94 TB/s). Memory: 15 GB.
+
+data_dir = "data/pretrain"
+out_dir = "out/small"
+
+# model: 123,961,824 parameters
+tokenizer = "gpt2"
+vocab_size = 50_259
+block_size = 1024
+n_layer = 12
+n_head = 12
+n_kv_head = 6
+n_embd = 768
+d_ff = 2304
+
+# run: 0.5M tokens a step
+max_steps = 5000
+batch_size = 512
+micro_batch_size = 32  # out of memory: halve it; the steps stay the same
+lr = 6e-4
+warmup_steps = 500
+
+eval_interval = 500

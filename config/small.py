@@ -4,7 +4,7 @@
 #                   python train.py config/small.py --data_dir=data/text --max_steps=500
 #
 # Estimates by docs/performance.md, never measured: 5,000 steps are 2.6B tokens, 21 a parameter; 8 hours on an RTX 4090
-# (100 TFLOP/s achieved, 1.0 TB/s), 15 on an RTX 3090 (50 TFLOP/s, 0.94 TB/s). Memory: 15 GB.
+# (100 TFLOP/s achieved, 1.0 TB/s), 14 on an RTX 3090 (50 TFLOP/s, 0.94 TB/s). Memory: 15 GB.
 
 data_dir = "data/pretrain"
 out_dir = "out/small"

@@ -41,6 +41,7 @@ import sample
 import sft
 import train
 from extras import bench, study
+from extras.memory import estimate_memory
 from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
 from model import (
     ACTIVATIONS,
@@ -1310,7 +1311,7 @@ def test_the_first_step_and_evaluations_do_not_count_in_the_throughput(corpus_di
 def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
     def estimate(**overrides) -> int:
         cfg = train.TrainConfig(**{**SMALL, "dtype": "bfloat16", "batch_size": 64, **overrides})
-        return train.estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
+        return estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
 
     n = sum(p.numel() for p in small_model().parameters())
     fixed = 2 * estimate(micro_batch_size=1) - estimate(micro_batch_size=2)  # without tokens
@@ -1320,7 +1321,7 @@ def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
     assert estimate(recompute=True) < estimate() < estimate(dtype="float32")
     with torch.device("meta"):
         cfg = train.TrainConfig(dtype="bfloat16")
-        assert 40 < train.estimate_memory(PolychromaticLM(cfg.model_config()), cfg) / 2**30 < 70
+        assert 40 < estimate_memory(PolychromaticLM(cfg.model_config()), cfg) / 2**30 < 70
 
 
 def test_the_first_lines_name_the_card_and_the_memory_that_the_run_needs(capsys, monkeypatch):

@@ -466,16 +466,6 @@ def inherit_shape(cfg: TrainConfig, shape: dict, source: str | Path):
             raise ValueError(f"{source} has {name}={theirs!r}, not {ours!r}")
 
 
-@contextlib.contextmanager
-def writing(path: Path, hint: str = ""):
-    """Names the path in the error of a full or read-only disk."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise ValueError(f"cannot write {path}: {reason}{hint}") from None
-
-
 def read_log(folder: Path) -> list[dict]:
     """The records of a run's log.jsonl, without lines that a kill cut short."""
     path, records = folder / "log.jsonl", []
@@ -487,7 +477,7 @@ def read_log(folder: Path) -> list[dict]:
 
 def begin_run(folder: Path, step: int | None):
     """Cut the log back to the step that a run resumes at; for a new run (None), remove what an old one left."""
-    with writing(folder / "log.jsonl"):
+    with config.writing(folder / "log.jsonl"):
         if step is None:
             (folder / "ckpt.pt").unlink(missing_ok=True)  # before the log: what is left never belongs to another run
         records = [] if step is None else read_log(folder)
@@ -573,7 +563,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         raise ValueError(f"{n_micro} micro-batches a step for {ranks.world_size} processes; lower --micro_batch_size")
     lock = contextlib.ExitStack()  # no other process may write to the run folder until this one ends
     if is_main:
-        with writing(folder, "; choose another run folder with --out_dir="):
+        with config.writing(folder, "; choose another run folder with --out_dir="):
             folder.mkdir(parents=True, exist_ok=True)
             lock.enter_context(config.locked(folder))
 
@@ -586,7 +576,6 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     # data
     corpus = corpus_type(cfg)
     encoding = open_tokenizer(corpus) if cfg.sample_tokens and is_main else None
-    tokens_per_step = cfg.batch_size * cfg.block_size  # block_size may be that of init_from
     for name, theirs in checkpoint["settings"].items() if checkpoint else ():
         ours = getattr(cfg, name, theirs)
         if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
@@ -648,7 +637,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
     def log(record: dict):
         if is_main:
-            with writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
+            with config.writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
         if wandb_run:
             wandb_run.log(record)
@@ -657,7 +646,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     ranks.wait()  # all ranks have read the run folder; from here on it changes
     if is_main:
         begin_run(folder, first_step if resumed else None)
-        with writing(folder / "settings.json"):
+        with config.writing(folder / "settings.json"):
             config.write_json(folder / "settings.json", dataclasses.asdict(cfg))
 
     # loop
@@ -680,7 +669,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
                 "run_id": run_id, "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
             }  # fmt: skip
             if is_main:
-                with writing(ckpt, "; an earlier checkpoint, if there was one, is intact"):
+                with config.writing(ckpt, "; an earlier checkpoint, if there was one, is intact"):
                     config.write_atomically(ckpt, functools.partial(torch.save, state))
         state_of_run = f"{ckpt} is at step {saved}"
         if stopping:
@@ -734,7 +723,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         if step == first_step and not due:
             logged, t0 = step + 1, now  # the first step compiles: excluded from the throughput
         if due:
-            rate = (step + 1 - logged) * tokens_per_step / (now - t0)
+            rate = (step + 1 - logged) * cfg.batch_size * cfg.block_size / (now - t0)
             logged, t0 = step + 1, now
             record = {
                 "step": step + 1, "loss": finite(loss), "lr": lr, "tau": tau, "mixture": get_mixture(step, cfg),
@@ -748,20 +737,6 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     lock.close()
     if ranks.world_size > 1:
         torch.distributed.destroy_process_group()
-
-
-def estimate_memory(model: PolychromaticLM, cfg: TrainConfig) -> int:
-    """Bytes of GPU memory that a compiled run needs: an estimate from the shapes, not a measurement."""
-    c, tokens = model.config, cfg.micro_batch_size * model.config.block_size
-    size = pick_dtype(cfg.dtype, model.device).itemsize  # of what a matmul reads
-    # Kept for the backward pass, per token and block: the residual stream twice, both norms, the heads before and after
-    # QK-norm and RoPE, attention's output, and gate, up and their product.
-    heads = (3 * c.n_head + 4 * c.n_kv_head) * c.head_dim
-    block = 2 * 4 * c.n_embd + size * (2 * c.n_embd + heads + 3 * c.d_ff)
-    kept = tokens * (4 * c.n_embd * c.n_layer + block if cfg.recompute else block * c.n_layer)
-    head = (4 + size) * (min(2**28, tokens * c.vocab_size) + c.n_embd * c.vocab_size)  # a chunk of logits, the gradient
-    # A trained parameter takes 16 bytes: itself, its gradient and AdamW's two moments.
-    return sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) + kept + head
 
 
 def finite(x: float) -> float | None:
@@ -792,6 +767,8 @@ def print_start(model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks, compiled
         f"{size:,} parameters, {'/'.join(cfg.activations)}, on {machine}; {tokens_per_step:,} tokens a step", flush=True
     )
     if device.type == "cuda":
+        from extras.memory import estimate_memory
+
         card, needed = torch.cuda.get_device_properties(device), estimate_memory(model, cfg) / 2**30
         more = "" if compiled else " when compiled; uncompiled it needs more and may not fit"
         print(f"{card.name}, {card.total_memory / 2**30:.0f} GiB; the run needs an estimated {needed:.0f} GiB{more}")

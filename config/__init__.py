@@ -78,6 +78,16 @@ def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]):
         raise
 
 
+@contextlib.contextmanager
+def writing(path: Path, hint: str = "") -> Iterator[None]:
+    """Names the path in the error of a full or read-only disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise ValueError(f"cannot write {path}: {reason}{hint}") from None
+
+
 def write_json(path: Path, value: dict):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 

@@ -1172,6 +1172,10 @@ def test_samples_change_nothing_and_stay_in_one_line(unbroken, corpus_dir, tmp_p
     damage_corpus(vocab, tmp_path / "moved", vocab="moved.json")
     printed = run_here({**settings, "data_dir": str(tmp_path / "moved")}, "--overwrite")
     assert "without samples: cannot read the vocabulary moved.json: No such file" in printed and "done" in printed
+    damage_corpus(corpus_dir, tmp_path / "gpt2", tokenizer="gpt2")
+    with mock.patch.object(prepare_data.tiktoken, "get_encoding", side_effect=OSError):
+        printed = run_here({**settings, "data_dir": str(tmp_path / "gpt2"), "tokenizer": "gpt2"}, "--overwrite")
+    assert "without samples: cannot fetch the GPT-2 tokenizer\n" in printed and "done" in printed
 
 
 def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):

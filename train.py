@@ -5,8 +5,8 @@ python train.py config/tiny.py --max_steps=50      a flag overrides any setting
 python train.py config/tiny.py --resume            continue a stopped or killed run
 torchrun --nproc_per_node=8 train.py config/pretrain.py     on 8 GPUs: the same steps, the same data, the same loss
 
-Without an override file the settings are the paper's pretraining run. The run folder gets ckpt.pt, log.jsonl and
-settings.json.
+The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder gets ckpt.pt,
+log.jsonl and settings.json.
 """
 
 import contextlib
@@ -534,7 +534,7 @@ def open_tokenizer(corpus: Corpus):
 
         return get_tokenizer(corpus.cfg.tokenizer, corpus.vocab)
     except (ImportError, ValueError) as e:
-        print(f"without samples: {e}")
+        print(f"without samples: {str(e).partition(';')[0]}")  # the advice after it is for other scripts
         return None
 
 

@@ -286,11 +286,10 @@ class Attention(nn.Module):
             attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
             y = attend(q, k, v, block_mask=layout.mask, enable_gqa=True)
         elif T == 1:  # the queries of a key head as its rows: CUDA has no fast kernel for enable_gqa with a mask
-            q_rows = q.reshape(B, k.size(1), -1, self.head_dim)
-            y = F.scaled_dot_product_attention(q_rows, k, v, layout.mask).reshape(q.shape)
+            rows = q.reshape(B, k.size(1), -1, self.head_dim)
+            y = F.scaled_dot_product_attention(rows, k, v, layout.mask).reshape(q.shape)
         else:
-            is_causal = layout.mask is None
-            y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=is_causal, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=layout.mask is None, enable_gqa=True)
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -325,16 +324,10 @@ class KVCache:
             raise ValueError('router_context="sequence" reads later tokens too, so no cache is exact; run without one')
         self.length, self.max_length = 0, max_length
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
-        kv_shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
-        router_shape = (batch_size, 1, config.router_hidden + len(config.activations) + 2)
-        self.layers = [
-            LayerCache(
-                k=torch.zeros(kv_shape, dtype=dtype, device=device),
-                v=torch.zeros(kv_shape, dtype=dtype, device=device),
-                router=torch.zeros(router_shape, dtype=sum_dtype(self.doc_ids), device=device),
-            )
-            for _ in range(config.n_layer)
-        ]
+        kv = torch.zeros(batch_size, config.n_kv_head, max_length, config.head_dim, dtype=dtype, device=device)
+        n_sums = config.router_hidden + len(config.activations) + 2
+        router = torch.zeros(batch_size, 1, n_sums, dtype=sum_dtype(kv), device=device)
+        self.layers = [LayerCache(kv.clone(), kv.clone(), router.clone()) for _ in range(config.n_layer)]
 
 
 def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Tensor | BlockMask:
@@ -436,14 +429,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     d_weight += grad.t() @ h
         if needs_grad:
             ctx.save_for_backward(torch.cat(d_hidden)[:N], d_weight[:V])
-            ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * d_loss).to(ctx.dtypes[0]), (d_weight * d_loss).to(ctx.dtypes[1]), None, None, None, None
+        return d_hidden * d_loss, d_weight * d_loss, None, None, None, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,10 +1,11 @@
 # A PolyGLU of GPT-2's size, 124M parameters, on one consumer card of 24 GB.
-# python prepare_data.py pretrain --tokenizer=gpt2 --max_tokens=2e9 && python train.py config/small.py
+# python prepare_data.py pretrain --tokenizer=gpt2 --max_tokens=1e9 && python train.py config/small.py
 # On your own text: python prepare_data.py text --source='*.txt' --tokenizer=gpt2
 #                   python train.py config/small.py --data_dir=data/text --max_steps=500
 #
-# Estimates by docs/performance.md, never measured: 5,000 steps are 2.6B tokens, 21 a parameter; 8 hours on an RTX 4090
-# (100 TFLOP/s achieved, 1.0 TB/s), 14 on an RTX 3090 (50 TFLOP/s, 0.94 TB/s). Memory: 15 GB.
+# The first command takes 1B tokens of each domain, in equal shares. 5,000 steps are 2.6B tokens, 21 a parameter.
+# Estimates of docs/performance.md, never measured: 8 hours on an RTX 4090 (100 TFLOP/s achieved, 1.0 TB/s), 14 on an
+# RTX 3090 (50 TFLOP/s, 0.94 TB/s); 15 GB of memory.
 
 data_dir = "data/pretrain"
 out_dir = "out/small"

@@ -682,7 +682,8 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             measured = evaluate(model, corpus, ranks, autocast)
             log({"step": step, "tau": tau, **measured})
             print_evaluation(step, measured)
-            if encoding:
+            is_finite = all(math.isfinite(val["loss"]) for val in measured["val"].values())
+            if encoding and is_finite:
                 with autocast:
                     print(f"step {step}: sample: {write_sample(model, corpus, encoding)}", flush=True)
             t0 += time.monotonic() - started  # excluded from the throughput

@@ -527,29 +527,6 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
     return {"val": val, "routing": routing}
 
 
-def open_tokenizer(corpus: Corpus):
-    """The tiktoken.Encoding of a corpus, to print samples; without it, None, and the reason is printed."""
-    try:
-        from prepare_data import get_tokenizer
-
-        return get_tokenizer(corpus.cfg.tokenizer, corpus.vocab)
-    except (ImportError, ValueError) as e:
-        print(f"without samples: {str(e).partition(';')[0]}")  # the advice after it is for other scripts
-        return None
-
-
-def write_sample(model: PolychromaticLM, corpus: Corpus, encoding) -> str:
-    """The corpus' prompt and what the model writes after it, in one line. Leaves the global random state alone."""
-    from prepare_data import stop_tokens
-
-    ids, length = corpus.prompt(), corpus.cfg.sample_tokens
-    generator = torch.Generator(model.device).manual_seed(corpus.cfg.seed)
-    with torch.compiler.set_stance("force_eager"):  # compiling the blocks for one token would take half a minute
-        ids += [t.item() for t in model.generate([ids], length, 0.8, None, None, stop_tokens(encoding), generator)]
-    text = encoding.decode_bytes([i for i in ids if i < encoding.eot_token]).decode(errors="replace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     """Run the training that cfg describes, from its first step or its checkpoint to its last step."""
     # machine
@@ -575,7 +552,11 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
     # data
     corpus = corpus_type(cfg)
-    encoding = open_tokenizer(corpus) if cfg.sample_tokens and is_main else None
+    encoding = None
+    if cfg.sample_tokens and is_main:
+        from extras.samples import open_tokenizer, write_sample
+
+        encoding = open_tokenizer(corpus)
     for name, theirs in checkpoint["settings"].items() if checkpoint else ():
         ours = getattr(cfg, name, theirs)
         if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):

@@ -2338,7 +2338,7 @@ def test_a_bad_override_file_is_one_line(tmp_path):
 
 SETTINGS = [
     train.TrainConfig, sft.SFTConfig, sample.SampleConfig, evaluate.EvalConfig, bench.BenchConfig, study.StudyConfig,
-    *set(prepare_data.CORPORA.values()),
+    *dict.fromkeys(prepare_data.CORPORA.values()),
 ]  # fmt: skip
 
 

@@ -39,14 +39,17 @@ ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 class EvalConfig:
     """Settings of an evaluation."""
 
+    # model
     init_from: str | None = None  # run folder, checkpoint or any other model that loads; None: the newest under out/
     revision: str | None = None  # commit of a model on the hub
     router_context: str | None = None  # what the router reads: prefix, token or sequence; None: as trained
+    # loss, routing and plots
     report: bool | None = None  # measure domain loss and routing; None: unless problems or tasks are given
     data_dir: str | None = None  # corpus whose validation files to read; None: the one the model was trained on
     domains: tuple[str, ...] = ()  # of the corpus; none: all of them
     max_tokens: int | None = None  # tokens of each validation file, evenly spread; None: the whole file
     picture_dir: str | None = None  # folder of the plots; None: beside the checkpoint
+    # problems and tasks
     problems: bool = False  # ask the generated problems that are held out of all training data
     tasks: tuple[str, ...] = ()  # of the harness, for example hellaswag,arc_easy; finished ones are skipped
     task_dir: str | None = None  # folder of additional task files for the harness
@@ -54,7 +57,8 @@ class EvalConfig:
     limit: int | None = None  # problems of each family (None: 40), documents of each task (None: all)
     batch_size: int | str = "auto"  # rows at once, halved when GPU memory runs out; auto: depends on the device
     seed: int = 1  # of the generated problems
-    vocab: str | None = None  # vocab.json of the Qwen3 tokenizer; None: from the hub, kept in its cache
+    # machine
+    vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
 

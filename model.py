@@ -206,15 +206,16 @@ class ModelConfig:
     n_embd: int = 1024  # width of the residual stream
     head_dim: int = 64  # width of one attention head
     d_ff: int = 4096  # feed-forward neurons in a layer
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    tied_head: bool = True  # whether the output head shares the embedding's weight
+    tokenizer: str = "qwen3"  # the tokenizer of the token ids
+    # routing
     activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # mixed by every neuron; one: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
     router_centred: bool = False  # whether the router's output is taken less its own mean over the document so far
     gumbel: bool = True  # Gumbel noise on the routing logits in training
-    rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    norm_eps: float = 1e-6  # epsilon of every RMSNorm
-    tied_head: bool = True  # whether the output head shares the embedding's weight
-    tokenizer: str = "qwen3"  # the tokenizer of the token ids
 
     def __post_init__(self):
         self.activations = tuple(self.activations.split(",") if isinstance(self.activations, str) else self.activations)

@@ -673,7 +673,7 @@ def entropy(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def routing_stats(
-    model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None = None, mask: Tensor | None = None, neurons=False
+    model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None = None, mask: Tensor | None = None
 ) -> dict[str, list]:
     """Measures of the routing on tokens [B, T], without noise: {measure: one value a layer}; empty for a plain GLU.
 
@@ -684,7 +684,6 @@ def routing_stats(
     - input_dependence: mutual information of choice and token, mean over neurons, in nats: H(mean g) - mean H(g)
     - agreement: largest share of the layer's neurons that favour the same activation, mean over tokens
     - static_entropy_share, dynamic_entropy_share: the entropies as shares of ln K
-    - neuron_usage, with neurons=True: usage of every neuron, [K, d_ff]
     """
     if len(model.config.activations) == 1:
         return {}
@@ -710,6 +709,6 @@ def routing_stats(
         stats |= {"dynamic_entropy": dynamic.item(), "dynamic_entropy_share": dynamic.item() / max_entropy}
         stats |= {"usage": mean_g.mean(-1).tolist(), "agreement": agreement.item()}
         stats["input_dependence"] = (entropy(mean_g).mean() - dynamic).clamp_min(0).item()
-        layers.append(stats | ({"neuron_usage": mean_g.tolist()} if neurons else {}))
+        layers.append(stats)
     model.train(was_training)
     return {name: [stats[name] for stats in layers] for name in layers[0]}

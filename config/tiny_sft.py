@@ -16,4 +16,5 @@ warmup_steps = 50
 eval_interval = 900
 eval_tokens = 32_768
 save_interval = 450
+sample_tokens = 120  # a worked answer
 compile = True

@@ -8,7 +8,7 @@ are packed into rows, and the loss is on the assistant's words only. Without an 
 paper's.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ class SFTConfig(TrainConfig):
     """
 
     data_dir: str = "data/sft"  # a corpus of conversations, from prepare_data.py
-    mixture: dict[str, float] | None = field(default_factory=lambda: {"chat": 1.0})  # conversations only
     max_steps: int = 13_067  # optimizer steps; the schedules span them
     batch_size: int = 14  # rows of block_size tokens in a step: about the paper's 32 conversations, 57 thousand tokens
     micro_batch_size: int = 7  # rows in one forward pass; divides batch_size; the data stay the same

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import config
 from model import PolychromaticLM, routing_stats
-from prepare_data import FAMILIES, encode_chat, get_tokenizer, problems, stop_tokens, write_json
+from prepare_data import FAMILIES, encode_chat, get_tokenizer, problems, stop_tokens
 from sample import generate_texts, inference_dtype, newest_checkpoint, open_model
 from sft import Conversations
 from train import Corpus, TrainConfig, load_checkpoint, pick_device, prepare_cpu, read_log
@@ -147,6 +147,9 @@ def open_corpus(model: PolychromaticLM, cfg: EvalConfig, source: Path) -> Corpus
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # Corpus says what is wrong
         domains = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))["domains"]
         corpus_type = Conversations if any("val_targets" in counts for counts in domains.values()) else Corpus
+    for domain in cfg.domains:
+        if domain not in domains:
+            raise ValueError(f"{folder} has no domain {domain!r}; there are {', '.join(domains)}")
     domains = list(dict.fromkeys(cfg.domains or domains))
     settings = {
         **dataclasses.asdict(model.config), "data_dir": folder, "init_from": cfg.init_from or "out", "max_steps": 1,
@@ -458,18 +461,18 @@ def main():
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if corpus:
             report(model, cfg, corpus, results, folder)
-            write_json(file, results)
+            config.write_json(file, results)
         if cfg.problems:
             results["problems"] = solve_problems(model, encoding, cfg)
             print_problems(results["problems"])
-            write_json(file, results)
+            config.write_json(file, results)
         if cfg.tasks:
             from extras.harness import run_tasks, task_table
 
             finished = results.setdefault("tasks", {})
             for name, result in run_tasks(model, encoding, Batcher(model, cfg.batch_size), cfg, str(dtype), finished):
                 finished[name] = result
-                write_json(file, results)  # a killed run resumes after the last finished task
+                config.write_json(file, results)  # a killed run resumes after the last finished task
             print("\nBenchmark tasks, accuracy in percent; the scores of the other models are the paper's")
             print_table(task_table(finished, cfg.tasks))
     print(f"numbers: {file}")

@@ -46,7 +46,7 @@ class PolyGLU(nn.Module):
         PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
         g          = softmax( (alpha + beta * f + Gumbel noise) / tau )     over the K activations
         f          = W2 relu( context(W1 x + b1) ) + b2                     context: the mean of the document so far
-                     router_centred: less the mean of f over the document so far, so that no activation leads everywhere
+                     router_centred subtracts the mean of f over the document so far: no activation wins everywhere
 
     It can be used on its own: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in
     training only, once for each row and constant along it. With one activation there is no g: a plain GLU (SwiGLU,
@@ -56,11 +56,11 @@ class PolyGLU(nn.Module):
 
     def __init__(
         self, n_embd: int, d_ff: int, activations: Sequence[str] = ("relu", "tanh", "silu", "gelu"),
-        router_hidden: int = 32, router_context: str = "prefix", router_centred: bool = False, gumbel: bool = True,
+        router_hidden: int = 32, router_context: str = "prefix", gumbel: bool = True, router_centred: bool = False,
     ):  # fmt: skip
         super().__init__()
         check_names(ACTIVATIONS, "activation", *activations)
-        check_names(ROUTER_CONTEXTS, "router_context", router_context)
+        check_router(router_context, router_centred)
         self.sigma = [f() if isinstance(f, type) else f for f in map(ACTIVATIONS.get, activations)]
         self.learned_sigma = nn.ModuleList(f for f in self.sigma if isinstance(f, nn.Module))  # registers parameters
         self.router_context, self.router_centred, self.gumbel = router_context, router_centred, gumbel
@@ -112,10 +112,11 @@ class PolyGLU(nn.Module):
         doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
         with torch.autocast(x.device.type, enabled=False):
             R = u.size(2)
-            context = ROUTER_CONTEXTS[self.router_context](u, doc_start, None if cache is None else cache[..., : R + 1])
+            u_cache, f_cache = (None, None) if cache is None else (cache[..., : R + 1], cache[..., R + 1 :])
+            context = ROUTER_CONTEXTS[self.router_context](u, doc_start, u_cache)
             f = self.router_out(F.relu(context).to(self.beta.dtype))
             if self.router_centred:
-                f = f - prefix_mean(f, doc_start, None if cache is None else cache[..., R + 1 :])
+                f = f - prefix_mean(f, doc_start, f_cache)
             return self.beta * f
 
 
@@ -180,6 +181,13 @@ def check_names(registry: dict, kind: str, *names: str):
         raise ValueError(f"{kind}s are {names}; name at least one, each once")
 
 
+def check_router(context: str, centred: bool):
+    """Raise ValueError for a router that cannot be built."""
+    check_names(ROUTER_CONTEXTS, "router_context", context)
+    if centred and context == "sequence":
+        raise ValueError("router_centred cancels a sequence router: it is the same at every token; use prefix or token")
+
+
 def init_linear(module: nn.Module, std: float = 0.02):
     """Weights N(0, std) and biases 0 of an nn.Linear or nn.Embedding; other modules stay as they are."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -214,7 +222,7 @@ class ModelConfig:
     activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # mixed by every neuron; one: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
-    router_centred: bool = False  # whether the router's output is taken less its own mean over the document so far
+    router_centred: bool = False  # subtract from the router's output its mean over the document so far
     gumbel: bool = True  # Gumbel noise on the routing logits in training
 
     def __post_init__(self):
@@ -223,13 +231,11 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         check_names(ACTIVATIONS, "activation", *self.activations)
-        check_names(ROUTER_CONTEXTS, "router_context", self.router_context)
+        check_router(self.router_context, self.router_centred)
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta}, norm_eps {self.norm_eps}; they must be above 0")
         if self.router_hidden < 0:
             raise ValueError(f"router_hidden is {self.router_hidden}; it must be 0 (static preferences only) or more")
-        if self.router_centred and self.router_context == "sequence":
-            raise ValueError("router_centred leaves nothing of a sequence router: it is the same for every token")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head is {self.n_head}; it must be a multiple of n_kv_head, which is {self.n_kv_head}")
         if self.head_dim % 2:
@@ -365,7 +371,7 @@ class Block(nn.Module):
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.ffn = PolyGLU(
             config.n_embd, config.d_ff, config.activations,
-            config.router_hidden, config.router_context, config.router_centred, config.gumbel,
+            config.router_hidden, config.router_context, config.gumbel, config.router_centred,
         )  # fmt: skip
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
@@ -378,9 +384,10 @@ class Block(nn.Module):
 
 
 def chunk_loss(h: Tensor, w: Tensor, target: Tensor, share: Tensor, V: int, needs_grad: bool = True):
-    """Sum of share * cross-entropy of the first V logits h @ w.T, and its gradient in the logits, in h's dtype.
+    """Sum of share * cross-entropy of the first V logits h @ w.T, and its gradient with respect to the logits.
 
-    h [C, d], w [V or more, d], target [C] int64, share [C]. Compiled, one kernel reads the logits and writes the rest.
+    h [C, d], w [V or more, d], target [C] int64, share [C]; the gradient has h's dtype. Compiled, one kernel reads the
+    logits and writes the rest.
     """
     logits = at_least_fp32(h @ w.t())
     logits[:, V:] = -torch.inf
@@ -412,7 +419,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, chunk_loss, needs_grad: bool):
         dtype, (N, _), V = compute_dtype(hidden), hidden.shape, weight.size(0)
         n_chunks = -(-N // chunk_size)
-        padding = -N % n_chunks  # with ignored targets: chunks of one shape take one compiled graph
+        padding = -N % n_chunks  # rows with ignored targets: equal chunks need one compiled graph
         hidden_padded, targets = F.pad(hidden.to(dtype), (0, 0, 0, padding)), F.pad(targets, (0, padding), value=-1)
         w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128))  # tensor cores are slow on a ragged 151,669
         mask = (targets >= 0).to(at_least_fp32(hidden).dtype)
@@ -602,16 +609,16 @@ class PolychromaticLM(nn.Module):
         Parameters that need no gradient are left out. Each group has an "lr_scale": routing_lr for routing parameters,
         for alpha times alpha_lr. The caller multiplies the learning rate by it.
         """
-        groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, p in self.named_parameters():
             if p.requires_grad:
-                is_alpha, is_routing = name.endswith(".alpha"), bool(ROUTING.search(name))
-                scale = (routing_lr if is_routing else 1.0) * (alpha_lr if is_alpha else 1.0)
-                groups.setdefault((p.dim() == 2 and not is_alpha, is_routing, scale), []).append(p)
-        settings = [  # AdamW decays by lr * weight_decay; divide, so that a higher routing lr does not decay more
-            {"params": params, "weight_decay": weight_decay * decays / (scale or 1), "lr_scale": scale}
-            for (decays, _, scale), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-        ]
+                is_alpha, is_routing = name.endswith(".ffn.alpha"), bool(ROUTING.search(name))
+                groups.setdefault((p.dim() == 2 and not is_alpha, is_routing, is_alpha), []).append(p)
+        settings = []
+        for (decays, is_routing, is_alpha), params in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+            scale = (routing_lr if is_routing else 1.0) * (alpha_lr if is_alpha else 1.0)
+            decay = weight_decay * decays / (scale or 1)  # AdamW decays by lr * decay: at a higher lr not more
+            settings.append({"params": params, "weight_decay": decay, "lr_scale": scale})
         return torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=True)
 
     def flops_per_token(self, length: int | None = None) -> float:

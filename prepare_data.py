@@ -67,7 +67,7 @@ class PrepareConfig:  # every corpus
 
 @dataclass
 class TextConfig(PrepareConfig):  # text
-    val_fraction: float = 0.1  # fraction of each domain's documents held out in val
+    val_fraction: float = 0.1  # fraction of each domain's distinct documents held out in val
     source: dict[str, str] | str = field(default_factory=dict)  # a.txt, '*.md' or both; by domain: --source.poems=
     domain: str = "text"  # name of the domain that --source= makes
     tokenizer: str = "bytes"  # bytes, gpt2 or qwen3
@@ -252,7 +252,8 @@ def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: 
             raise ValueError("an assistant message without text")
         if not loss_mask.any():
             raise ValueError("no assistant message")
-        question, note = next((m["content"].strip() for m in messages if m["role"] == "user"), ""), None
+        questions = [m["content"].strip() for m in messages if m["role"] == "user"]
+        question, note = questions[0] if questions else messages[0]["content"], None
         if len(tokens) > max_length:
             tokens, loss_mask, note = tokens[:max_length], loss_mask[:max_length], f"cut to {max_length} tokens"
             tokens[-1], loss_mask[-1] = encoding.eot_token, 0
@@ -353,11 +354,13 @@ class Source(NamedTuple):  # of a domain's documents
 
 
 def write_domain(
-    folder: Path, cfg: PrepareConfig, encoding: tiktoken.Encoding, source: Source, chat=False, max_tokens=None
-) -> dict:
+    folder: Path, cfg: PrepareConfig, encoding: tiktoken.Encoding, source: Source, chat=False, max_tokens=None,
+    min_tokens=1,
+) -> dict:  # fmt: skip
     """Tokenize the documents of a source until train holds max_tokens, publish them, return their entry in meta.json.
 
-    Killed at any moment and called again with the same arguments, it resumes: the files equal those of one run.
+    With fewer than min_tokens in train or val it raises ValueError, and the earlier corpus stays. Killed at any moment
+    and called again with the same arguments, it resumes: the files equal those of one run.
     """
     vocab = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
     fingerprint = {"source": source.name, **source.fingerprint, "vocab": vocab, "val_fraction": cfg.val_fraction}
@@ -386,7 +389,10 @@ def write_domain(
                     writer.commit(state)
                     committed = time.monotonic()
             writer.commit(state, is_complete=True)
-    if not counts["train_tokens"] or not counts["val_tokens"]:  # unpublished: the earlier corpus stays
+    n_tokens, split = min((counts[f"{split}_tokens"], split) for split in ("train", "val"))
+    if 0 < n_tokens < min_tokens:
+        raise ValueError(f"{source.name} gives {split} {n_tokens:,} tokens, fewer than {min_tokens}: add text")
+    if not n_tokens:
         notes = "".join(f"; {n:,} {note}" for note, n in counts.get("notes", {}).items())
         split = "val: raise --val_fraction=, or add text" if counts["train_tokens"] else "training"
         raise ValueError(f"nothing of {source.name} is left for {split}{notes}")
@@ -419,10 +425,13 @@ def prepare(
             print(f"{name}: {n:,} {note}")
         if "val_runs_in_train" in count:
             print(f"{name}: {count['val_runs_in_train']:.1%} of held-out 13-word runs occur in train")
-    script, settings = "sft.py" if folder.name.endswith("sft") else "train.py", folder.name.replace("text", "tiny")
-    flags = "" if folder == Path("data", settings) else f" --data_dir={shlex.quote(str(folder))}"
+    script = "sft.py" if folder.name.endswith("sft") else "train.py"
+    pretrain = "small" if encoding.name == "gpt2" else "pretrain"
+    settings = {"text": "tiny", "pretrain": pretrain}.get(folder.name, folder.name)
+    is_default = folder.parent == Path("data") and folder.name != "text"
+    flags = "" if is_default else f" --data_dir={shlex.quote(str(folder))}"
     flags += " --out_dir=out/text" if folder.name == "text" else ""
-    if encoding.name != {"text": "bytes", "pretrain": "qwen3"}.get(folder.name, encoding.name):
+    if encoding.name != {"tiny": "bytes", "small": "gpt2", "pretrain": "qwen3"}.get(settings, encoding.name):
         flags += f" --tokenizer={encoding.name} --vocab_size={encoding.n_vocab}"
     print(f"{outcome}; next: python {script} config/{settings}.py{flags}")
 
@@ -510,7 +519,7 @@ def is_reserved(question: str) -> bool:
 
 
 def reveals_reserved(steps: list[str]) -> bool:
-    """Whether a step computes a reserved sum or difference of two-digit numbers; no question asks for smaller ones."""
+    """Whether a step computes a reserved sum or difference; reserved ones have two-digit numbers only."""
     return any(map(is_reserved, re.findall(r"\d\d [-+] \d\d =", "; ".join(steps))))
 
 
@@ -744,7 +753,7 @@ def prepare_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str):
             revision = pinned_revision(name, folder / domain / "progress.json")
             arguments = {"path": name, "name": subset, "split": split, "revision": revision}
             name = f"{name} at {revision}"
-        column = fields.get(domain, "text" if name.endswith(".txt") else column)
+        column = fields.get(domain, "text" if arguments["path"] == "text" else column)
 
         def open_batches(state: dict | None) -> Batches:
             for rows, next_state in read_rows(name, arguments, state):
@@ -821,12 +830,11 @@ def cut(text: str, length: int) -> Iterator[str]:
         end = next((found for found in ends if found > middle), end)
         yield text[start:end]
         start = end
-    if text[start:].strip():
-        yield text[start:]
+    yield text[start:]
 
 
 def open_text(domain: str, files: str, cfg: TextConfig) -> tuple[Source, float]:
-    """The documents in these files, and the fraction of all hashes below which one is held out.
+    """The documents in these files, and the threshold: one is held out if its hash / 2**64 is below it.
 
     Everything is read before, to check it, to hash its contents, and to choose that fraction such that val_fraction of
     the documents are held out: of the few of one book, chance may hold out none.
@@ -836,7 +844,7 @@ def open_text(domain: str, files: str, cfg: TextConfig) -> tuple[Source, float]:
     length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * sum(lengths))))  # val has about four, at least
 
     def documents() -> Iterator[str]:
-        return (document for text in read_texts(paths, cfg) for document in cut(text, length))
+        return (document for text in read_texts(paths, cfg) for document in cut(text, length) if document.strip())
 
     hashes = [text_hash(document) for document in documents()]
     ordered = sorted(set(hashes))
@@ -862,13 +870,8 @@ def prepare_text(cfg: TextConfig, corpus: str):
 
     def write(domain: str) -> dict:
         source, limit = opened[domain]
-        counts = write_domain(folder / domain, dataclasses.replace(cfg, val_fraction=limit), encoding, source)
-        n, split = min((counts[f"{split}_tokens"], split) for split in ("train", "val"))
-        if n <= 256:  # block_size of config/tiny.py
-            raise ValueError(
-                f"{source.name} gives {split} {n:,} tokens; a window of config/tiny.py takes 257: add text"
-            )
-        return counts
+        settings = dataclasses.replace(cfg, val_fraction=limit)
+        return write_domain(folder / domain, settings, encoding, source, min_tokens=257)  # a window of config/tiny.py
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains}, cfg.vocab)
 

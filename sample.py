@@ -250,8 +250,7 @@ def main():
     model = open_model(cfg.init_from or newest_checkpoint(), device, cfg.revision, cfg.router_context)
     with contextlib.redirect_stdout(sys.stderr):
         if cfg.compile and compiler_works(device):
-            for block in model.blocks:
-                block.compile()
+            model.compile()
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     torch.manual_seed(cfg.seed)
     try:

@@ -959,6 +959,8 @@ def test_bad_text_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypatch)
         "--source=folder": "folder is a folder; name its files: --source='folder/*.txt'",
         "--source=rows.jsonl": "rows.jsonl has no field 'text' but id, body; name one: --text_field=",
         "--source=broken.jsonl": "cannot read broken.jsonl: JSON parse error",
+        "--source=short.txt": "short.txt gives val 11 tokens, fewer than 257: add text",
+        "--source=good.txt --source.b=line.txt": "--source.b= and --source= exclude each other",
         "--source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
         "--source=good.txt --tokenizer=gpt2": "cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=",
         "--source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
@@ -967,7 +969,10 @@ def test_bad_text_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypatch)
     with mock.patch.object(Path, "read_bytes", side_effect=PermissionError(13, "Permission denied")):
         assert error_of(prepare, "text", "--source=good.txt") == "cannot read good.txt: Permission denied"
     assert corpus_bytes(Path("data")) == before
-    assert "a window of config/tiny.py takes 257: add text" in error_of(prepare, "text", "--source=short.txt")
+    Path("blank.txt").write_text("\n" * 3000)
+    prepare("text", "--source=good.txt,blank.txt")  # blank documents are no documents
+    after = corpus_bytes(Path("data"))
+    assert all(after[name] == before[name] for name in before if name.endswith(".bin"))
 
 
 # --------------------------------------------------------------------------------------------------- batches, schedules
@@ -2231,7 +2236,7 @@ def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):
     for argument, message in {
         "--init_from=absent": "no checkpoint at absent",
         "--data_dir=absent": "no data in absent; prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
-        "--domains=math,art": f"the mixture names 'art'; {corpus_dir} has math, stem, code",
+        "--domains=math,art": f"{corpus_dir} has no domain 'art'; there are math, stem, code",
         "--batch_size=many": "batch_size is 'many'; it must be auto or a number",
         "--batch_size=0": "batch_size is 0; it must lie in 1..",
         "--max_tokens=0": "max_tokens is 0; it must lie in 1..",
@@ -2312,7 +2317,9 @@ def test_a_bad_setting_is_one_line(monkeypatch):
         "--mixture={1:1.0}": "mixture takes {'name': value, ...}, not {1: 1.0}",
         "--resume --overwrite": "resume and overwrite exclude each other",
         "config/tinny.py": "config/tinny.py: no such file; did you mean config/tiny.py?",
-        "config/tiny": "'config/tiny' is neither a .py file of settings nor a --name=value flag",
+        "config/tiny": "'config/tiny' is not a file of settings; did you mean config/tiny.py?",
+        "tiny": "'tiny' is neither a .py file of settings nor a --name=value flag, nor a model",
+        "--router_centred --router_context=sequence": "router_centred cancels a sequence router",
     }.items():  # fmt: skip
         assert message in error_of(load, *arguments.split())
 
@@ -2343,7 +2350,7 @@ def test_help_lists_every_setting_with_its_value_and_comment(cls, capsys):
     with pytest.raises(SystemExit) as done:
         config.load(cls, ["--help"])
     text = capsys.readouterr().out
-    missing = [f.name for f in dataclasses.fields(cls) if not re.search(rf"^  --{f.name}=.*  \S", text, re.M)]
+    missing = [f.name for f in dataclasses.fields(cls) if not re.search(rf"^  --{f.name}=.*(  |\n +)\S", text, re.M)]
     assert done.value.code == 0 and not missing
 
 
@@ -2374,11 +2381,11 @@ def damage_corpus(source: Path, target: Path, **meta) -> Path:
 
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.CORPORA == tuple(prepare_data.CORPORA)
+    assert train.CORPORA.keys() == prepare_data.CORPORA.keys()
     for folder, advice in {
         "data/tiny": "make it: python prepare_data.py tiny",
         "data/text": "make it: python prepare_data.py text --source=input.txt",
-        "a b/sft": "make it: python prepare_data.py sft --data_dir='a b'",
+        "a b/sft": "make it: python prepare_data.py sft --tokenizer=bytes --data_dir='a b'",
         "data/nope": "prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
     }.items():
         assert error_of(open_corpus, folder) == f"no data in {folder}; {advice}"
@@ -2676,7 +2683,8 @@ def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_
     printed, found = run_study(*flags, out=moved)
     assert "12 runs, 2 of them done before" in printed and "| swiglu, lr x 2 - swiglu | 1 |" in printed
     assert {x["ours"] for x in found["comparisons"]["swiglu"]} == {"prefix", "centred", "swiglu, equal time"}
-    assert all(0 < x["p"] <= x["p_holm"] <= 1 for x in found["comparisons"]["swiglu"])
+    tested = [x for x in found["comparisons"]["swiglu"] if "equal time" not in x["ours"]]
+    assert len(tested) == 2 and all(0 < x["p"] <= x["p_holm"] <= 1 for x in tested)
     report = shutil.copy(moved / "study.json", tmp_path / "report.json")
     tables = printed[printed.index("\nBits per byte") : printed.index("figure: ")]
     monkeypatch.setattr(sys, "argv", ["study", f"--report={report}"])

@@ -39,7 +39,7 @@ from model import ModelConfig, PolychromaticLM, routing_stats, set_tau
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
-CORPORA = "text", "tiny", "tiny_sft", "pretrain", "sft"  # those of prepare_data.py
+CORPORA = {"text": "bytes", "tiny": None, "tiny_sft": None, "pretrain": "qwen3", "sft": "qwen3"}  # and their tokenizers
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Corpus:
     def __init__(self, cfg: TrainConfig):
         """Sets cfg.mixture if it is None. Raises ValueError if the corpus is missing, damaged, or does not fit cfg."""
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
-        self.make_again = how_to_make(self.folder, "make it again")
+        self.make_again = how_to_make(cfg, "make it again")
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             tokenizer, vocab_size, self.vocab = str(meta["tokenizer"]), int(meta["vocab_size"]), meta.get("vocab")
@@ -167,7 +167,7 @@ class Corpus:
             weights = {name: c["share" if has_shares else "train_tokens"] for name, c in self.domains.items()}
             default_mixture = {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
         except OSError:
-            raise ValueError(f"no data in {self.folder}; {how_to_make(self.folder)}") from None
+            raise ValueError(f"no data in {self.folder}; {how_to_make(cfg)}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.folder}/meta.json is damaged ({e!r}); {self.make_again}") from None
         if tokenizer != cfg.tokenizer or vocab_size > cfg.vocab_size:
@@ -271,11 +271,13 @@ class Corpus:
         return loss / math.log(2) * targets / max(1, counts["val_bytes"])
 
 
-def how_to_make(folder: Path, advice: str = "make it") -> str:
-    """The command that makes this corpus; for a name that prepare_data.py does not know, those that it does."""
+def how_to_make(cfg: TrainConfig, advice: str = "make it") -> str:
+    """The command that makes the corpus of cfg; for an unknown name, the list of corpora."""
+    folder = Path(cfg.data_dir)
     if folder.name not in CORPORA:
         return f"prepare_data.py makes {', '.join(CORPORA)}"
     source = " --source=input.txt" if folder.name == "text" else ""
+    source += f" --tokenizer={cfg.tokenizer}" if CORPORA[folder.name] not in (None, cfg.tokenizer) else ""
     root = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
     return f"{advice}: python prepare_data.py {folder.name}{source}{root}"
 
@@ -741,7 +743,7 @@ def resume_command() -> str:
 
 
 def print_start(model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks, compiled: bool):
-    """What runs and on what; on a GPU the memory that it has and that the run needs."""
+    """Print the model and the machine; on a GPU also its memory and an estimate of what the run needs."""
     size, device, dtype = sum(p.numel() for p in model.parameters()), ranks.device, pick_dtype(cfg.dtype, ranks.device)
     machine = f"{ranks.world_size} x {device.type} in {str(dtype)[6:]}{', compiled' if compiled else ''}"
     tokens_per_step = cfg.batch_size * cfg.block_size

@@ -111,10 +111,13 @@ def load(cls: type, argv: list[str] | None = None):
             overrides = [read_flag(arg, values, hints)]
         elif arg.endswith(".py"):
             overrides = [(f"{arg}:{line}", name, value) for line, name, value in read_overrides(Path(arg))]
-        elif "init_from" in hints and not Path(f"{arg}.py").is_file():
+        elif Path(f"{arg}.py").is_file():
+            raise ValueError(f"{arg!r} is not a file of settings; did you mean {arg}.py?")
+        elif "init_from" in hints and ("/" in arg or Path(arg).exists()):
             overrides = [(arg, "init_from", arg)]
         else:
-            raise ValueError(f"{arg!r} is neither a .py file of settings nor a --name=value flag")
+            model = ", nor a model" if "init_from" in hints else ""
+            raise ValueError(f"{arg!r} is neither a .py file of settings nor a --name=value flag{model}")
         for where, name, value in overrides:
             check_name(name, hints, where)
             values[name] = convert(value, hints[name], where, name)
@@ -144,7 +147,9 @@ def read_flag(arg: str, values: dict, hints: dict) -> tuple[str, str, object]:
         kinds = [hint for hint in (hints[name], *typing.get_args(hints[name])) if typing.get_origin(hint) is dict]
         if not kinds:
             raise ValueError(f"--{name}.{key}: {name} is one value, without entries")
-        entries = values[name] if isinstance(values[name], dict) else {}
+        if isinstance(values[name], str):
+            raise ValueError(f"--{name}.{key}= and --{name}= exclude each other")
+        entries = values[name] or {}
         return f"--{name}.{key}", name, {**entries, key: parse(text, typing.get_args(kinds[0])[1])}
     if not equals and hints[name] not in (bool, bool | None):
         raise ValueError(f"--{name} needs a value: --{name}=<{type_name(hints[name])}>")
@@ -253,8 +258,9 @@ def describe(cls: type, values: dict) -> str:
     groups: dict[str, list[str]] = {}
     for name, value in values.items():
         value = ",".join(value) if isinstance(value, tuple) else value
-        flag = f"  --{name}={value if isinstance(value, str) else repr(value)}  "
-        text = textwrap.fill(comments.get(name, ""), 120, initial_indent=f"{flag:<32}", subsequent_indent=" " * 32)
+        flag, indent = f"  --{name}={value if isinstance(value, str) else repr(value)}", " " * 32
+        text = textwrap.fill(comments[name], 120, initial_indent=indent, subsequent_indent=indent)
+        text = f"{flag:<31} {text.lstrip()}" if len(flag) < 32 else f"{flag}\n{text}"
         groups.setdefault(headings.get(name, ""), []).append(text)
     doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
     settings = ["\n".join([f"{heading}:", *texts]) for heading, texts in groups.items()]

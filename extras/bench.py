@@ -41,7 +41,7 @@ from model import (
     compute_dtype,
     set_tau,
 )
-from prepare_data import code_documents, encode, get_tokenizer, write_json
+from prepare_data import code_documents, encode, get_tokenizer
 from train import PEAK_FLOPS, TrainConfig, compiler_works, pick_device, pick_dtype, prepare_cpu
 
 ROWS = ("ffn", "loss", "step", "decode", "prepare")
@@ -390,7 +390,7 @@ def main():
         except torch.OutOfMemoryError:  # before the first call: of two models, say
             print(f"{row}: does not fit in the GPU's memory\n")
     if cfg.json:
-        write_json(Path(cfg.json), {"machine": machine, "rows": rows})
+        config.write_json(Path(cfg.json), {"machine": machine, "rows": rows})
         print(f"figures: {cfg.json}")
 
 

@@ -36,7 +36,6 @@ import train
 from extras.bench import describe_machine, load_settings
 from extras.weights import from_pretrained
 from model import PolychromaticLM
-from prepare_data import write_json
 
 REPOSITORY = Path(__file__).parent.parent
 VARIANTS = Path("config/study")  # one override file per variant
@@ -78,7 +77,7 @@ class StudyConfig:
 
     def __post_init__(self):
         config.check_range(self, 1, 100, "seeds")
-        config.check_range(self, 0, self.seeds, "check_lr")
+        config.check_range(self, 0, 100, "check_lr")
         config.check_range(self, 1, 10**8, "max_steps", "eval_tokens")
         config.check_range(self, 1, 100, "cost_ratio")
         if self.jobs is not None:
@@ -256,7 +255,7 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
         if run.settings.sees_future:
             path = run.folder / "causal.json"  # takes minutes to compute
             if not path.exists():
-                write_json(path, causal_losses(run, device))
+                config.write_json(path, causal_losses(run, device))
             changed = {"group": f"{run.group}, causal", "causal": True, "routing": {}}
             results.append({**results[-1], **changed, "bits_per_byte": with_mean(json.loads(path.read_text()))})
     return results
@@ -343,7 +342,7 @@ def summarize(results: list[dict]) -> dict:
         others = [row["group"] for row in tested if baseline in BASELINES or len(row["activations"]) > 1]
         found = sorted(compare((group, baseline) for group in others), key=lambda x: x["mean"])
         comparisons[baseline] = found
-        found = [x for x in found if x["p"] is not None]
+        found = [x for x in found if x["p"] is not None and "equal time" not in x["ours"]]
         for x, p in zip(found, holm([x["p"] for x in found])):
             x |= {"p_holm": p, "survives": p < 0.05}
     contrasts = compare([*CONTRASTS, *((group, group.split(",")[0]) for group in lr)])
@@ -397,7 +396,8 @@ def print_report(report: dict):
 
 def finding(report: dict) -> str:
     """What the corrected comparisons show about the causal routed variants, as a sentence."""
-    routed = {row["group"] for row in report["summary"] if row["causal"] and len(row["activations"]) > 1}
+    rows = [row for row in report["summary"] if row["causal"] and "," not in row["group"]]
+    routed = {row["group"] for row in rows if len(row["activations"]) > 1}
     parts = []
     for baseline, name in BASELINES.items():
         tested = [x for x in report["comparisons"].get(baseline, ()) if x["ours"] in routed and "p_holm" in x]
@@ -434,7 +434,7 @@ def draw_usage(ax, variant: str, runs: list[dict]):
         ax.bar(x.ravel(), usage[..., k].ravel(), 0.8 / S, bottom=bottom, color=f"C{k}", label=name)
     dependence = np.mean([run["routing"]["input_dependence"] for run in runs])
     ax.set(xlabel=f"layer, one bar a seed\n(input dependence {dependence:.2f} of {math.log(K):.2f} nats)")
-    title = f"In {variant}, a layer makes {usage.max(-1).mean():.0%} of\nits choices with one activation"
+    title = f"In {variant}, a layer makes {usage.max(-1).mean():.0%} of\nits choices with its favourite"
     ax.set(ylabel="usage", ylim=(0, 1), xticks=range(L), title=title)
 
 
@@ -481,7 +481,7 @@ def main():
             raise ValueError(errors[0] if errors else f"no run in {file.parent} is finished")
         machine = describe_machine(device) + ("; one thread per run" if on_cpu else "")
         report = {"machine": machine, "settings": dataclasses.asdict(cfg), **summarize(results), "runs": results}
-        write_json(file, report)
+        config.write_json(file, report)
     print_report(report)
     draw_report(file.with_suffix(".png"), report)
     if errors:

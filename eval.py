@@ -320,8 +320,8 @@ def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
     steps, usage = zip(*((line["step"], line["routing"]["usage"]) for line in evaluations))
     usage = np.array(usage)  # [evaluations, n_layer, K]
     n_single, n_layer, middle = (usage.max(2) > 0.9).sum(1), usage.shape[1], len(steps) // 2
-    title = f"{n_single[-1]} of {n_layer} layers end with over 90% of their choices on one activation;\n"
-    title += f"after {steps[middle]} of {steps[-1]} steps, {n_single[middle] or 'none'} of them did"
+    title = f"{n_single[-1]} of {n_layer} layers make over 90% of their choices with one activation;\n"
+    title += f"halfway, after {steps[middle]} steps, it was {n_single[middle]} of {n_layer}"
     n_columns = math.ceil(math.sqrt(n_layer))
     figure, axes = make_figure(title, math.ceil(n_layer / n_columns), n_columns)
     for i, ax in enumerate(axes.flat[:n_layer]):

@@ -2893,6 +2893,39 @@ def test_the_documented_layer_trains_in_place_of_nanogpts_mlp(tmp_path, monkeypa
     exec(use_cache, scope)
 
 
+README = (ROOT / "README.md").read_text()
+NOT_RUN = {  # commands of the README that the next test leaves out, by how they begin
+    "installs": ("python3 -m venv", "pip install", "python -m pytest"),
+    "needs the hub": (
+        "python prepare_data.py pretrain", "python sample.py Qwen/", "python eval.py tyler",
+        "python train.py config/upcycle.py",
+    ),
+    "needs a GPU": ("python train.py config/pretrain.py",),
+}  # fmt: skip
+
+
+def test_every_command_of_the_readme_runs_as_printed(run_main, tmp_path, monkeypatch):
+    """In order and in a new folder; flags are added that cut each to seconds."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / "input.txt").write_text("".join(f"Line {i} of my own text.\n\n" for i in range(2000)))
+    monkeypatch.chdir(tmp_path)
+    scripts = {f"{script.__name__}.py": script for script in (prepare_data, train, sft, sample)} | {"eval.py": evaluate}
+    training = ["--max_steps=2", "--eval_tokens=512", "--sample_tokens=8", "--compile=False"]
+    cut = {"train.py": training, "sft.py": training, "sample.py": ["--max_new_tokens=8"], "tiny": ["--math_mb=0.05"]}
+    cut |= {"tiny_sft": cut["tiny"], "--problems": ["--limit=1"], "eval.py": ["--max_tokens=512"]}
+    commands, not_run = re.findall(r"^    (\S.*)$", README, re.M), tuple(itertools.chain(*NOT_RUN.values()))
+    commands = [command for command in commands if re.match("python|pip", command)]
+    assert all(any(command.startswith(start) for command in commands) for start in not_run)
+    for command in commands:
+        if not command.startswith(not_run):
+            _, script, *arguments = shlex.split(command)
+            for word in (script, *arguments):
+                arguments = [*arguments, *cut.get(word, [])]
+            with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
+                run_main(scripts[script], *arguments, stdin="What is 1 + 2?\n")
+    assert len(list(Path("out").glob("*/ckpt.pt"))) >= 4 and Path("out/tiny/eval.json").exists()
+
+
 def test_every_documented_change_is_tested():
     tests = Path(__file__).read_text()
     titles = {title for title in SECTIONS if fenced(SECTIONS[title], "diff")}

@@ -319,9 +319,10 @@ def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
     """Usage over training, a stacked area for each layer."""
     steps, usage = zip(*((line["step"], line["routing"]["usage"]) for line in evaluations))
     usage = np.array(usage)  # [evaluations, n_layer, K]
-    n_single, n_layer, middle = (usage.max(2) > 0.9).sum(1), usage.shape[1], len(steps) // 2
-    title = f"{n_single[-1]} of {n_layer} layers make over 90% of their choices with one activation;\n"
-    title += f"halfway, after {steps[middle]} steps, it was {n_single[middle]} of {n_layer}"
+    n_single, n_layer = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
+    since = steps[max((i + 1 for i, n in enumerate(n_single) if n != n_single[-1]), default=0)]
+    title = f"From step {since} on, {n_single[-1]} of {n_layer} layers make over 90% of their choices\n"
+    title += "with one activation"
     n_columns = math.ceil(math.sqrt(n_layer))
     figure, axes = make_figure(title, math.ceil(n_layer / n_columns), n_columns)
     for i, ax in enumerate(axes.flat[:n_layer]):

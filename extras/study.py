@@ -414,17 +414,18 @@ def draw_differences(ax, report: dict):
         low, high = x["interval"] or (x["mean"], x["mean"])
         ax.errorbar(x["mean"], i, xerr=[[x["mean"] - low], [high - x["mean"]]], fmt="ko", markersize=4, capsize=2)
     lines = {"swiglu": 0.0, **{x["ours"]: x["mean"] for x in found if x["ours"] == "geglu"}}
-    for color, (name, x) in zip(("C0", "C1"), lines.items()):
-        ax.axvline(x, color=color, linewidth=1)
+    for style, (name, x) in zip(("-", "--"), lines.items()):
+        ax.axvline(x, color="gray", linestyle=style, linewidth=1)
         ha = "left" if x == max(lines.values()) else "right"
-        ax.text(x, len(found) - 0.4, f" {BASELINES[name]} ", color=color, ha=ha)
+        ax.text(x, len(found) - 0.4, f" {BASELINES[name]} ", color="gray", ha=ha)
     ax.margins(x=0.12)
     ax.set(yticks=range(len(found)), yticklabels=[x["ours"] for x in found], ylim=(-0.6, len(found) + 0.4))
-    ax.set(xlabel="bits per byte minus SwiGLU's, with 95% interval (lower is better)", title=finding(report))
+    label = "bits per byte minus SwiGLU's, with the 95% interval of this difference (lower is better)"
+    ax.set(xlabel=label, title=finding(report))
 
 
 def draw_usage(ax, variant: str, runs: list[dict]):
-    """Usage of the activations by layer, one bar a seed."""
+    """Usage of the activations by layer, one bar per seed."""
     usage = np.array([run["routing"]["usage"] for run in runs])  # [seeds, n_layer, K]
     S, L, K = usage.shape
     x = np.arange(L) + 0.85 * ((np.arange(S)[:, None] + 0.5) / S - 0.5)  # [seeds, n_layer]
@@ -432,7 +433,7 @@ def draw_usage(ax, variant: str, runs: list[dict]):
         bottom = usage[..., :k].sum(-1).ravel()
         ax.bar(x.ravel(), usage[..., k].ravel(), 0.8 / S, bottom=bottom, color=f"C{k}", label=name)
     dependence = np.mean([run["routing"]["input_dependence"] for run in runs])
-    ax.set(xlabel=f"layer, one bar a seed\n(input dependence {dependence:.2f} of {math.log(K):.2f} nats)")
+    ax.set(xlabel=f"layer, one bar per seed\n(input dependence {dependence:.2f} of {math.log(K):.2f} nats)")
     title = f"In {variant}, a layer makes {usage.max(-1).mean():.0%} of\nits choices with its favourite"
     ax.set(ylabel="usage", ylim=(0, 1), xticks=range(L), title=title)
 

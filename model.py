@@ -4,9 +4,9 @@ An ordinary feed-forward neuron has one fixed activation. A PolyGLU neuron mixes
 preference and a router that reads the context. In reading order: PolyGLU and what its router reads, configuration,
 attention with its masks and cache, loss, model, measures of the routing. Other differences from a plain GPT:
 
-- grouped-query attention, RMSNorm on every query and key head (QK-norm), rotary positions, no biases, tied embedding
-- documents packed into one row do not see each other (except by a "sequence" router); padding is one more document
-- the loss is computed in chunks and never holds all logits
+- grouped-query attention, QK-norm (RMSNorm on every query and key head), RoPE, no biases outside the router, tied head
+- documents packed into one row do not see each other (except through a "sequence" router); padding is one more document
+- the loss is computed in chunks, so the logits are never all in memory
 """
 
 import functools
@@ -38,6 +38,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 #   beta   [K]         scale of the router, learned, starts at 1
 #   tau    []          temperature: at 1 the activations mix, at 0.1 one dominates; training lowers it with set_tau()
 #   g      [B, T, d_ff, K], held as K tensors [B, T, d_ff]: weight of each activation in each neuron at each token
+#   doc_start  [B, T]           index at which each token's document starts; -1: the row's first; None: one document
+#   cache      [B, 1, R+K+2]    decoding only: running sums of W1 x + b1 and of f, each with its token count
 
 
 class PolyGLU(nn.Module):
@@ -46,12 +48,11 @@ class PolyGLU(nn.Module):
         PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
         g          = softmax( (alpha + beta * f + Gumbel noise) / tau )     over the K activations
         f          = W2 relu( context(W1 x + b1) ) + b2                     context: the mean of the document so far
-                     router_centred subtracts the mean of f over the document so far: no activation wins everywhere
+                     with router_centred: f minus its own mean over the document so far
 
     It can be used on its own: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in
-    training only, once for each row and constant along it. With one activation there is no g: a plain GLU (SwiGLU,
-    GEGLU, ...). router_hidden=0 leaves out f. Raises ValueError for an activation or router_context without an entry in
-    ACTIVATIONS or ROUTER_CONTEXTS.
+    training only, once per row, and shared by all tokens of the row. With one activation there is no g: a plain GLU
+    (SwiGLU, GEGLU, ...). router_hidden=0 leaves out f. Raises ValueError for an unknown activation or router_context.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class PolyGLU(nn.Module):
             init_linear(module)
 
     def forward(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
-        """x [B, T, n_embd] -> the same shape. doc_start and cache go to ROUTER_CONTEXTS, see there."""
+        """x [B, T, n_embd] -> the same shape. doc_start and cache: see the symbols above."""
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, d_ff]
         if self.is_mixed:
             g = self.mixture(x, doc_start, cache)
@@ -97,8 +98,8 @@ class PolyGLU(nn.Module):
             static = static + gumbel_noise(static)  # one draw for each row: all its tokens and documents share it
         dynamic = self.router(x, doc_start, cache)  # [B, T, K]
         logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]  # [B, T, d_ff] each
-        # Softmax over K separate tensors: stacked into one, they would take four times the memory traffic on a GPU.
-        # Its maximum is subtracted, so that exp cannot overflow: a shift, to which softmax is invariant.
+        # K separate tensors, not one stacked: the compiler fuses the whole mixture without extra memory traffic.
+        # Subtracting the maximum keeps exp from overflowing. Softmax ignores the shift, so it needs no gradient.
         top = functools.reduce(torch.maximum, logits).detach()
         e = [((logit - top) / self.tau).exp() for logit in logits]
         total = sum(e)
@@ -136,8 +137,8 @@ def gumbel_noise(like: Tensor) -> Tensor:
 
 
 def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
-    """The mean over the document up to and including each token: causal, and exact with a cache."""
-    # Sums in float64, as a document's sum is the difference of two sums over the row.
+    """Mean of u over the document, up to and including each token: causal, and exact with a cache."""
+    # float64: subtracting two large float32 sums would lose a short document's digits.
     terms = F.pad(u.to(sum_dtype(u)), (0, 1), value=1.0)  # [B, T, R + 1]; the last column counts tokens
     before = terms.new_zeros(u.size(0), 1, terms.size(2)) if cache is None else cache
     # sums[:, t + 1] is the sum before token t, cache included. sums[:, 0] is 0: doc_start -1 subtracts nothing.
@@ -214,14 +215,14 @@ class ModelConfig:
     n_embd: int = 1024  # width of the residual stream
     head_dim: int = 64  # width of one attention head
     d_ff: int = 4096  # feed-forward neurons in a layer
-    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    rope_theta: float = 10_000.0  # base of the RoPE frequencies
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
     tied_head: bool = True  # whether the output head shares the embedding's weight
-    tokenizer: str = "qwen3"  # the tokenizer of the token ids
+    tokenizer: str = "qwen3"  # tokenizer of the training data
     # routing
     activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # mixed by every neuron; one: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
-    router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as the paper; not causal)
+    router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (as in the paper; not causal)
     router_centred: bool = False  # subtract from the router's output its mean over the document so far
     gumbel: bool = True  # Gumbel noise on the routing logits in training
 
@@ -264,6 +265,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+class Layout(NamedTuple):
+    """Positions, documents and attention mask of a batch, made once by PolychromaticLM.layout() for every layer."""
+
+    cos: Tensor  # [T, 1, head_dim / 2], of each token's rotary angles
+    sin: Tensor
+    mask: Tensor | BlockMask | None  # attention mask, [B, 1, T, keys] bool or a block mask; None: causal
+    doc_start: Tensor | None  # [B, T] int64, for the router, see ROUTER_CONTEXTS; None: one document a row
+    positions: Tensor  # [T] int64: where the tokens go in the cache
+
+
+class LayerCache(NamedTuple):
+    """Decoding state of one layer, updated in place."""
+
+    k: Tensor  # [B, n_kv_head, max_length, head_dim]
+    v: Tensor  # the same
+    router: Tensor  # [B, 1, router_hidden + K + 2]: sums of the context and of f, see ROUTER_CONTEXTS
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (arXiv 2305.13245), RMSNorm on every query and key head before RoPE (QK-norm)."""
 
@@ -277,8 +296,8 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
         self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, layout: "Layout", cache: "LayerCache | None" = None) -> Tensor:
-        """x [B, T, n_embd] -> [B, T, n_embd]. Writes to the cache; attends to it if it held tokens before."""
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        """x [B, T, n_embd] -> the same shape. Writes to the cache and, under a mask, attends to all of it."""
         B, T, _ = x.shape
         q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.w_q, self.w_k, self.w_v))
         q = rotate(self.norm_q(q), layout.cos, layout.sin)
@@ -287,12 +306,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache.k[:, :, layout.positions] = k.to(cache.k.dtype)
             cache.v[:, :, layout.positions] = v.to(cache.v.dtype)
-            if layout.mask is not None:  # layout() makes one whenever the cache already holds tokens
+            if layout.mask is not None:  # always so once the cache holds tokens
                 k, v = cache.k, cache.v
         if isinstance(layout.mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
             y = attend(q, k, v, block_mask=layout.mask, enable_gqa=True)
-        elif T == 1:  # the queries of a key head as its rows: CUDA has no fast kernel for enable_gqa with a mask
+        elif T == 1:  # fold each key head's queries into rows: CUDA has no fast kernel for enable_gqa with a mask
             rows = q.reshape(B, k.size(1), -1, self.head_dim)
             y = F.scaled_dot_product_attention(rows, k, v, layout.mask).reshape(q.shape)
         else:
@@ -300,30 +319,12 @@ class Attention(nn.Module):
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
-class Layout(NamedTuple):
-    """Positions, documents and attention mask of a batch, made once by PolychromaticLM.layout() for every layer."""
-
-    cos: Tensor  # [T, 1, head_dim / 2], of each token's rotary angles
-    sin: Tensor
-    mask: Tensor | BlockMask | None  # attention mask, [B, 1, T, keys] bool or a block mask; None: causal
-    doc_start: Tensor | None  # [B, T] int64, for the router, see ROUTER_CONTEXTS; None: one document a row
-    positions: Tensor  # [T] int64: where the tokens go in the cache
-
-
-class LayerCache(NamedTuple):
-    """One layer's state of the tokens read so far, updated in place."""
-
-    k: Tensor  # [B, n_kv_head, max_length, head_dim]
-    v: Tensor  # the same
-    router: Tensor  # [B, 1, router_hidden + K + 2]: sums of the context and of f, see ROUTER_CONTEXTS
-
-
 class KVCache:
-    """State of decoding, so that it runs only the new token: keys, values and router sums of `length` tokens so far.
+    """Decoding state, so that each step runs only the new token: keys, values and router sums of `length` tokens.
 
     Pass it to forward(), which fills it. It holds batch_size rows of max_length tokens; keys and values have the given
     dtype. Decoding attends to all max_length positions under a mask: shapes are static, so one compiled graph serves
-    every token. It only grows: the router's sums cannot be rewound. Raises ValueError for a "sequence" router.
+    every token. It cannot be rewound: the router keeps only sums. Raises ValueError for a "sequence" router.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
@@ -386,8 +387,8 @@ class Block(nn.Module):
 def chunk_loss(h: Tensor, w: Tensor, target: Tensor, share: Tensor, V: int, needs_grad: bool = True):
     """Sum of share * cross-entropy of the first V logits h @ w.T, and its gradient with respect to the logits.
 
-    h [C, d], w [V or more, d], target [C] int64, share [C]; the gradient has h's dtype. Compiled, one kernel reads the
-    logits and writes the rest.
+    h [C, d]; w [>= V, d], padded; target [C] int64; share [C], each token's weight in the mean, 0 if ignored. The
+    gradient has h's dtype. Compiled, it is about one pass over the logits.
     """
     logits = at_least_fp32(h @ w.t())
     logits[:, V:] = -torch.inf
@@ -402,7 +403,7 @@ def chunk_loss(h: Tensor, w: Tensor, target: Tensor, share: Tensor, V: int, need
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None, chunk_loss: Callable = chunk_loss
 ) -> Tensor:
-    """Mean cross-entropy, in nats, of the logits hidden @ weight.T, without ever holding all of them.
+    """Mean cross-entropy of the logits hidden @ weight.T, in nats, without materializing all of them.
 
     hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. chunk_size is in tokens
     (None: about 2**25 logits a chunk, 2**28 on a GPU). chunk_loss: the function above, compiled or not.
@@ -421,7 +422,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         n_chunks = -(-N // chunk_size)
         padding = -N % n_chunks  # rows with ignored targets: equal chunks need one compiled graph
         hidden_padded, targets = F.pad(hidden.to(dtype), (0, 0, 0, padding)), F.pad(targets, (0, padding), value=-1)
-        w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128))  # tensor cores are slow on a ragged 151,669
+        w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128))  # tensor cores are slow on an unpadded 151,669
         mask = (targets >= 0).to(at_least_fp32(hidden).dtype)
         share = mask / mask.sum().clamp_min(1)  # weight of each token in the mean
         loss, d_hidden = mask.new_zeros(()), []
@@ -432,7 +433,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 d_hidden.append(grad @ w)
                 if dtype == d_weight.dtype:
-                    d_weight.addmm_(grad.t(), h)  # without a second [V, d] tensor
+                    d_weight.addmm_(grad.t(), h)  # in place: no temporary [V, d]
                 else:
                     d_weight += grad.t() @ h
         if needs_grad:
@@ -472,7 +473,7 @@ class PolychromaticLM(nn.Module):
         self.activation_checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.chunk_loss = chunk_loss  # compile() replaces it
         self.flex: bool | None = None  # use FlexAttention for packed documents; None: on CUDA only
-        torch.set_rng_state(rng)  # so that a seed gives the same shared weights whatever the routing
+        torch.set_rng_state(rng)  # rewind: the constructors' draws depend on the routing; init_weights() draws again
         self.init_weights()
 
     def compile(self, **options):
@@ -485,9 +486,9 @@ class PolychromaticLM(nn.Module):
         """Initialize as the paper does. The routers come last, so that models that differ in routing share the rest.
 
         embedding, w_q, w_k, w_v, w_gate, w_up, router_in, router_out   N(0, 0.02)
-        w_o, w_down    N(0, 0.02 / sqrt(2 n_layer)), as 2 n_layer of them add to the residual stream
-        alpha, biases  0
-        beta, norms    1
+        w_o, w_down    N(0, 0.02 / sqrt(2 n_layer)), because 2 n_layer of them add to the residual stream
+        biases         0
+        The constructors have set alpha to 0, beta and the norms to 1.
         """
         for name, module in sorted(self.named_modules(), key=lambda item: ".router_" in item[0]):  # False before True
             adds_to_residual = name.endswith((".w_o", ".w_down"))
@@ -524,7 +525,7 @@ class PolychromaticLM(nn.Module):
         layout = self.layout(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            # block.forward bypasses block.compile(): every length of a prompt would compile again
+            # Prompts run uncompiled (block.forward bypasses block.compile()): every new length would recompile.
             if cache is not None:
                 x = (block if tokens.size(1) == 1 else block.forward)(x, layout, cache.layers[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
@@ -544,13 +545,13 @@ class PolychromaticLM(nn.Module):
         if past + T > room:
             raise ValueError(f"{past + T} tokens in a row, but there is room for {room}")
         positions, mask, doc_start = torch.arange(past, past + T, device=device), None, None
-        before = cache.doc_ids[:, past - 1 : past] if past else None  # document id of each row's last cached token
+        last_doc_id = cache.doc_ids[:, past - 1 : past] if past else None  # of each row's last cached token, [B, 1]
         if doc_ids is None and past:
-            doc_ids = before.expand(B, T)  # continue the current document
+            doc_ids = last_doc_id.expand(B, T)  # continue the current document
         if cache is not None:
             cache.doc_ids[:, past : past + T] = 0 if doc_ids is None else doc_ids
         if doc_ids is not None:
-            previous = torch.cat((doc_ids[:, :1] if before is None else before, doc_ids[:, :-1]), dim=1)
+            previous = torch.cat((doc_ids[:, :1] if last_doc_id is None else last_doc_id, doc_ids[:, :-1]), dim=1)
             doc_start = torch.where(doc_ids != previous, torch.arange(T, device=device), -1).cummax(1).values
             flex = cache is None and (tokens.is_cuda if self.flex is None else self.flex)
             mask = document_mask(doc_ids if cache is None else cache.doc_ids, positions, flex)
@@ -580,7 +581,7 @@ class PolychromaticLM(nn.Module):
         try:
             for step in range(max_new_tokens):
                 if cache is None or cache.length == block_size:
-                    # Read the prompts; when the cache is full, read the recent half of every full row again.
+                    # Read the prompts. When the cache is full, reread the recent half of every row that no longer fits.
                     rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
                     unread, doc_ids = pad_left(rows, self.device)
                     if not self.config.sees_future:
@@ -606,8 +607,8 @@ class PolychromaticLM(nn.Module):
     ) -> torch.optim.AdamW:  # fmt: skip
         """Fused AdamW. Only weight matrices and the embedding decay: never alpha, beta, norms or biases.
 
-        Parameters that need no gradient are left out. Each group has an "lr_scale": routing_lr for routing parameters,
-        for alpha times alpha_lr. The caller multiplies the learning rate by it.
+        Parameters that need no gradient are left out. The caller multiplies the learning rate by each group's
+        "lr_scale": routing_lr for routing parameters, routing_lr * alpha_lr for alpha, 1 for the rest.
         """
         groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, p in self.named_parameters():
@@ -617,7 +618,7 @@ class PolychromaticLM(nn.Module):
         settings = []
         for (decays, is_routing, is_alpha), params in sorted(groups.items(), key=lambda item: item[0], reverse=True):
             scale = (routing_lr if is_routing else 1.0) * (alpha_lr if is_alpha else 1.0)
-            decay = weight_decay * decays / (scale or 1)  # AdamW decays by lr * decay: at a higher lr not more
+            decay = weight_decay * decays / (scale or 1)  # AdamW decays by lr * wd: a higher lr must not decay more
             settings.append({"params": params, "weight_decay": decay, "lr_scale": scale})
         return torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=True)
 
@@ -680,11 +681,11 @@ def entropy(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def routing_stats(
-    model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None = None, mask: Tensor | None = None
+    model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None = None, is_text: Tensor | None = None
 ) -> dict[str, list]:
-    """Measures of the routing on tokens [B, T], without noise: {measure: one value a layer}; empty for a plain GLU.
+    """Measures of the routing on tokens [B, T], without noise: {measure: one value per layer}; empty for a plain GLU.
 
-    mask [B, T] bool: the tokens to average over (None: all), so that padding does not count.
+    is_text [B, T] bool: the tokens to average over; None: all.
     - static_entropy: of softmax(alpha), mean over neurons, in nats. Independent of the input and of tau.
     - dynamic_entropy: of g, mean over neurons and tokens, in nats
     - usage: share of each activation [K], the mean of g
@@ -697,7 +698,7 @@ def routing_stats(
     was_training, max_entropy, layers = model.training, math.log(len(model.config.activations)), []
     model.eval()
     layout, x = model.layout(tokens, doc_ids), model.embedding(tokens)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    is_text = torch.ones_like(tokens, dtype=torch.bool) if is_text is None else is_text
     for block in model.blocks:  # as Block.forward(), but it keeps h, the input of PolyGLU
         x = x + block.attn(block.norm_1(x), layout)
         h = block.norm_2(x)
@@ -706,11 +707,11 @@ def routing_stats(
         for i in range(len(tokens)):  # a row at a time: g has K * T * d_ff numbers
             doc_start = None if layout.doc_start is None else layout.doc_start[i : i + 1]
             g = torch.stack(block.ffn.mixture(h[i : i + 1], doc_start))
-            g = g[:, 0, mask[i]]  # [K, tokens, d_ff]
+            g = g[:, 0, is_text[i]]  # [K, tokens, d_ff]
             votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
-            agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / mask.sum()
-            dynamic += entropy(g).mean(-1).sum() / mask.sum()
-            mean_g += g.sum(1) / mask.sum()  # [K, d_ff]
+            agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / is_text.sum()
+            dynamic += entropy(g).mean(-1).sum() / is_text.sum()
+            mean_g += g.sum(1) / is_text.sum()  # [K, d_ff]
         static = entropy(block.ffn.alpha.t().softmax(0)).mean().item()
         stats = {"static_entropy": static, "static_entropy_share": static / max_entropy}
         stats |= {"dynamic_entropy": dynamic.item(), "dynamic_entropy_share": dynamic.item() / max_entropy}

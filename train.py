@@ -39,7 +39,8 @@ from model import ModelConfig, PolychromaticLM, routing_stats, set_tau
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
-CORPORA = {"text": "bytes", "tiny": None, "tiny_sft": None, "pretrain": "qwen3", "sft": "qwen3"}  # and their tokenizers
+# Corpora of prepare_data.py and their default tokenizers; None: no choice of tokenizer.
+CORPORA = {"text": "bytes", "tiny": None, "tiny_sft": None, "pretrain": "qwen3", "sft": "qwen3"}
 
 
 @dataclass
@@ -66,7 +67,7 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.1  # AdamW, on weight matrices and the embedding only
     grad_clip: float = 1.0  # maximum gradient norm
-    frozen: tuple[str, ...] = ()  # parameters not to train, by a part of their names, for example alpha
+    frozen: tuple[str, ...] = ()  # parameters to freeze: names or parts of names, for example alpha
     # routing temperature
     tau_start: float = 1.0  # routing temperature at the first step
     tau_end: float = 0.1  # routing temperature at the last step; linear in between
@@ -346,9 +347,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def prepare_cpu():
     """Process settings that make a CPU faster."""
-    torch.set_flush_denormal(True)  # at a low tau, routing weights of 1e-40 would halve its speed
-    # glibc returns a freed tensor's memory to the system and faults it in again, page by page, for the next: 11 ms of
-    # 163 in a step of the benchmark's feed-forward layer. With these settings it keeps up to 512 MiB.
+    torch.set_flush_denormal(True)  # at low tau, routing weights are denormal (1e-40), which would halve the speed
+    # glibc returns freed tensors to the system, and the next tensors fault the pages in again, one by one: 11 of 163 ms
+    # in a step of the benchmark's feed-forward layer. With these settings it keeps up to 512 MiB.
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: free memory to keep at the end of the heap
@@ -402,7 +403,7 @@ def build_model(model_config: ModelConfig, state: dict[str, Tensor], path: str |
     """A model with these weights. Raises ValueError, naming `path`, for a tensor that does not fit."""
     model = PolychromaticLM(model_config)
     expected, state = model.state_dict(), dict(state)
-    if "tau" in state:  # in older checkpoints all layers share one temperature
+    if "tau" in state:  # one temperature for all layers: other layouts, through extras.weights
         state |= dict.fromkeys((name for name in expected if name.endswith(".tau")), state.pop("tau"))
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
@@ -456,7 +457,7 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
 
 
 def inherit_shape(cfg: TrainConfig, shape: dict, source: str | Path):
-    """Give cfg the model that it starts from. Raises ValueError for an override that contradicts its weights."""
+    """Copy the starting model's shape into cfg. Raises ValueError for an override that contradicts its weights."""
     free = {"block_size", "gumbel", "router_context", "router_centred", "tokenizer"}  # no weight depends on these
     if len(shape["activations"]) == 1 and set(shape["activations"]) <= set(cfg.activations):
         free |= {"activations", "router_hidden"}  # upcycling
@@ -481,7 +482,7 @@ def begin_run(folder: Path, step: int | None):
     """Cut the log back to the step that a run resumes at; for a new run (None), remove what an old one left."""
     with config.writing(folder / "log.jsonl"):
         if step is None:
-            (folder / "ckpt.pt").unlink(missing_ok=True)  # before the log: what is left never belongs to another run
+            (folder / "ckpt.pt").unlink(missing_ok=True)  # first: a kill here must not leave it beside a new log
         records = [] if step is None else read_log(folder)
         kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]  # evaluations run again
         text = "".join(json.dumps(record) + "\n" for record in kept)
@@ -490,7 +491,7 @@ def begin_run(folder: Path, step: int | None):
 
 # ------------------------------------------------------------------------------------------------------------ training
 def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
-    """Stop the training of parameters with one of the parts in their names. Raises ValueError if a part fits none."""
+    """Freeze parameters whose names contain one of the parts. Raises ValueError if a part matches none."""
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(part in name for name in names):
@@ -546,7 +547,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             folder.mkdir(parents=True, exist_ok=True)
             lock.enter_context(config.locked(folder))
 
-    # checkpoint to resume or model to start from; either gives the settings of the model
+    # checkpoint to resume, or model to start from
     checkpoint, source = find_checkpoint(cfg), None
     if cfg.init_from and not checkpoint:
         source = load_model(cfg.init_from, cfg.revision)
@@ -597,10 +598,10 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         except ValueError as e:
             raise ValueError(f"{ckpt} cannot be resumed: {e}; start from its weights with --init_from") from None
         for group, ours in zip(optimizer.param_groups, settings):
-            group.update(ours)  # this run's settings; the checkpoint brought back its own
+            group.update(ours)  # this run's settings override the checkpoint's
         first_step, skipped, run_id = checkpoint["step"], checkpoint["skipped"], checkpoint["run_id"]
         print(f"resumed {ckpt} at step {first_step}")
-    resumed, checkpoint, source, weights = bool(checkpoint), None, None, None  # they take as much memory as the model
+    resumed, checkpoint, source, weights = bool(checkpoint), None, None, None  # free their memory
 
     # compile
     forward = model
@@ -608,7 +609,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     if compiled:
         model.compile()
     if ranks.world_size > 1:
-        torch._dynamo.config.optimize_ddp = False  # it would cut every compiled block in three
+        torch._dynamo.config.optimize_ddp = False  # DDP would split each compiled block into three graphs
         forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # log
@@ -729,7 +730,7 @@ def finite(x: float) -> float | None:
 
 
 def peak_flops(ranks: Ranks) -> float:
-    """Peak of all GPUs of the run; NaN if it is not known."""
+    """Peak FLOP/s of all GPUs of the run; NaN if unknown."""
     card = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
     return ranks.world_size * next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
 
@@ -764,12 +765,13 @@ def print_step(record: dict, cfg: TrainConfig):
     """One line for a record of the log, with the time left at this speed."""
     tokens_left = (cfg.max_steps - record["step"]) * cfg.batch_size * cfg.block_size
     left = datetime.timedelta(seconds=round(tokens_left / record["tokens_per_second"]))
-    # MFU counts full T x T attention, as is customary: 17 to 27% more than causal document masks execute.
+    loss, norm = (math.nan if record[key] is None else record[key] for key in ("loss", "grad_norm"))
+    # MFU counts full T x T attention, as is customary; causal document masks skip half of it or more.
     on_gpu = f"  MFU {record['mfu']:.1%} (full attention)" if record["mfu"] else ""
     on_gpu += f"  {record['memory_gib']:.1f} GiB" if record["memory_gib"] else ""
     print(
-        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {record['loss'] or math.nan:.3f}  "
-        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {record['grad_norm'] or math.nan:.2f}  "
+        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {loss:.3f}  "
+        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {norm:.2f}  "
         f"{record['tokens_per_second']:,.0f} tokens/s{on_gpu}  {left} left",
         flush=True,
     )

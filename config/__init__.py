@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 def run(main: Callable[[], None]):
-    """Run a script's main(). An error of the user's is printed as one line, exit status 1; a bug keeps its traceback.
+    """Run a script's main(). A user's error is printed as one line, exit status 1; a bug keeps its traceback.
 
     The functions of this project raise ValueError or OSError with the whole message. A ValueError that no `raise` of
     ours made, such as numpy's for a wrong shape, is a bug.
@@ -80,7 +80,7 @@ def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]):
 
 @contextlib.contextmanager
 def writing(path: Path, hint: str = "") -> Iterator[None]:
-    """Names the path in the error of a full or read-only disk."""
+    """Turn a write error, such as a full disk, into a ValueError that names the path."""
     try:
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError

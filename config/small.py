@@ -3,9 +3,8 @@
 # On your own text: python prepare_data.py text --source='*.txt' --tokenizer=gpt2
 #                   python train.py config/small.py --data_dir=data/text --max_steps=500
 #
-# The first command takes 1B tokens of each domain, in equal shares. 5,000 steps are 2.6B tokens, 21 a parameter.
-# Estimates of docs/performance.md, never measured: 8 hours on an RTX 4090 (100 TFLOP/s achieved, 1.0 TB/s), 14 on an
-# RTX 3090 (50 TFLOP/s, 0.94 TB/s); 15 GB of memory.
+# The first command takes 1B tokens of each domain, in equal shares. 5,000 steps are 2.6B tokens, 21 per parameter.
+# Estimated, not measured (docs/performance.md): 8 hours on an RTX 4090, 14 on an RTX 3090; 15 GB of memory.
 
 data_dir = "data/pretrain"
 out_dir = "out/small"

@@ -25,4 +25,4 @@ warmup_steps = 100
 eval_interval = 400
 eval_tokens = 32_768
 save_interval = 400
-compile = True  # saves more than the minute it takes, even on a CPU
+compile = True  # pays for its compile time, even on a CPU

@@ -5,7 +5,7 @@ out_dir = "out/upcycled"
 
 # model: that of init_from, except for
 activations = ("relu", "tanh", "silu", "gelu")
-gumbel = False  # noise would move neurons away from silu before there is a reason to
+gumbel = False  # noise would move neurons away from silu at random
 block_size = 4096
 
 # run: 0.5B tokens; a low rate for the trained weights and a high one for the routing, which is new

@@ -1,3 +1,3 @@
-# What the router alone is worth: alpha stays at 0, so neurons of a layer differ by the noise only.
+# PolyGLU without alpha: it stays at 0, so the neurons of a layer differ only by the noise.
 # Override files combine: python train.py config/tiny.py config/study/dynamic.py
 frozen = ("alpha",)

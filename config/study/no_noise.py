@@ -1,3 +1,3 @@
-# What the noise is worth: PolyGLU trained without it.
+# PolyGLU trained without Gumbel noise.
 # Override files combine: python train.py config/tiny.py config/study/no_noise.py
 gumbel = False

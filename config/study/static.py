@@ -1,3 +1,3 @@
-# What the neurons' own preferences are worth: alpha, no router.
+# PolyGLU without a router: alpha only.
 # Override files combine: python train.py config/tiny.py config/study/static.py
 router_hidden = 0

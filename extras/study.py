@@ -401,7 +401,7 @@ def finding(report: dict) -> str:
     for baseline, name in BASELINES.items():
         tested = [x for x in report["comparisons"].get(baseline, ()) if x["ours"] in routed and "p_holm" in x]
         n_better = sum(x["survives"] and x["mean"] < 0 for x in tested)
-        parts += [f"{n_better or 'none'} beat {name}"] if tested else []
+        parts += [f"{n_better or 'none'} shown to beat {name}"] if tested else []
     sentence = f"Of {len(routed)} causal routed variants, {' and '.join(parts)}\n"
     return f"{sentence}(at equal steps, after Holm's correction)" if parts else ""
 
@@ -434,7 +434,7 @@ def draw_usage(ax, variant: str, runs: list[dict]):
         ax.bar(x.ravel(), usage[..., k].ravel(), 0.8 / S, bottom=bottom, color=f"C{k}", label=name)
     dependence = np.mean([run["routing"]["input_dependence"] for run in runs])
     ax.set(xlabel=f"layer, one bar per seed\n(input dependence {dependence:.2f} of {math.log(K):.2f} nats)")
-    title = f"In {variant}, a layer makes {usage.max(-1).mean():.0%} of\nits choices with its favourite"
+    title = f"In {variant}, on average {usage.max(-1).mean():.0%} of a\nlayer's weight goes to its favourite"
     ax.set(ylabel="usage", ylim=(0, 1), xticks=range(L), title=title)
 
 

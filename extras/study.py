@@ -401,9 +401,9 @@ def finding(report: dict) -> str:
     for baseline, name in BASELINES.items():
         tested = [x for x in report["comparisons"].get(baseline, ()) if x["ours"] in routed and "p_holm" in x]
         n_better = sum(x["survives"] and x["mean"] < 0 for x in tested)
-        parts += [f"{n_better or 'none'} shown to beat {name}"] if tested else []
-    sentence = f"Of {len(routed)} causal routed variants, {' and '.join(parts)}\n"
-    return f"{sentence}(at equal steps, after Holm's correction)" if parts else ""
+        parts += [f"{n_better or 'none'} to beat {name}"] if tested else []
+    found = "\nand ".join(parts).replace(" to beat", " are shown to beat", 1)
+    return f"Of {len(routed)} causal routed variants, {found} (equal steps, Holm)" if parts else ""
 
 
 def draw_differences(ax, report: dict):

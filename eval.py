@@ -26,11 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from model import PolychromaticLM, routing_stats
-from prepare_data import FAMILIES, encode_chat, get_tokenizer, problems, stop_tokens
+from extras.embedded import FAMILIES, problems
+from extras.machine import pick_device, prepare_cpu
+from extras.routing import routing_stats, save_plots
+from model import PolychromaticLM
+from prepare_data import encode_chat, get_tokenizer, stop_tokens
 from sample import generate_texts, inference_dtype, newest_checkpoint, open_model
 from sft import Conversations
-from train import Corpus, TrainConfig, load_checkpoint, pick_device, prepare_cpu, read_log
+from train import Corpus, TrainConfig, load_checkpoint
 
 ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 
@@ -282,103 +285,6 @@ def print_routing(stats: dict[str, dict], activations: Sequence[str]):
         print_table([["layer", *domains, "distance"], *rows])
 
 
-# ---------------------------------------------------------------------------------------------------------------- plots
-
-
-def make_figure(title: str, *shape: int):
-    """A matplotlib figure and its [rows, columns] of axes. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5.5), dpi=200, layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    return figure, figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
-
-
-def plot_layers(path: Path, stats: dict, activations: Sequence[str]):
-    """The measures by layer: usage, and below it the others."""
-    usage, dependence = np.array(stats["usage"]), np.array(stats["input_dependence"])  # [n_layer, K], [n_layer]
-    n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), math.log(len(activations))
-    title = f"{n_single} of {len(usage)} layers make over 90% of their choices with one activation;\n"
-    title += f"input dependence is highest in layer {layer}: {dependence[layer]:.2g} of {ln_K:.2f} nats"
-    figure, ((top,), (bottom,)) = make_figure(title, 2, 1)
-    for k, name in enumerate(activations):
-        top.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=f"C{k}", label=name)
-    top.set(ylabel="usage", ylim=(0, 1))
-    top.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
-    bottom.plot(stats["static_entropy_share"], "k--", label="static entropy")
-    bottom.plot(stats["dynamic_entropy_share"], "C4o-", label="dynamic entropy")
-    bottom.plot(dependence / ln_K, "C5s-", label="input dependence")
-    bottom.plot(stats["agreement"], "C6^-", label="agreement")
-    bottom.set(xlabel="layer (0 reads the embedding)", ylabel="share of ln K, or of neurons", ylim=(-0.04, 1.04))
-    bottom.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path)
-
-
-def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
-    """Usage over training, a stacked area for each layer."""
-    steps, usage = zip(*((line["step"], line["routing"]["usage"]) for line in evaluations))
-    usage = np.array(usage)  # [evaluations, n_layer, K]
-    n_single, n_layer = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
-    since = steps[max((i + 1 for i, n in enumerate(n_single) if n != n_single[-1]), default=0)]
-    title = f"From step {since} on, {n_single[-1]} of {n_layer} layers make over 90% of their choices\n"
-    title += "with one activation"
-    n_columns = math.ceil(math.sqrt(n_layer))
-    figure, axes = make_figure(title, math.ceil(n_layer / n_columns), n_columns)
-    for i, ax in enumerate(axes.flat[:n_layer]):
-        areas = ax.stackplot(steps, usage[:, i].T, colors=[f"C{k}" for k in range(len(activations))])
-        ax.set(xlim=(steps[0], steps[-1]), ylim=(0, 1))
-        ax.set_title(f"layer {i}", fontsize="medium")
-    for ax in axes.flat[n_layer:]:
-        ax.set_axis_off()
-    figure.supxlabel("optimizer step")
-    figure.supylabel("usage")
-    figure.legend(areas, activations, loc="outside right", reverse=True)
-    figure.savefig(path)
-
-
-def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
-    """Loss over the steps, and below it the entropies of the routing with tau."""
-    steps = [line for line in log if line.get("loss")]
-    title = f"The training loss went from {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f} nats"
-    names = {"static entropy": "static_entropy_share", "dynamic entropy": "dynamic_entropy_share"}
-    means = {name: [np.mean(line["routing"][key]) for line in evaluations] for name, key in names.items()}
-    if evaluations:
-        dynamic = means["dynamic entropy"]
-        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
-        title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
-        title += f"the static entropy never fell below {min(means['static entropy']):.2%}"
-    figure, axes = make_figure(title, 1 + bool(evaluations), 1)
-    axes[0, 0].plot([line["step"] for line in steps], [line["loss"] for line in steps], "C7")
-    axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))
-    if evaluations:
-        axes[1, 0].plot([line["step"] for line in steps], [line["tau"] for line in steps], "k:", label="tau")
-        for (name, values), style in zip(means.items(), ("k--", "C4o-")):
-            axes[1, 0].plot([line["step"] for line in evaluations], values, style, label=name)
-        axes[1, 0].set(ylabel="tau, or share of ln K", ylim=(0, None))
-        axes[1, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[-1, 0].set_xlabel("optimizer step")
-    figure.savefig(path)
-
-
-def save_plots(folder: Path, stats: dict, activations: Sequence[str], log: list[dict]):
-    """Write the plots for which there are numbers. Without matplotlib, or if that fails, print why."""
-    evaluations = [line for line in log if line.get("routing")]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if stats:
-            plot_layers(folder / "layers.png", stats["all"], activations)
-        if stats and len(evaluations) > 1:
-            plot_usage(folder / "usage.png", evaluations, activations)
-        if any(line.get("loss") for line in log):
-            plot_training(folder / "training.png", log, evaluations)
-        print(f"pictures: {folder}/*.png")
-    except ImportError:
-        print("no pictures: they need a package: pip install matplotlib")
-    except OSError as e:
-        print(f"no pictures: cannot write to {folder}: {e.strerror}")
-
-
 # ------------------------------------------------------------------------------------------------------------- problems
 
 
@@ -441,7 +347,7 @@ def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dic
         print_routing(stats, model.config.activations)
     else:
         print(f"a plain GLU of {model.config.activations[0]}: there is no routing to measure")
-    save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, read_log(folder))
+    save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, config.read_log(folder))
 
 
 def main():

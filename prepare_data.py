@@ -16,28 +16,22 @@ every document. Conversations also have {train,val}.mask: one byte per token, 1 
 To resume a killed preparation, run the same command again.
 """
 
-import ast
 import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
-import importlib.util
-import inspect
 import itertools
 import json
 import math
 import os
-import random
 import re
 import shlex
 import sys
-import sysconfig
 import time
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -437,207 +431,6 @@ def prepare(
 
 
 # --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
-# A family generates one problem: the question, the steps that a person would write, and the answer they lead to.
-
-Problem = tuple[str, list[str], str]
-NAMES = "Ada Ben Chloe David Emma Farid Grace Hugo Iris Jonas Kira Liam Mia Noah".split()
-SYSTEMS = ("You are a careful calculator.", "Answer step by step.", "Work it out, then give the answer.")
-THINGS = "apples books coins pencils stamps shells marbles cards stickers oranges tickets".split()
-
-
-def number_facts(rng: random.Random) -> Problem:
-    """Sums, differences, products and quotients of single digits."""
-    facts = []
-    for sign in rng.choices("+-*/", k=6):
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-        left, result = {"+": (a, a + b), "-": (a + b, a), "*": (a, a * b), "/": (a * b, a)}[sign]
-        facts.append((f"{left} {sign} {b}", result))
-    steps = [f"{expression} = {result}" for expression, result in facts]
-    return f"Work out {', '.join(e for e, _ in facts)}.", steps, ", ".join(str(result) for _, result in facts)
-
-
-def column_steps(a: int, sign: str, b: int) -> list[str]:
-    """a + b or a - b, digit by digit; both below 100. All families but the facts share these steps."""
-    if sign == "+":
-        result, carry, note = a + b, a % 10 + b % 10 > 9, ", carry 1"
-        ones = f"{a % 10} + {b % 10} = {a % 10 + b % 10}"
-    else:
-        result, carry, note = a - b, a % 10 < b % 10, ", borrow 1"
-        ones = f"{a % 10 + 10 * carry} - {b % 10} = {result % 10}"
-    tens = f"{a // 10} {sign} {b // 10}{f' {sign} 1' * carry} = {result // 10}"
-    return [f"{a} {sign} {b}:", ones + note * carry, tens, f"{a} {sign} {b} = {result}"]
-
-
-def one_calculation(templates: Sequence[tuple[str, str]], rng: random.Random) -> Problem:
-    """A question from one of the templates, whose answer is the sum or difference of two two-digit numbers."""
-    sign, template = rng.choice(templates)
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
-    if sign == "-":
-        a, b = max(a, b), min(a, b)
-    name, other = rng.sample(NAMES, 2)
-    question = template.format(a=a, b=b, name=name, other=other, things=rng.choice(THINGS))
-    return question, column_steps(a, sign, b), str(a + b if sign == "+" else a - b)
-
-
-def sequences(rng: random.Random) -> Problem:
-    step, sign = rng.randint(2, 30), rng.choice("+-")
-    low = rng.randint(max(10, step), 99 - 2 * step)
-    terms = [low, low + step, low + 2 * step][:: 1 if sign == "+" else -1]
-    steps = column_steps(max(terms[:2]), "-", min(terms[:2])) + column_steps(terms[2], sign, step)
-    return f"What comes next: {', '.join(map(str, terms))}, ...?", steps, steps[-1].split(" = ")[1]
-
-
-FAMILIES: dict[str, Callable[[random.Random], Problem]] = {"number facts": number_facts, "sequences": sequences}
-FAMILIES |= {
-    family: functools.partial(one_calculation, templates)
-    for family, templates in {
-        "addition": [("+", "What is {a} + {b}?")],
-        "subtraction": [("-", "What is {a} - {b}?")],
-        "equations": [
-            ("-", "Solve x + {b} = {a} for x."),
-            ("+", "Solve x - {b} = {a} for x."),
-            ("-", "Solve {a} - x = {b} for x."),
-        ],
-        "word problems": [
-            ("+", "{name} has {a} {things}. {other} gives {name} {b} more. How many does {name} have now?"),
-            ("+", "{name} has {a} {things} and {other} has {b}. How many do they have together?"),
-            ("-", "{name} has {a} {things} and loses {b}. How many are left?"),
-            ("-", "{name} has {a} {things} and {other} has {b}. How many more does {name} have?"),
-        ],
-    }.items()
-}
-
-
-def question_numbers(text: str) -> str:
-    """The sorted numbers of a problem's first line, the same for 46 - 12, x + 12 = 46 and a story of 46 and 12."""
-    return " ".join(sorted(re.findall(r"\d+", text.partition("\n")[0])))
-
-
-def is_reserved(question: str) -> bool:
-    """Whether a question is kept out of all training data and val, for eval.py: by its numbers, whatever the words."""
-    return is_held_out(f"reserved {question_numbers(question)}", 0.1)  # another hash than the split's
-
-
-def reveals_reserved(steps: list[str]) -> bool:
-    """Whether a step computes a reserved sum or difference; reserved ones have two-digit numbers only."""
-    return any(map(is_reserved, re.findall(r"\d\d [-+] \d\d =", "; ".join(steps))))
-
-
-def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tuple[str, str, str, str]]:
-    """Distinct problems, the families in turn: (family, question, worked steps ending in the answer, answer).
-
-    Either all questions are reserved, or none is and no step reveals a reserved answer. A family ends after `limit`
-    problems, or when it finds no new one.
-    """
-    rng, seen, remaining = random.Random(seed), set(), dict.fromkeys(FAMILIES, limit or math.inf)
-
-    def is_wanted(problem: Problem) -> bool:
-        question, steps, _ = problem
-        return question not in seen and is_reserved(question) == reserved and (reserved or not reveals_reserved(steps))
-
-    while any(remaining.values()):
-        for family, generate in FAMILIES.items():
-            candidates = (generate(rng) for _ in range(2000 if remaining[family] else 0))
-            problem = next(filter(is_wanted, candidates), None)
-            remaining[family] = remaining[family] - 1 if problem else 0
-            if problem:
-                question, steps, answer = problem
-                seen.add(question)
-                yield family, question, "".join(f"{step}\n" for step in steps) + f"Answer: {answer}", answer
-
-
-def math_documents(seed: int, size: float) -> Iterator[str]:
-    """Solved problems, `size` bytes of them."""
-    total = 0
-    for _, question, worked, _ in problems(seed, reserved=False):
-        if total >= size:
-            return
-        text = f"Problem: {question}\n{worked}\n"
-        total += len(text)
-        yield text
-
-
-def math_conversations(seed: int, size: float, val_fraction: float) -> Iterator[list[dict[str, str]]]:
-    """Questions and worked answers, `size` bytes of them. One in eight has a system message; some have two turns."""
-    rng, total, source = random.Random(seed), 0, problems(seed, reserved=False)
-    while total < size:
-        messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 1 / 8 else []
-        splits = set()  # of the problems; both turns belong to one
-        for _ in range(2 if rng.random() < 1 / 4 else 1):
-            problem = next(source, None)
-            if problem is None:
-                return
-            turn = [{"role": "user", "content": problem[1]}, {"role": "assistant", "content": problem[2]}]
-            length = sum(len(message["content"]) for message in messages + turn)
-            splits.add(is_held_out(question_numbers(problem[1]), val_fraction))
-            if len(messages) < 2 or (length <= 180 and len(splits) == 1):  # 180: two fit the context of tiny_sft.py
-                messages += turn
-        total += sum(len(message["content"]) for message in messages)
-        yield messages
-
-
-def docstring_prose(path: Path) -> list[str]:
-    """Docstrings of a Python file, and strings passed to add_docstr() and the like; without examples or short ones."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
-        return []  # written for a newer Python
-    texts = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            texts.append(ast.get_docstring(node) or "")
-        elif isinstance(node, ast.Call) and "doc" in getattr(node.func, "id", getattr(node.func, "attr", "")):
-            constants = [inner for arg in node.args for inner in ast.walk(arg) if isinstance(inner, ast.Constant)]
-            texts += [inspect.cleandoc(constant.value) for constant in constants if isinstance(constant.value, str)]
-    prose = [re.sub(r"^ *>>>.*\n(?:.*\S.*\n?)*", "", text + "\n", flags=re.M).strip() for text in texts]
-    return [text + "\n" for text in prose if len(text) >= 200]
-
-
-def stem_documents() -> Iterator[str]:
-    """Distinct docstrings of the installed numpy and torch, in the order of their files."""
-    roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
-    paths = [path for root in roots for path in sorted(root.rglob("*.py"))]
-    with ProcessPoolExecutor(initializer=warnings.simplefilter, initargs=("ignore",)) as pool:  # of invalid escapes
-        seen = set()
-        for text in itertools.chain.from_iterable(pool.map(docstring_prose, paths, chunksize=16)):
-            if text not in seen:
-                seen.add(text)
-                yield text
-
-
-def code_documents() -> Iterator[str]:
-    """The files of Python's standard library, without tests, character tables and generated topics."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-    for path in sorted(root.rglob("*.py")):
-        if not excluded.intersection(path.relative_to(root).parts):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield text
-
-
-def word_runs(text: bytes) -> set[int]:
-    """Hashes of all runs of 13 words."""
-    words = text.split()
-    return {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
-
-
-def without_repeats(documents: Iterable[str], val_fraction: float) -> Iterator[str]:
-    """The documents of val, and those of train that repeat no run of 13 words of them, as docstrings often do."""
-    documents = [(text, is_held_out(text, val_fraction)) for text in documents]
-    held_out = {run for text, in_val in documents if in_val for run in word_runs(text.encode())}
-    return (text for text, in_val in documents if in_val or held_out.isdisjoint(word_runs(text.encode())))
-
-
-def repeated_share(folder: Path) -> float:
-    """Share of val's runs of 13 words that occur in train too, from the files; their tokens are bytes."""
-
-    def runs(split: str) -> Iterator[set[int]]:
-        tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
-        return map(word_runs, np.where(tokens < 256, tokens, 0).astype(np.uint8).tobytes().split(b"\0"))
-
-    held_out = set().union(*runs("val"))
-    return len(set().union(*(held_out & text_runs for text_runs in runs("train")))) / max(1, len(held_out))
 
 
 def in_batches(documents: Iterable, state: int | None, size: int = 256) -> Batches:
@@ -651,25 +444,29 @@ def in_batches(documents: Iterable, state: int | None, size: int = 256) -> Batch
 
 def prepare_embedded(cfg: TinyConfig, corpus: str):
     """Write data/tiny or data/tiny_sft; deterministic for a seed and the installed versions."""
+    from extras import embedded
+
     folder, encoding, chat = Path(cfg.data_dir) / corpus, get_tokenizer("bytes"), corpus == "tiny_sft"
-    seed, size = cfg.seed + chat, cfg.math_mb * 1e6  # tiny_sft has other problems than tiny
+    seed, size, fraction = cfg.seed + chat, cfg.math_mb * 1e6, cfg.val_fraction  # tiny_sft has other problems than tiny
     generated = f"generated, {cfg.math_mb} MB, seed {seed}"
     libraries = f"docstrings of numpy {version('numpy')} and torch {version('torch')}"
     python = f"standard library of Python {sys.version.split()[0]}"
+    numbers = embedded.question_numbers
     domains = {  # share of a training step, source, documents, split key
-        "math": (0.5, generated, lambda: math_documents(seed, size), question_numbers),
-        "stem": (0.25, libraries, lambda: without_repeats(stem_documents(), cfg.val_fraction), str),
-        "code": (0.25, python, lambda: without_repeats(code_documents(), cfg.val_fraction), str),
+        "math": (0.5, generated, lambda: embedded.math_documents(seed, size), numbers),
+        "stem": (0.25, libraries, lambda: embedded.without_repeats(embedded.stem_documents(), fraction), str),
+        "code": (0.25, python, lambda: embedded.without_repeats(embedded.code_documents(), fraction), str),
     }
     if chat:
-        domains = {"chat": (1.0, generated, lambda: math_conversations(seed, size, cfg.val_fraction), question_numbers)}
-    this_file = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()  # the generators may change
+        domains = {"chat": (1.0, generated, lambda: embedded.math_conversations(seed, size, fraction), numbers)}
+    sources = b"".join(Path(module).read_bytes() for module in (__file__, embedded.__file__))  # either may change
+    fingerprint = {"code": hashlib.blake2b(sources, digest_size=8).hexdigest()}
 
     def write(domain: str) -> dict:
         share, name, documents, split_key = domains[domain]
-        source = Source(name, lambda state: in_batches(documents(), state), {"code": this_file}, split_key)
+        source = Source(name, lambda state: in_batches(documents(), state), fingerprint, split_key)
         counts = write_domain(folder / domain, cfg, encoding, source, chat)
-        return {"share": share, **counts, "val_runs_in_train": repeated_share(folder / domain)}
+        return {"share": share, **counts, "val_runs_in_train": embedded.repeated_share(folder / domain)}
 
     prepare(folder, encoding, {domain: functools.partial(write, domain) for domain in domains})
 

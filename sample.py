@@ -18,9 +18,10 @@ import tiktoken
 import torch
 
 import config
+from extras.machine import compiler_works, pick_device, pick_dtype
+from extras.weights import from_pretrained
 from model import PolychromaticLM
 from prepare_data import encode, encode_chat, get_tokenizer, stop_tokens
-from train import compiler_works, load_model, pick_device, pick_dtype
 
 
 @dataclass
@@ -82,7 +83,7 @@ def open_model(
     source: str | Path, device: torch.device, revision: str | None = None, router_context: str | None = None
 ) -> PolychromaticLM:
     """Load a model for inference."""
-    model = load_model(source, revision, router_context)
+    model = from_pretrained(source, revision, router_context)
     note(f"model: {source}")
     if model.config.sees_future:
         note(

@@ -40,8 +40,8 @@ import prepare_data
 import sample
 import sft
 import train
-from extras import bench, study
-from extras.memory import estimate_memory
+from extras import bench, embedded, machine, study
+from extras.routing import routing_stats
 from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
 from model import (
     ACTIVATIONS,
@@ -54,7 +54,6 @@ from model import (
     chunked_cross_entropy,
     gumbel_noise,
     prefix_mean,
-    routing_stats,
     sample_token,
     set_tau,
 )
@@ -691,11 +690,11 @@ ANSWERS = {  # family: what to read in a question, its answer
 }
 
 
-@pytest.mark.parametrize("family", prepare_data.FAMILIES)
+@pytest.mark.parametrize("family", embedded.FAMILIES)
 def test_generated_answers_and_worked_steps_are_right(family):
     (pattern, solve), rng, questions = ANSWERS[family], random.Random(1), ""
     for _ in range(1000):
-        question, steps, answer = prepare_data.FAMILIES[family](rng)
+        question, steps, answer = embedded.FAMILIES[family](rng)
         assert answer == str(solve(*re.search(pattern, question).groups())), question
         questions += question
         equations = [re.sub(", (carry|borrow) 1", "", step).split(" = ") for step in steps if not step.endswith(":")]
@@ -723,9 +722,9 @@ def test_the_split_is_by_the_text_alone(tmp_path):
 def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch, capsys):
     documents = [f"Function {i}. " + f"paragraph-{i // 3} " * 20 + "\n" for i in range(900)]
     write_documents(tmp_path / "unfiltered", documents, 0.05)
-    assert prepare_data.repeated_share(tmp_path / "unfiltered") > 0.2  # each paragraph occurs three times
+    assert embedded.repeated_share(tmp_path / "unfiltered") > 0.2  # each paragraph occurs three times
     for name in ("stem_documents", "code_documents"):
-        monkeypatch.setattr(prepare_data, name, lambda: documents)
+        monkeypatch.setattr(embedded, name, lambda: documents)
     prepare("tiny", "--math_mb=0.3", f"--data_dir={tmp_path}")
     for domain, pattern in {"math": "^Problem: (.*)", "stem": r"paragraph-\d+", "code": r"paragraph-\d+"}.items():
         found = {}
@@ -742,9 +741,9 @@ def test_docstring_prose_is_prose(tmp_path):
     source = f'def f():\n    {docstring}\nadd_docstr(f, "{{0}}")\nx = "{{0}} not a docstring"\n'
     (tmp_path / "a.py").write_text(source.format("A sentence of prose. " * 12))
     (tmp_path / "b.py").write_text("def broken(:")
-    found = prepare_data.docstring_prose(tmp_path / "a.py")
+    found = embedded.docstring_prose(tmp_path / "a.py")
     assert len(found) == 2 and "The end." in found[0] and ">>>" not in found[0] and "2\n" not in found[0]
-    assert prepare_data.docstring_prose(tmp_path / "b.py") == []
+    assert embedded.docstring_prose(tmp_path / "b.py") == []
 
 
 @pytest.fixture(scope="module")
@@ -1115,7 +1114,7 @@ def step_of(out_dir: Path) -> int:
 
 
 def losses_of(out_dir: Path) -> list[dict]:
-    return [record for record in train.read_log(out_dir) if "loss" in record]
+    return [record for record in config.read_log(out_dir) if "loss" in record]
 
 
 def assert_same_run(*out_dirs: Path):
@@ -1195,7 +1194,7 @@ def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
     assert re.search(r"stopped; .* Go on with: torchrun --nproc_per_node=2 train.py .*--resume", output), output
     assert 11 < step_of(tmp_path / "both") < 20
     run_here(both, "--resume")
-    expected, *logs = (train.read_log(tmp_path / name) for name in ("one", "two", "both"))
+    expected, *logs = (config.read_log(tmp_path / name) for name in ("one", "two", "both"))
     assert len(expected) == 23
     for log in logs:
         assert [line["step"] for line in log] == [line["step"] for line in expected]
@@ -1249,7 +1248,7 @@ def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path):
     """The first update of this run ruins the weights, and the second is the first to show it."""
     settings = run_settings(corpus_dir, tmp_path, lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
     assert re.match("5 non-finite updates in a row; .*ckpt.pt is at step 0; lower --lr", error_of(run_here, settings))
-    assert step_of(tmp_path) == 0 and train.read_log(tmp_path)[-1]["skipped"] == 4
+    assert step_of(tmp_path) == 0 and config.read_log(tmp_path)[-1]["skipped"] == 4
     assert all(json.loads(line)["step"] >= 0 for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert "skipped" not in run_here({**settings, "lr": 1e-3}, "--resume")
     message = error_of(run_here, {**settings, "max_steps": 3}, "--overwrite")
@@ -1316,7 +1315,7 @@ def test_the_first_step_and_evaluations_do_not_count_in_the_throughput(corpus_di
 def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
     def estimate(**overrides) -> int:
         cfg = train.TrainConfig(**{**SMALL, "dtype": "bfloat16", "batch_size": 64, **overrides})
-        return estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
+        return machine.estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
 
     n = sum(p.numel() for p in small_model().parameters())
     fixed = 2 * estimate(micro_batch_size=1) - estimate(micro_batch_size=2)  # without tokens
@@ -1326,7 +1325,7 @@ def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
     assert estimate(recompute=True) < estimate() < estimate(dtype="float32")
     with torch.device("meta"):
         cfg = train.TrainConfig(dtype="bfloat16")
-        assert 40 < estimate_memory(PolychromaticLM(cfg.model_config()), cfg) / 2**30 < 70
+        assert 40 < machine.estimate_memory(PolychromaticLM(cfg.model_config()), cfg) / 2**30 < 70
 
 
 def test_the_first_lines_name_the_card_and_the_memory_that_the_run_needs(capsys, monkeypatch):
@@ -1347,7 +1346,7 @@ def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus
     checkpoint = train.load_checkpoint(unbroken)
     old = {name: tensor for name, tensor in checkpoint["model"].items() if not name.endswith(".tau")}
     torch.save({**checkpoint, "model": {**old, "tau": torch.tensor(0.3)}}, tmp_path / "ckpt.pt")
-    assert {round(block.ffn.tau.item(), 6) for block in train.load_model(tmp_path).blocks} == {0.3}
+    assert {round(block.ffn.tau.item(), 6) for block in from_pretrained(tmp_path).blocks} == {0.3}
     checkpoint["optimizer"]["param_groups"].pop()
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     settings = run_settings(corpus_dir, tmp_path, resume=True)
@@ -1359,7 +1358,7 @@ def test_a_new_run_in_an_old_folder_keeps_nothing_of_the_old(corpus_dir, tmp_pat
     run_here(old)
     train.begin_run(tmp_path, None)  # killed right here, the new run starts from its own beginning
     assert "nothing to resume" in run_here({**old, "seed": 2}, "--resume")
-    assert [line["step"] for line in train.read_log(tmp_path)] == [0, 1, 2, 2]
+    assert [line["step"] for line in config.read_log(tmp_path)] == [0, 1, 2, 2]
 
 
 def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
@@ -1505,22 +1504,22 @@ def test_conversations_that_open_with_one_question_are_on_one_side_of_the_split(
 
 
 def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
-    trained = [document.partition("\n") for document in prepare_data.math_documents(0, 3e6)]
+    trained = [document.partition("\n") for document in embedded.math_documents(0, 3e6)]
     asked = {question.removeprefix("Problem: ") for question, _, _ in trained}
     worked_out = {worked.strip() for _, _, worked in trained}
-    for said in prepare_data.math_conversations(1, 3e6, 0.05):
+    for said in embedded.math_conversations(1, 3e6, 0.05):
         asked |= {m["content"] for m in said if m["role"] == "user"}
         worked_out |= {m["content"] for m in said if m["role"] == "assistant"}
     steps = {line for worked in worked_out for line in worked.splitlines()}
     n_held_out = 0
-    for family, question, worked, _ in prepare_data.problems(1, reserved=True, limit=1000):
+    for family, question, worked, _ in embedded.problems(1, reserved=True, limit=1000):
         n_held_out += 1
         assert question not in asked and worked not in worked_out, question
         if family not in ("number facts", "sequences"):
             assert worked.splitlines()[-2] not in steps, question  # nor is the calculation a step of another problem
     assert n_held_out > 4000 and min(len(asked), len(worked_out)) > 20_000
     same = ("46 - 12", "x + 12 = 46", "Ada has 46 apples and loses 12.", "Ben has 46 coins and loses 12.")
-    assert len(set(map(prepare_data.is_reserved, same))) == 1
+    assert len(set(map(embedded.is_reserved, same))) == 1
 
 
 def write_chat_source(path: Path, n: int = 300) -> Path:
@@ -1633,7 +1632,7 @@ def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
 
 def test_pretraining_and_fine_tuning_learn_and_log_their_losses_evaluations_and_routing(unbroken, fine_tuned):
     for out_dir, domain, fall in ((unbroken, "math", 0.5), (fine_tuned, "chat", 0.1)):
-        steps, evaluations = losses_of(out_dir), [line for line in train.read_log(out_dir) if "val" in line]
+        steps, evaluations = losses_of(out_dir), [line for line in config.read_log(out_dir) if "val" in line]
         assert [x["step"] for x in steps] == list(range(1, 13)) and [x["step"] for x in evaluations] == [0, 6, 12]
         first, _, last = (line["val"][domain] for line in evaluations)
         assert last["loss"] < first["loss"] - fall and last["bits_per_byte"] < first["bits_per_byte"]
@@ -1641,7 +1640,7 @@ def test_pretraining_and_fine_tuning_learn_and_log_their_losses_evaluations_and_
         for measure in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
             assert all(len(line["routing"][measure]) == SMALL["n_layer"] for line in evaluations)
     assert losses_of(unbroken)[-1]["loss"] < losses_of(unbroken)[0]["loss"] - 0.5
-    assert all(line["tau"] == 0.1 for line in train.read_log(fine_tuned))
+    assert all(line["tau"] == 0.1 for line in config.read_log(fine_tuned))
     before, after = (train.load_checkpoint(path)["model_config"] for path in (unbroken, fine_tuned))
     assert before == after
 
@@ -1684,7 +1683,7 @@ def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too
 def test_problems_are_scored_by_their_last_line(monkeypatch):
     assert evaluate.is_correct("1 + 1 = 2\nAnswer: 2\n", "2") and evaluate.is_correct("Answer: 2", "2")
     assert not evaluate.is_correct("Answer: 2\nAnswer: 3", "2") and not evaluate.is_correct("Answer: 22", "2")
-    solutions = {question: solution for _, question, solution, _ in prepare_data.problems(1, reserved=True, limit=40)}
+    solutions = {question: solution for _, question, solution, _ in embedded.problems(1, reserved=True, limit=40)}
 
     def solve(model, encoding, questions, batch_size):
         return [solutions[question] if i % 4 else "no idea" for i, question in enumerate(questions)]
@@ -1694,7 +1693,7 @@ def test_problems_are_scored_by_their_last_line(monkeypatch):
     n, n_correct = len(solutions), sum(i % 4 > 0 for i in range(len(solutions)))
     interval = evaluate.wilson_interval(n_correct, n)
     assert results["all"] == {"n": n, "exact_match": n_correct / n, "interval": interval}
-    assert results["addition"]["n"] == 40 and results.keys() == {*prepare_data.FAMILIES, "all"}
+    assert results["addition"]["n"] == 40 and results.keys() == {*embedded.FAMILIES, "all"}
 
 
 def test_shares_have_wilsons_interval():
@@ -1882,7 +1881,7 @@ def test_an_upcycled_run_learns_and_leaves_silu(corpus_dir, tmp_path):
     overrides |= {"tokenizer": "bytes", "activations": tuple(ACTIVATIONS), "router_hidden": 8, "gumbel": False}
     settings = settings_from(tmp_path / "qwen3", corpus_dir, tmp_path / "run", **overrides)
     assert "upcycling silu to relu/tanh/silu/gelu: the same function" in run_here(settings)
-    first, last = [line for line in train.read_log(tmp_path / "run") if "val" in line]
+    first, last = [line for line in config.read_log(tmp_path / "run") if "val" in line]
     assert all(last["val"][domain]["loss"] < val["loss"] - 0.5 for domain, val in first["val"].items())
     assert all(usage[2] > 0.99 for usage in first["routing"]["usage"])
     assert any(usage[2] < 0.9 for usage in last["routing"]["usage"])
@@ -2195,7 +2194,7 @@ def test_the_report_of_fine_tuning_measures_the_answers_alone_and_asks_problems(
     flags = ["--report", "--problems", "--limit=2", f"--picture_dir={tmp_path / 'plots'}"]
     printed, results = run_eval(fine_tuned, *flags)
     n_targets = json.loads((chat_dir / "meta.json").read_text())["domains"]["chat"]["val_targets"]
-    last = [line for line in train.read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
+    last = [line for line in config.read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
     assert 0.8 * n_targets < results["domains"]["chat"]["tokens"] <= n_targets
     assert results["domains"]["chat"]["nats_per_token"] == pytest.approx(last["loss"], rel=0.2)
     assert (tmp_path / "plots" / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
@@ -2440,9 +2439,9 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):
     for damaged in (half, flipped, b"x" * 1000, b"", other, {"model": os.system}, {"model": {}}):
         path.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, path)
         assert str(path) in error_of(run_here, run_settings(corpus_dir, tmp_path), "--resume")
-        assert str(path) in error_of(train.load_model, path)
+        assert str(path) in error_of(from_pretrained, path)
     torch.save({"model": {}, "model_config": {"n_heads": 4}}, path)
-    assert "ckpt.pt does not hold a model of this project" in error_of(train.load_model, path)
+    assert "ckpt.pt does not hold a model of this project" in error_of(from_pretrained, path)
 
 
 def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
@@ -2452,7 +2451,7 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         (sample.newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.open_model("absent", cpu), "no checkpoint at absent"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
-        (lambda: train.pick_device("abacus"), "device 'abacus' cannot be used here"),
+        (lambda: machine.pick_device("abacus"), "device 'abacus' cannot be used here"),
         (lambda: sample.inference_dtype("float16", cpu), "dtype is 'float16'; it must be auto, bfloat16 or float32"),
         (lambda: sample.SampleConfig(top_k=0), "top_k is 0; it must be at least 1"),
         (lambda: sample.SampleConfig(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
@@ -2839,7 +2838,7 @@ def test_the_documented_schedule_falls_by_one_factor(changed):
 def test_the_documented_domain_is_prepared_and_trained_on(changed, monkeypatch):
     notes = "".join(f"Note {i} says what {i * i} is.\nIt is a square.\n\n\n" for i in range(500))
     for name in ("stem_documents", "code_documents"):  # the real ones take seconds
-        monkeypatch.setattr(changed.prepare_data, name, lambda: (f"{i:099}" for i in range(200)))
+        monkeypatch.setattr(embedded, name, lambda: (f"{i:099}" for i in range(200)))
     (arguments,) = re.findall("^python prepare_data.py (.*)", SECTIONS["Another domain"], re.M)
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *shlex.split(arguments), "--math_mb=0.05"])
     for text in (notes.upper(), notes):  # of one length

@@ -10,7 +10,6 @@ log.jsonl and settings.json.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import functools
@@ -35,9 +34,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from model import ModelConfig, PolychromaticLM, routing_stats, set_tau
+from extras.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
+from extras.routing import routing_stats
+from model import ModelConfig, PolychromaticLM, set_tau
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 # Corpora of prepare_data.py and their default tokenizers; None: no choice of tokenizer.
 CORPORA = {"text": "bytes", "tiny": None, "tiny_sft": None, "pretrain": "qwen3", "sft": "qwen3"}
@@ -324,49 +324,6 @@ class Ranks:
             torch.distributed.barrier()
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device of that name; "auto": cuda, else mps, else cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matmuls; "auto": bfloat16 where the hardware multiplies it faster, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return torch.bfloat16 if device.type == "cpu" and has_amx else torch.float32
-
-
-def prepare_cpu():
-    """Process settings that make a CPU faster."""
-    torch.set_flush_denormal(True)  # at low tau, routing weights are denormal (1e-40), which would halve the speed
-    # glibc returns freed tensors to the system, and the next tensors fault the pages in again, one by one: 11 of 163 ms
-    # in a step of the benchmark's feed-forward layer. With these settings it keeps up to 512 MiB.
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: free memory to keep at the end of the heap
-        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: size from which a block is mapped by itself
-
-
-def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile works here; prints why if not."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
-        return True
-    except Exception as e:  # no C++ compiler, no Python headers, no Triton: each raises its own type
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f"going on uncompiled, slower: torch.compile does not work here ({reason.strip()[:150]})")
-        return False
-
-
 class StopSignal:
     """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
 
@@ -397,39 +354,6 @@ def load_checkpoint(source: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of a model")
     return checkpoint
-
-
-def build_model(model_config: ModelConfig, state: dict[str, Tensor], path: str | Path) -> PolychromaticLM:
-    """A model with these weights. Raises ValueError, naming `path`, for a tensor that does not fit."""
-    model = PolychromaticLM(model_config)
-    expected, state = model.state_dict(), dict(state)
-    if "tau" in state:  # one temperature for all layers: other layouts, through extras.weights
-        state |= dict.fromkeys((name for name in expected if name.endswith(".tau")), state.pop("tau"))
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if name not in expected:
-            raise ValueError(f"{path} has an unexpected tensor: {name}")
-        theirs, ours = list(state[name].shape), list(expected[name].shape)
-        if theirs != ours:
-            raise ValueError(f"{path}: the tensor {name} has the shape {theirs}, not {ours}")
-    model.load_state_dict(state)
-    return model
-
-
-def load_model(source: str | Path, revision: str | None = None, router_context: str | None = None) -> PolychromaticLM:
-    """A model on the CPU: from a run folder or checkpoint of ours, or from another layout that extras.weights reads."""
-    path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
-    checkpoint = load_checkpoint(path) if path.suffix == ".pt" and path.is_file() and not revision else {}
-    if "model_config" not in checkpoint:
-        from extras.weights import from_pretrained
-
-        return from_pretrained(source, revision, router_context)
-    try:
-        settings = checkpoint["model_config"] | ({"router_context": router_context} if router_context else {})
-        return build_model(ModelConfig(**settings), checkpoint["model"], path)
-    except TypeError as e:  # a setting of another version
-        raise ValueError(f"{path} does not hold a model of this project: {e}") from None
 
 
 def find_checkpoint(cfg: TrainConfig) -> dict | None:
@@ -469,21 +393,12 @@ def inherit_shape(cfg: TrainConfig, shape: dict, source: str | Path):
             raise ValueError(f"{source} has {name}={theirs!r}, not {ours!r}")
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The records of a run's log.jsonl, without lines that a kill cut short."""
-    path, records = folder / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
-
-
 def begin_run(folder: Path, step: int | None):
     """Cut the log back to the step that a run resumes at; for a new run (None), remove what an old one left."""
     with config.writing(folder / "log.jsonl"):
         if step is None:
             (folder / "ckpt.pt").unlink(missing_ok=True)  # first: a kill here must not leave it beside a new log
-        records = [] if step is None else read_log(folder)
+        records = [] if step is None else config.read_log(folder)
         kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]  # evaluations run again
         text = "".join(json.dumps(record) + "\n" for record in kept)
         config.write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
@@ -550,7 +465,9 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     # checkpoint to resume, or model to start from
     checkpoint, source = find_checkpoint(cfg), None
     if cfg.init_from and not checkpoint:
-        source = load_model(cfg.init_from, cfg.revision)
+        from extras.weights import from_pretrained
+
+        source = from_pretrained(cfg.init_from, cfg.revision)
         inherit_shape(cfg, dataclasses.asdict(source.config), cfg.init_from)
 
     # data
@@ -566,14 +483,14 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             print(f"resuming with {name}={ours!r}; it was {theirs!r}")
 
     # model
+    if checkpoint or source:
+        from extras.weights import build_model, upcycle
     torch.manual_seed(cfg.seed)
     if checkpoint:
         model = build_model(cfg.model_config(), checkpoint["model"], ckpt)
     elif source:
         weights, theirs, tau = source.state_dict(), source.config.activations, source.blocks[0].ffn.tau.item()
         if cfg.activations != theirs:
-            from extras.weights import upcycle
-
             print(f"upcycling {'/'.join(theirs)} to {'/'.join(cfg.activations)}: the same function")
             weights = upcycle(source, cfg.model_config(), cfg.tau_start)
         elif len(theirs) > 1 and abs(tau - cfg.tau_start) > 1e-6:
@@ -713,7 +630,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             record = {
                 "step": step + 1, "loss": finite(loss), "lr": lr, "tau": tau, "mixture": get_mixture(step, cfg),
                 "grad_norm": finite(norm), "skipped": skipped, "tokens_per_second": rate,
-                "mfu": finite(rate * model.flops_per_token() / peak_flops(ranks)),
+                "mfu": finite(rate * model.flops_per_token() / (ranks.world_size * peak_flops(device))),
                 "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
             }  # fmt: skip
             log(record)
@@ -727,12 +644,6 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 def finite(x: float) -> float | None:
     """x, or None if it is infinite or NaN, which JSON cannot hold."""
     return x if math.isfinite(x) else None
-
-
-def peak_flops(ranks: Ranks) -> float:
-    """Peak FLOP/s of all GPUs of the run; NaN if unknown."""
-    card = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
-    return ranks.world_size * next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
 
 
 def resume_command() -> str:
@@ -752,7 +663,7 @@ def print_start(model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks, compiled
         f"{size:,} parameters, {'/'.join(cfg.activations)}, on {machine}; {tokens_per_step:,} tokens a step", flush=True
     )
     if device.type == "cuda":
-        from extras.memory import estimate_memory
+        from extras.machine import estimate_memory
 
         card, needed = torch.cuda.get_device_properties(device), estimate_memory(model, cfg) / 2**30
         more = "" if compiled else " when compiled; uncompiled it needs more and may not fit"

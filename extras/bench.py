@@ -15,6 +15,7 @@ import functools
 import gc
 import io
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 
 import config
 from eval import print_table
+from extras.embedded import code_documents
+from extras.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
 from extras.weights import from_pretrained
 from model import (
     KVCache,
@@ -41,8 +44,8 @@ from model import (
     compute_dtype,
     set_tau,
 )
-from prepare_data import code_documents, encode, get_tokenizer
-from train import PEAK_FLOPS, TrainConfig, compiler_works, pick_device, pick_dtype, prepare_cpu
+from prepare_data import encode, get_tokenizer
+from train import TrainConfig
 
 ROWS = ("ffn", "loss", "step", "decode", "prepare")
 POLYGLU, SWIGLU = ("relu", "tanh", "silu", "gelu"), ("silu",)
@@ -252,11 +255,9 @@ def bench_step(cfg: BenchConfig, device: torch.device, autocast: torch.autocast)
         "PolyGLU, all logits at once": functools.partial(step, *polyglu, all_logits=True),
     }
     results = time_interleaved(steps, cfg.rounds, device, n_tokens=B * T)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
     for name, result in results.items():
-        if peak_flops:
-            result["mfu"] = result["tokens_per_second"] * steps[name].args[0].flops_per_token() / peak_flops
+        if math.isfinite(peak := peak_flops(device)):
+            result["mfu"] = result["tokens_per_second"] * steps[name].args[0].flops_per_token() / peak
         result["peak"] = peak_bytes(steps[name], device)
     yield f"step: {cfg.settings}, {B} x {T:,} tokens{', compiled' * compiled}", results
 

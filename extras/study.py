@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import config
 import train
 from extras.bench import describe_machine, load_settings
+from extras.machine import pick_device, pick_dtype, prepare_cpu
 from extras.weights import from_pretrained
 from model import PolychromaticLM
 
@@ -111,7 +112,7 @@ class Run:
 
     def evaluation(self) -> dict | None:
         """The evaluation after the last step in its log; None if the run is not finished."""
-        found = [line for line in train.read_log(self.folder) if "val" in line]
+        found = [line for line in config.read_log(self.folder) if "val" in line]
         return found[-1] if found and found[-1]["step"] == self.settings.max_steps else None
 
 
@@ -218,7 +219,7 @@ def causal_losses(run: Run, device: torch.device, rows=128, first=32, others=8) 
     cfg = run.settings
     model = from_pretrained(run.folder).to(device).eval()
     corpus = train.Corpus(dataclasses.replace(cfg, eval_tokens=min(cfg.eval_tokens, rows * cfg.block_size)))
-    dtype = train.pick_dtype(cfg.dtype, device)
+    dtype = pick_dtype(cfg.dtype, device)
     first, losses = min(first, cfg.block_size), {}
     stride = max(1, (cfg.block_size - first) // others)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -467,12 +468,12 @@ def main():
         report = json.loads(file.read_text())
         report |= summarize(report["runs"])
     else:
-        device, runs = train.pick_device(cfg.device), plan_runs(cfg)
+        device, runs = pick_device(cfg.device), plan_runs(cfg)
         on_cpu = device.type == "cpu"
         jobs = (os.cpu_count() if on_cpu else 1) if cfg.jobs is None else cfg.jobs
         file.parent.mkdir(parents=True, exist_ok=True)
         check_runs(runs)
-        train.prepare_cpu()
+        prepare_cpu()
         if jobs:
             with config.locked(file.parent):
                 errors = train_runs(runs, jobs, on_cpu)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM
-from train import build_model, load_checkpoint
+from train import load_checkpoint
 
 # Tensor names of other layouts: (pattern of their name, our name).
 RELEASED_NAMES = (
@@ -58,6 +58,24 @@ def from_pretrained(
     if router_context:
         config = dataclasses.replace(config, router_context=router_context)
     return build_model(config, state, path)
+
+
+def build_model(model_config: ModelConfig, state: dict[str, Tensor], path: str | Path) -> PolychromaticLM:
+    """A model with these weights. Raises ValueError, naming `path`, for a tensor that does not fit."""
+    model = PolychromaticLM(model_config)
+    expected, state = model.state_dict(), dict(state)
+    if "tau" in state:  # one temperature for all layers: other layouts, through extras.weights
+        state |= dict.fromkeys((name for name in expected if name.endswith(".tau")), state.pop("tau"))
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if name not in expected:
+            raise ValueError(f"{path} has an unexpected tensor: {name}")
+        theirs, ours = list(state[name].shape), list(expected[name].shape)
+        if theirs != ours:
+            raise ValueError(f"{path}: the tensor {name} has the shape {theirs}, not {ours}")
+    model.load_state_dict(state)
+    return model
 
 
 def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path]:

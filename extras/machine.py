@@ -1,0 +1,72 @@
+"""The machine that a script runs on: its device, matmul dtype, CPU settings, compiler, memory and speed."""
+
+import contextlib
+import ctypes
+import math
+
+import torch
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of that name; "auto": cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matmuls; "auto": bfloat16 where the hardware multiplies it faster, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return torch.bfloat16 if device.type == "cpu" and has_amx else torch.float32
+
+
+def prepare_cpu():
+    """Process settings that make a CPU faster."""
+    torch.set_flush_denormal(True)  # at low tau, routing weights are denormal (1e-40), which would halve the speed
+    # glibc returns freed tensors to the system, and the next tensors fault the pages in again, one by one: 11 of 163 ms
+    # in a step of the benchmark's feed-forward layer. With these settings it keeps up to 512 MiB.
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: free memory to keep at the end of the heap
+        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: size from which a block is mapped by itself
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile works here; prints why if not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
+        return True
+    except Exception as e:  # no C++ compiler, no Python headers, no Triton: each raises its own type
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        print(f"going on uncompiled, slower: torch.compile does not work here ({reason.strip()[:150]})")
+        return False
+
+
+def peak_flops(device: torch.device) -> float:
+    """Peak FLOP/s of a GPU, dense bf16; NaN if unknown."""
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
+
+
+def estimate_memory(model: torch.nn.Module, cfg) -> int:
+    """Bytes of GPU memory that a compiled run needs: an estimate, as in docs/performance.md."""
+    c, tokens = model.config, cfg.micro_batch_size * model.config.block_size
+    size = pick_dtype(cfg.dtype, model.device).itemsize  # of what a matmul reads
+    # Kept for the backward pass, per token and block: the residual stream twice, both norms, the heads before and after
+    # QK-norm and RoPE, attention's output, and gate, up and their product.
+    heads = (3 * c.n_head + 4 * c.n_kv_head) * c.head_dim
+    block = 2 * 4 * c.n_embd + size * (2 * c.n_embd + heads + 3 * c.d_ff)
+    kept = tokens * (4 * c.n_embd * c.n_layer + block if cfg.recompute else block * c.n_layer)
+    head = (4 + size) * (min(2**28, tokens * c.vocab_size) + c.n_embd * c.vocab_size)  # a chunk of logits, the gradient
+    # A trained parameter takes 16 bytes: itself, its gradient and AdamW's two moments.
+    return sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) + kept + head

@@ -1,0 +1,156 @@
+"""What the routing does: five measures of it, and their plots by layer and over training."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import PolychromaticLM
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Shannon entropy over the first dimension, in nats: [K, ...] -> [...]."""
+    return torch.special.entr(p.clamp_max(1)).sum(0)  # rounding can leave a probability a little above 1
+
+
+@torch.no_grad()
+def routing_stats(
+    model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None = None, is_text: Tensor | None = None
+) -> dict[str, list]:
+    """Measures of the routing on tokens [B, T], without noise: {measure: one value per layer}; empty for a plain GLU.
+
+    is_text [B, T] bool: the tokens to average over; None: all.
+    - static_entropy: of softmax(alpha), mean over neurons, in nats. Independent of the input and of tau.
+    - dynamic_entropy: of g, mean over neurons and tokens, in nats
+    - usage: share of each activation [K], the mean of g
+    - input_dependence: mutual information of choice and token, mean over neurons, in nats: H(mean g) - mean H(g)
+    - agreement: largest share of the layer's neurons that favour the same activation, mean over tokens
+    - static_entropy_share, dynamic_entropy_share: the entropies as shares of ln K
+    """
+    if len(model.config.activations) == 1:
+        return {}
+    was_training, max_entropy, layers = model.training, math.log(len(model.config.activations)), []
+    model.eval()
+    layout, x = model.layout(tokens, doc_ids), model.embedding(tokens)
+    is_text = torch.ones_like(tokens, dtype=torch.bool) if is_text is None else is_text
+    for block in model.blocks:  # as Block.forward(), but it keeps h, the input of PolyGLU
+        x = x + block.attn(block.norm_1(x), layout)
+        h = block.norm_2(x)
+        x = x + block.ffn(h, layout.doc_start)
+        dynamic, agreement, mean_g = 0.0, 0.0, 0.0
+        for i in range(len(tokens)):  # a row at a time: g has K * T * d_ff numbers
+            doc_start = None if layout.doc_start is None else layout.doc_start[i : i + 1]
+            g = torch.stack(block.ffn.mixture(h[i : i + 1], doc_start))
+            g = g[:, 0, is_text[i]]  # [K, tokens, d_ff]
+            votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
+            agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / is_text.sum()
+            dynamic += entropy(g).mean(-1).sum() / is_text.sum()
+            mean_g += g.sum(1) / is_text.sum()  # [K, d_ff]
+        static = entropy(block.ffn.alpha.t().softmax(0)).mean().item()
+        stats = {"static_entropy": static, "static_entropy_share": static / max_entropy}
+        stats |= {"dynamic_entropy": dynamic.item(), "dynamic_entropy_share": dynamic.item() / max_entropy}
+        stats |= {"usage": mean_g.mean(-1).tolist(), "agreement": agreement.item()}
+        stats["input_dependence"] = (entropy(mean_g).mean() - dynamic).clamp_min(0).item()
+        layers.append(stats)
+    model.train(was_training)
+    return {name: [stats[name] for stats in layers] for name in layers[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
+def make_figure(title: str, *shape: int):
+    """A matplotlib figure and its [rows, columns] of axes. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5.5), dpi=200, layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    return figure, figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
+
+
+def plot_layers(path: Path, stats: dict, activations: Sequence[str]):
+    """The measures by layer: usage, and below it the others."""
+    usage, dependence = np.array(stats["usage"]), np.array(stats["input_dependence"])  # [n_layer, K], [n_layer]
+    n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), math.log(len(activations))
+    title = f"{n_single} of {len(usage)} layers make over 90% of their choices with one activation;\n"
+    title += f"input dependence is highest in layer {layer}: {dependence[layer]:.2g} of {ln_K:.2f} nats"
+    figure, ((top,), (bottom,)) = make_figure(title, 2, 1)
+    for k, name in enumerate(activations):
+        top.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=f"C{k}", label=name)
+    top.set(ylabel="usage", ylim=(0, 1))
+    top.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    bottom.plot(stats["static_entropy_share"], "k--", label="static entropy")
+    bottom.plot(stats["dynamic_entropy_share"], "C4o-", label="dynamic entropy")
+    bottom.plot(dependence / ln_K, "C5s-", label="input dependence")
+    bottom.plot(stats["agreement"], "C6^-", label="agreement")
+    bottom.set(xlabel="layer (0 reads the embedding)", ylabel="share of ln K, or of neurons", ylim=(-0.04, 1.04))
+    bottom.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path)
+
+
+def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
+    """Usage over training, a stacked area for each layer."""
+    steps, usage = zip(*((line["step"], line["routing"]["usage"]) for line in evaluations))
+    usage = np.array(usage)  # [evaluations, n_layer, K]
+    n_single, n_layer = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
+    since = steps[max((i + 1 for i, n in enumerate(n_single) if n != n_single[-1]), default=0)]
+    title = f"From step {since} on, {n_single[-1]} of {n_layer} layers make over 90% of their choices\n"
+    title += "with one activation"
+    n_columns = math.ceil(math.sqrt(n_layer))
+    figure, axes = make_figure(title, math.ceil(n_layer / n_columns), n_columns)
+    for i, ax in enumerate(axes.flat[:n_layer]):
+        areas = ax.stackplot(steps, usage[:, i].T, colors=[f"C{k}" for k in range(len(activations))])
+        ax.set(xlim=(steps[0], steps[-1]), ylim=(0, 1))
+        ax.set_title(f"layer {i}", fontsize="medium")
+    for ax in axes.flat[n_layer:]:
+        ax.set_axis_off()
+    figure.supxlabel("optimizer step")
+    figure.supylabel("usage")
+    figure.legend(areas, activations, loc="outside right", reverse=True)
+    figure.savefig(path)
+
+
+def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
+    """Loss over the steps, and below it the entropies of the routing with tau."""
+    steps = [line for line in log if line.get("loss")]
+    title = f"The training loss went from {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f} nats"
+    names = {"static entropy": "static_entropy_share", "dynamic entropy": "dynamic_entropy_share"}
+    means = {name: [np.mean(line["routing"][key]) for line in evaluations] for name, key in names.items()}
+    if evaluations:
+        dynamic = means["dynamic entropy"]
+        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
+        title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
+        title += f"the static entropy never fell below {min(means['static entropy']):.2%}"
+    figure, axes = make_figure(title, 1 + bool(evaluations), 1)
+    axes[0, 0].plot([line["step"] for line in steps], [line["loss"] for line in steps], "C7")
+    axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))
+    if evaluations:
+        axes[1, 0].plot([line["step"] for line in steps], [line["tau"] for line in steps], "k:", label="tau")
+        for (name, values), style in zip(means.items(), ("k--", "C4o-")):
+            axes[1, 0].plot([line["step"] for line in evaluations], values, style, label=name)
+        axes[1, 0].set(ylabel="tau, or share of ln K", ylim=(0, None))
+        axes[1, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1, 0].set_xlabel("optimizer step")
+    figure.savefig(path)
+
+
+def save_plots(folder: Path, stats: dict, activations: Sequence[str], log: list[dict]):
+    """Write the plots for which there are numbers. Without matplotlib, or if that fails, print why."""
+    evaluations = [line for line in log if line.get("routing")]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if stats:
+            plot_layers(folder / "layers.png", stats["all"], activations)
+        if stats and len(evaluations) > 1:
+            plot_usage(folder / "usage.png", evaluations, activations)
+        if any(line.get("loss") for line in log):
+            plot_training(folder / "training.png", log, evaluations)
+        print(f"pictures: {folder}/*.png")
+    except ImportError:
+        print("no pictures: they need a package: pip install matplotlib")
+    except OSError as e:
+        print(f"no pictures: cannot write to {folder}: {e.strerror}")

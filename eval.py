@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
+from config.machine import pick_device, prepare_cpu
 from extras.embedded import FAMILIES, problems
-from extras.machine import pick_device, prepare_cpu
 from extras.routing import routing_stats, save_plots
 from model import PolychromaticLM
 from prepare_data import encode_chat, get_tokenizer, stop_tokens

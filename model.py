@@ -60,8 +60,7 @@ class PolyGLU(nn.Module):
         router_hidden: int = 32, router_context: str = "prefix", gumbel: bool = True, router_centred: bool = False,
     ):  # fmt: skip
         super().__init__()
-        check_names(ACTIVATIONS, "activation", *activations)
-        check_router(router_context, router_centred)
+        check_routing(activations, router_context, router_centred)
         self.sigma = [f() if isinstance(f, type) else f for f in map(ACTIVATIONS.get, activations)]
         self.learned_sigma = nn.ModuleList(f for f in self.sigma if isinstance(f, nn.Module))  # registers parameters
         self.router_context, self.router_centred, self.gumbel = router_context, router_centred, gumbel
@@ -173,19 +172,15 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_names(registry: dict, kind: str, *names: str):
-    """Raise ValueError for a name that is not in the registry, a name given twice, or no name."""
-    for name in names:
-        if name not in registry:
-            raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(registry)}")
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{kind}s are {names}; name at least one, each once")
-
-
-def check_router(context: str, centred: bool):
-    """Raise ValueError for a router that cannot be built."""
-    check_names(ROUTER_CONTEXTS, "router_context", context)
-    if centred and context == "sequence":
+def check_routing(activations: Sequence[str], router_context: str, router_centred: bool):
+    """Raise ValueError for routing that cannot be built."""
+    if not activations or len(set(activations)) < len(activations):
+        raise ValueError(f"activations are {activations}; name at least one, each once")
+    if unknown := [name for name in activations if name not in ACTIVATIONS]:
+        raise ValueError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
+    if router_context not in ROUTER_CONTEXTS:
+        raise ValueError(f"unknown router_context {router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
+    if router_centred and router_context == "sequence":
         raise ValueError("router_centred cancels a sequence router: it is the same at every token; use prefix or token")
 
 
@@ -231,8 +226,7 @@ class ModelConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        check_names(ACTIVATIONS, "activation", *self.activations)
-        check_router(self.router_context, self.router_centred)
+        check_routing(self.activations, self.router_context, self.router_centred)
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta}, norm_eps {self.norm_eps}; they must be above 0")
         if self.router_hidden < 0:
@@ -344,16 +338,15 @@ def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Ten
     doc_ids [B, S] of all keys, positions [T] of the queries -> [B, 1, T, S] bool; with flex=True, where every position
     has a query, a block mask of FlexAttention.
     """
+    (B, S), device = doc_ids.shape, doc_ids.device
+
+    def is_visible(b, h, q, kv):
+        return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
+
     if flex:
-
-        def is_visible(b, h, q, kv):
-            return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
-
-        B, S = doc_ids.shape
-        return create_block_mask(is_visible, B, None, S, S, device=doc_ids.device)
-    is_causal = positions[:, None] >= torch.arange(doc_ids.size(1), device=doc_ids.device)
-    is_same_document = doc_ids[:, positions, None] == doc_ids[:, None, :]
-    return (is_causal & is_same_document)[:, None]
+        return create_block_mask(is_visible, B, None, S, S, device=device)
+    b = torch.arange(B, device=device)[:, None, None, None]
+    return is_visible(b, None, positions[:, None], torch.arange(S, device=device))
 
 
 @functools.cache
@@ -610,17 +603,17 @@ class PolychromaticLM(nn.Module):
         Parameters that need no gradient are left out. The caller multiplies the learning rate by each group's
         "lr_scale": routing_lr for routing parameters, routing_lr * alpha_lr for alpha, 1 for the rest.
         """
-        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+        groups = {}
         for name, p in self.named_parameters():
             if p.requires_grad:
                 is_alpha, is_routing = name.endswith(".ffn.alpha"), bool(ROUTING.search(name))
-                groups.setdefault((p.dim() == 2 and not is_alpha, is_routing, is_alpha), []).append(p)
-        settings = []
-        for (decays, is_routing, is_alpha), params in sorted(groups.items(), key=lambda item: item[0], reverse=True):
-            scale = (routing_lr if is_routing else 1.0) * (alpha_lr if is_alpha else 1.0)
-            decay = weight_decay * decays / (scale or 1)  # AdamW decays by lr * wd: a higher lr must not decay more
-            settings.append({"params": params, "weight_decay": decay, "lr_scale": scale})
-        return torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=True)
+                decays = p.dim() == 2 and not is_alpha
+                scale = (routing_lr if is_routing else 1.0) * (alpha_lr if is_alpha else 1.0)
+                decay = weight_decay * decays / (scale or 1)  # AdamW decays by lr * wd: a higher lr must not decay more
+                group = {"params": [], "weight_decay": decay, "lr_scale": scale}
+                groups.setdefault((decays, is_routing, is_alpha), group)["params"].append(p)
+        groups = [group for _, group in sorted(groups.items(), reverse=True)]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     def flops_per_token(self, length: int | None = None) -> float:
         """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.

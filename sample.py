@@ -18,7 +18,7 @@ import tiktoken
 import torch
 
 import config
-from extras.machine import compiler_works, pick_device, pick_dtype
+from config.machine import compiler_works, pick_device, pick_dtype
 from extras.weights import from_pretrained
 from model import PolychromaticLM
 from prepare_data import encode, encode_chat, get_tokenizer, stop_tokens

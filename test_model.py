@@ -40,7 +40,8 @@ import prepare_data
 import sample
 import sft
 import train
-from extras import bench, embedded, machine, study
+from config import machine
+from extras import bench, embedded, study
 from extras.routing import routing_stats
 from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
 from model import (

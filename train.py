@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from extras.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
+from config.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
 from extras.routing import routing_stats
 from model import ModelConfig, PolychromaticLM, set_tau
 
@@ -663,7 +663,7 @@ def print_start(model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks, compiled
         f"{size:,} parameters, {'/'.join(cfg.activations)}, on {machine}; {tokens_per_step:,} tokens a step", flush=True
     )
     if device.type == "cuda":
-        from extras.machine import estimate_memory
+        from config.machine import estimate_memory
 
         card, needed = torch.cuda.get_device_properties(device), estimate_memory(model, cfg) / 2**30
         more = "" if compiled else " when compiled; uncompiled it needs more and may not fit"

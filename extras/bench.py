@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
+from config.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
 from eval import print_table
 from extras.embedded import code_documents
-from extras.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
 from extras.weights import from_pretrained
 from model import (
     KVCache,

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 
 import config
 import train
+from config.machine import pick_device, pick_dtype, prepare_cpu
 from extras.bench import describe_machine, load_settings
-from extras.machine import pick_device, pick_dtype, prepare_cpu
 from extras.weights import from_pretrained
 from model import PolychromaticLM
 

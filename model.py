@@ -2,7 +2,7 @@
 
 An ordinary feed-forward neuron has one fixed activation. A PolyGLU neuron mixes K of them, weighted by its own learned
 preference and a router that reads the context. In reading order: PolyGLU and what its router reads, configuration,
-attention with its masks and cache, loss, model, measures of the routing. Other differences from a plain GPT:
+attention with its masks and cache, loss, model. Other differences from a plain GPT:
 
 - grouped-query attention, QK-norm (RMSNorm on every query and key head), RoPE, no biases outside the router, tied head
 - documents packed into one row do not see each other (except through a "sequence" router); padding is one more document
@@ -11,8 +11,7 @@ attention with its masks and cache, loss, model, measures of the routing. Other 
 
 import functools
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,12 +63,11 @@ class PolyGLU(nn.Module):
         self.sigma = [f() if isinstance(f, type) else f for f in map(ACTIVATIONS.get, activations)]
         self.learned_sigma = nn.ModuleList(f for f in self.sigma if isinstance(f, nn.Module))  # registers parameters
         self.router_context, self.router_centred, self.gumbel = router_context, router_centred, gumbel
-        K = len(activations)
         self.w_gate = nn.Linear(n_embd, d_ff, bias=False)
         self.w_up = nn.Linear(n_embd, d_ff, bias=False)
         self.w_down = nn.Linear(d_ff, n_embd, bias=False)
-        self.is_mixed = K > 1
-        self.has_router = K > 1 and router_hidden > 0
+        K = len(activations)
+        self.is_mixed, self.has_router = K > 1, K > 1 and router_hidden > 0
         if self.is_mixed:
             self.alpha = nn.Parameter(torch.zeros(d_ff, K))
         if self.has_router:
@@ -150,8 +148,7 @@ def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
 
 # What the router reads: functions (u, doc_start, cache) -> context, of the shape and dtype of u.
 #   u          [B, T, R], at least float32: W1 x + b1. A mean commutes with W1, and u is narrower than x.
-#   doc_start  [B, T] int64: index at which each token's document starts among these T tokens; -1 for the row's first
-#              document, which may continue from the cache
+#   doc_start  [B, T] int64, as above; with a cache, the row's first document may have started in an earlier call
 #   cache      None, or [B, 1, R + 1] of sum_dtype(), zeros at first: state carried between calls, updated in place
 # A context that reads later tokens belongs in ModelConfig.sees_future as well.
 ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
@@ -197,10 +194,7 @@ def init_linear(module: nn.Module, std: float = 0.02):
 
 @dataclass
 class ModelConfig:
-    """The shape of a model. The defaults are PolychromaticLM: 597,153,888 parameters, 1,380,960 of them routing.
-
-    Raises ValueError, naming the value, for a shape that cannot be built.
-    """
+    """The shape of a model; ValueError if it cannot be built. The defaults are those of PolychromaticLM, 597M."""
 
     block_size: int = 4096  # context, in tokens
     vocab_size: int = 151_669  # rows of the embedding
@@ -249,8 +243,7 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467); keeps shape and dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = at_least_fp32(self.weight)
-        return F.rms_norm(at_least_fp32(x), self.normalized_shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(at_least_fp32(x), self.normalized_shape, at_least_fp32(self.weight), self.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -272,8 +265,8 @@ class Layout(NamedTuple):
 class LayerCache(NamedTuple):
     """Decoding state of one layer, updated in place."""
 
-    k: Tensor  # [B, n_kv_head, max_length, head_dim]
-    v: Tensor  # the same
+    k: Tensor  # [B, n_kv_head, max_length, head_dim], and v
+    v: Tensor
     router: Tensor  # [B, 1, router_hidden + K + 2]: sums of the context and of f, see ROUTER_CONTEXTS
 
 
@@ -316,9 +309,8 @@ class Attention(nn.Module):
 class KVCache:
     """Decoding state, so that each step runs only the new token: keys, values and router sums of `length` tokens.
 
-    Pass it to forward(), which fills it. It holds batch_size rows of max_length tokens; keys and values have the given
-    dtype. Decoding attends to all max_length positions under a mask: shapes are static, so one compiled graph serves
-    every token. It cannot be rewound: the router keeps only sums. Raises ValueError for a "sequence" router.
+    forward() fills it. Decoding attends to all max_length positions under a mask: shapes are static, so one compiled
+    graph serves every token. It cannot be rewound: the router keeps only sums. ValueError for a "sequence" router.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=torch.float32):
@@ -327,8 +319,7 @@ class KVCache:
         self.length, self.max_length = 0, max_length
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
         kv = torch.zeros(batch_size, config.n_kv_head, max_length, config.head_dim, dtype=dtype, device=device)
-        n_sums = config.router_hidden + len(config.activations) + 2
-        router = torch.zeros(batch_size, 1, n_sums, dtype=sum_dtype(kv), device=device)
+        router = kv.new_zeros(batch_size, 1, config.router_hidden + len(config.activations) + 2, dtype=sum_dtype(kv))
         self.layers = [LayerCache(kv.clone(), kv.clone(), router.clone()) for _ in range(config.n_layer)]
 
 
@@ -401,8 +392,7 @@ def chunked_cross_entropy(
     hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. chunk_size is in tokens
     (None: about 2**25 logits a chunk, 2**28 on a GPU). chunk_loss: the function above, compiled or not.
     """
-    if chunk_size is None:
-        chunk_size = max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
+    chunk_size = chunk_size or max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
     return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_size, chunk_loss, torch.is_grad_enabled())
 
 
@@ -448,8 +438,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 # --------------------------------------------------------------------------------------------------------------- model
 
-ROUTING = re.compile(r"\.ffn\.(alpha|beta|router_in|router_out)\b")  # routing parameters
-
 
 class PolychromaticLM(nn.Module):
     """The whole model: embedding, blocks, norm, and the output head, which by default shares the embedding's weight."""
@@ -457,16 +445,15 @@ class PolychromaticLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        rng = torch.get_rng_state()
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        if not config.tied_head:
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        with torch.random.fork_rng(devices=[]):  # undoes the draws of the constructors, which depend on the routing
+            self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.norm = RMSNorm(config.n_embd, config.norm_eps)
+            if not config.tied_head:
+                self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.chunk_loss = chunk_loss  # compile() replaces it
         self.flex: bool | None = None  # use FlexAttention for packed documents; None: on CUDA only
-        torch.set_rng_state(rng)  # rewind: the constructors' draws depend on the routing; init_weights() draws again
         self.init_weights()
 
     def compile(self, **options):
@@ -490,8 +477,7 @@ class PolychromaticLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Weight of the output head, [vocab_size, n_embd]."""
-        return self.embedding.weight if self.config.tied_head else self.head.weight
+        return self.embedding.weight if self.config.tied_head else self.head.weight  # [vocab_size, n_embd]
 
     @property
     def device(self) -> torch.device:
@@ -504,9 +490,8 @@ class PolychromaticLM(nn.Module):
 
         tokens [B, T] int64. With targets [B, T] (-1: ignored): the mean cross-entropy in nats per token, [] float32.
         Else logits [B, T, vocab_size]; with a cache, those of the last position only, [B, 1, vocab_size].
-        doc_ids [B, T] int64, in contiguous runs: attention and the prefix mean stay inside each document. With a cache
-        (without targets) the tokens continue the cached rows, in the same documents if there are no doc_ids. Raises
-        ValueError for a row longer than block_size or the cache's room.
+        doc_ids [B, T] int64, in contiguous runs: attention and the router stay inside each document. With a cache the
+        tokens continue the cached rows, without doc_ids in the same documents. Raises ValueError for too long a row.
         """
         x = self.hidden(tokens, doc_ids, cache)
         if targets is None:
@@ -552,48 +537,6 @@ class PolychromaticLM(nn.Module):
         angles = positions[:, None, None] / wavelengths  # [T, 1, head_dim / 2]
         return Layout(angles.cos(), angles.sin(), mask, doc_start, positions)
 
-    @torch.no_grad()
-    def generate(
-        self, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
-        top_k: int | None = None, top_p: float | None = None, stop_tokens: Collection[int] = (),
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:  # fmt: skip
-        """Continue prompts, one token of every row at a time: yields [B] int64, -1 in rows that have ended.
-
-        tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
-        k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_tokens. A row longer
-        than block_size continues from its last block_size / 2 tokens. Raises ValueError for an empty prompt, and for a
-        "sequence" router with prompts of different lengths.
-        """
-        rows, block_size = [list(map(int, row)) for row in tokens], self.config.block_size
-        check_generation(self.config, rows, temperature, top_k, top_p)
-        stop = torch.tensor(sorted(stop_tokens), device=self.device)
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        cache, token, was_training = None, None, self.training
-        self.eval()
-        try:
-            for step in range(max_new_tokens):
-                if cache is None or cache.length == block_size:
-                    # Read the prompts. When the cache is full, reread the recent half of every row that no longer fits.
-                    rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
-                    unread, doc_ids = pad_left(rows, self.device)
-                    if not self.config.sees_future:
-                        room = min(block_size, unread.size(1) + max_new_tokens - step)
-                        cache = KVCache(self.config, len(rows), room, self.device, compute_dtype(self.embedding.weight))
-                    logits = self(unread, doc_ids=doc_ids, cache=cache)
-                else:
-                    logits = self(token[:, None], cache=cache)
-                token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
-                yield torch.where(ended, -1, token)
-                for row, new, has_ended in zip(rows, token.tolist(), ended.tolist()):
-                    if not has_ended:
-                        row.append(new)
-                ended |= torch.isin(token, stop)
-                if ended.all():
-                    return
-        finally:
-            self.train(was_training)
-
     def configure_optimizer(
         self, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8,
         routing_lr: float = 1.0, alpha_lr: float = 1.0,
@@ -606,7 +549,8 @@ class PolychromaticLM(nn.Module):
         groups = {}
         for name, p in self.named_parameters():
             if p.requires_grad:
-                is_alpha, is_routing = name.endswith(".ffn.alpha"), bool(ROUTING.search(name))
+                is_alpha = name.endswith(".ffn.alpha")
+                is_routing = is_alpha or name.endswith(".ffn.beta") or ".ffn.router_" in name
                 decays = p.dim() == 2 and not is_alpha
                 scale = (routing_lr if is_routing else 1.0) * (alpha_lr if is_alpha else 1.0)
                 decay = weight_decay * decays / (scale or 1)  # AdamW decays by lr * wd: a higher lr must not decay more
@@ -614,51 +558,3 @@ class PolychromaticLM(nn.Module):
                 groups.setdefault((decays, is_routing, is_alpha), group)["params"].append(p)
         groups = [group for _, group in sorted(groups.items(), reverse=True)]
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-
-    def flops_per_token(self, length: int | None = None) -> float:
-        """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.
-
-        6 per parameter, except an untied embedding, which is only looked up, and 12 n_layer n_head head_dim T for
-        attention over the full T x T, although causal and document masks skip part of it (arXiv 2204.02311, app. B).
-        """
-        c = self.config
-        attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
-        lookup = 0 if c.tied_head else self.embedding.weight.numel()
-        return 6 * (sum(p.numel() for p in self.parameters()) - lookup) + attention
-
-
-def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None = None
-) -> Tensor:
-    """One token of every row of logits [B, V] -> [B] int64; arguments as generate()'s."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest stays at 0 at any temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None:
-        p, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        outside = p.cumsum(-1) - p >= top_p  # True if the likelier tokens reach top_p without this one
-        logits = logits.masked_fill(torch.empty_like(outside).scatter(1, order, outside), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Tokens [B, T] of rows of any length, and doc_ids in which the padding is document 0, or None without padding."""
-    longest = max(map(len, rows))
-    padding = [longest - len(row) for row in rows]
-    tokens = torch.tensor([[0] * n + row for n, row in zip(padding, rows)], device=device)
-    doc_ids = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
-    return tokens, doc_ids if any(padding) else None
-
-
-def check_generation(config: ModelConfig, rows: list[list[int]], temperature: float, top_k, top_p):
-    """Raise ValueError for prompts or settings that generate() cannot use."""
-    if not rows or not all(rows):
-        raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
-    if not all(0 <= token < config.vocab_size for row in rows for token in row):
-        raise ValueError(f"a token that is not in 0..{config.vocab_size - 1}")
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
-    if config.sees_future and len(set(map(len, rows))) > 1:
-        raise ValueError('router_context="sequence" would read the padding too; give prompts of one length')

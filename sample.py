@@ -10,17 +10,18 @@ python sample.py --chat --prompt="What is 12 + 34?"        ask it one question
 import codecs
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 import torch
+from torch import Tensor
 
 import config
 from config.machine import compiler_works, pick_device, pick_dtype
 from extras.weights import from_pretrained
-from model import PolychromaticLM
+from model import KVCache, ModelConfig, PolychromaticLM, compute_dtype
 from prepare_data import encode, encode_chat, get_tokenizer, stop_tokens
 
 
@@ -69,6 +70,92 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def generate(
+    model: PolychromaticLM, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, stop_tokens: Collection[int] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Continue prompts, one token of every row at a time: yields [B] int64, -1 in rows that have ended.
+
+    tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
+    k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_tokens. A row longer
+    than block_size continues from its last block_size / 2 tokens. Raises ValueError for an empty prompt, and for a
+    "sequence" router with prompts of different lengths.
+    """
+    rows, block_size = [list(map(int, row)) for row in tokens], model.config.block_size
+    check_generation(model.config, rows, temperature, top_k, top_p)
+    stop = torch.tensor(sorted(stop_tokens), device=model.device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    cache, token, was_training = None, None, model.training
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            if cache is None or cache.length == block_size:
+                # Read the prompts. When the cache is full, reread the recent half of every row that no longer fits.
+                rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
+                unread, doc_ids = pad_left(rows, model.device)
+                if not model.config.sees_future:
+                    room = min(block_size, unread.size(1) + max_new_tokens - step)
+                    cache = KVCache(model.config, len(rows), room, model.device, compute_dtype(model.embedding.weight))
+                logits = model(unread, doc_ids=doc_ids, cache=cache)
+            else:
+                logits = model(token[:, None], cache=cache)
+            token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
+            yield torch.where(ended, -1, token)
+            for row, new, has_ended in zip(rows, token.tolist(), ended.tolist()):
+                if not has_ended:
+                    row.append(new)
+            ended |= torch.isin(token, stop)
+            if ended.all():
+                return
+    finally:
+        model.train(was_training)
+
+
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """One token of every row of logits [B, V] -> [B] int64; arguments as generate()'s."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest stays at 0 at any temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        outside = p.cumsum(-1) - p >= top_p  # True if the likelier tokens reach top_p without this one
+        logits = logits.masked_fill(torch.empty_like(outside).scatter(1, order, outside), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Tokens [B, T] of rows of any length, and doc_ids in which the padding is document 0, or None without padding."""
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    tokens = torch.tensor([[0] * n + row for n, row in zip(padding, rows)], device=device)
+    doc_ids = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
+    return tokens, doc_ids if any(padding) else None
+
+
+def check_generation(config: ModelConfig, rows: list[list[int]], temperature: float, top_k, top_p):
+    """Raise ValueError for prompts or settings that generate() cannot use."""
+    if not rows or not all(rows):
+        raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
+    if not all(0 <= token < config.vocab_size for row in rows for token in row):
+        raise ValueError(f"a token that is not in 0..{config.vocab_size - 1}")
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
+    if config.sees_future and len(set(map(len, rows))) > 1:
+        raise ValueError('router_context="sequence" would read the padding too; give prompts of one length')
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
 def newest_checkpoint(root: Path = Path("out")) -> Path:
     """The most recently written checkpoint under root."""
     paths = list(root.glob("**/ckpt.pt"))
@@ -106,7 +193,7 @@ def stream(
     """Continue token ids up to <|endoftext|> (in a chat, <|im_end|>); yields text once its bytes form characters."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = stop_tokens(encoding) if cfg.chat else {encoding.eot_token}
-    for token in model.generate([ids], max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, ends):
+    for token in generate(model, [ids], max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, ends):
         if token.item() not in ends:
             yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
     yield decoder.decode(b"", final=True)
@@ -134,7 +221,7 @@ def generate_texts(
     """Continue a batch of prompts (token ids), each up to a stop token or to where a stop text begins."""
     stops = [text.encode() for text in stop_texts if text]
     texts, unfinished = [b""] * len(prompts), set(range(len(prompts)))
-    for tokens in model.generate(prompts, max_new_tokens, temperature, top_k, top_p, stop_tokens):
+    for tokens in generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_tokens):
         tokens = tokens.tolist()
         for i in list(unfinished):
             if tokens[i] < encoding.eot_token:  # special tokens have no text

@@ -55,7 +55,6 @@ from model import (
     chunked_cross_entropy,
     gumbel_noise,
     prefix_mean,
-    sample_token,
     set_tau,
 )
 
@@ -137,8 +136,8 @@ def test_only_weight_matrices_and_the_embedding_decay():
 def test_flops_per_token_count_parameters_and_attention():
     model = small_model(activations=("silu",))
     n = sum(p.numel() for p in model.parameters())
-    assert model.flops_per_token() == 6 * n + 12 * 2 * 32 * 64
-    assert model.flops_per_token(length=10) == 6 * n + 12 * 2 * 32 * 10
+    assert machine.flops_per_token(model) == 6 * n + 12 * 2 * 32 * 64
+    assert machine.flops_per_token(model, length=10) == 6 * n + 12 * 2 * 32 * 10
 
 
 # --------------------------------------------------------------------------------------------------------- 2. causality
@@ -273,7 +272,7 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 
 def generated(model: PolychromaticLM, prompts, steps: int, **settings) -> list[list[int]]:
-    return torch.stack(list(model.generate(prompts, steps, **{"temperature": 0, **settings})), dim=1).tolist()
+    return torch.stack(list(sample.generate(model, prompts, steps, **{"temperature": 0, **settings})), dim=1).tolist()
 
 
 @torch.no_grad()
@@ -301,8 +300,8 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
         assert after[:end] == before[: min(end, len(after))]
         assert all(token == -1 for token in after[end:])
     model.train()
-    next(model.generate([[1, 2]], 5))
-    assert model.training and list(model.generate([[1, 2]], 0)) == []
+    next(sample.generate(model, [[1, 2]], 5))
+    assert model.training and list(sample.generate(model, [[1, 2]], 0)) == []
 
 
 def test_top_k_top_p_and_a_low_temperature_leave_out_the_unlikely():
@@ -311,7 +310,7 @@ def test_top_k_top_p_and_a_low_temperature_leave_out_the_unlikely():
         (1e4, None, None, [0.5, 0.3, 0.15, 0.05]), (1e4, 2, None, [0.625, 0.375, 0, 0]),
         (1e4, None, 0.7, [0.625, 0.375, 0, 0]), (1e4, None, 0.01, [1, 0, 0, 0]), (1e-38, None, None, [1, 0, 0, 0]),
     ):  # fmt: skip
-        tokens = sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+        tokens = sample.sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
         shares = tokens.bincount(minlength=4) / 4000
         torch.testing.assert_close(shares, torch.tensor(expected).float(), atol=0.03, rtol=0)
         assert (shares > 0).tolist() == [p > 0 for p in expected]
@@ -2076,7 +2075,7 @@ def test_tasks_that_sample_honour_temperature_top_k_and_top_p(harness):
 def test_a_text_ends_where_a_stop_begins_whichever_tokens_it_spans():
     model, encoding = small_model(), prepare_data.get_tokenizer("bytes")
     prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
-    rows = torch.stack(list(model.generate(prompts, 30, temperature=0, stop_tokens={256})), 1).tolist()
+    rows = torch.stack(list(sample.generate(model, prompts, 30, temperature=0, stop_tokens={256})), 1).tolist()
     free = sample.generate_texts(model, encoding, prompts, 30, {256})
     assert free == [bytes(t for t in row if 0 <= t < 256).decode(errors="replace") for row in rows]
     stop = next(match[0] for text in free if (match := re.search(r"[\0-\x7f]{2}", text[5:])))  # a token is a byte
@@ -2447,7 +2446,7 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):
 
 def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cpu = torch.device("cpu")
+    cpu, sees_future = torch.device("cpu"), small_model(router_context="sequence")
     for action, message in [
         (sample.newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.open_model("absent", cpu), "no checkpoint at absent"),
@@ -2458,8 +2457,8 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         (lambda: sample.SampleConfig(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
         (lambda: sample.SampleConfig(temperature=-1.0), "temperature is -1.0; it must lie in 0.."),
         (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
-        (lambda: next(small_model(router_context="sequence").generate([[1], [1, 2]], 5)), "give prompts of one length"),
-        (lambda: KVCache(ModelConfig(**SMALL, router_context="sequence"), 1, 8), "no cache is exact"),
+        (lambda: next(sample.generate(sees_future, [[1], [1, 2]], 5)), "give prompts of one length"),
+        (lambda: KVCache(sees_future.config, 1, 8), "no cache is exact"),
         (lambda: small_model()(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
         (lambda: prepare_data.get_tokenizer("morse"), "unknown tokenizer 'morse'"),
     ]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from config.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
+from config.machine import compiler_works, flops_per_token, peak_flops, pick_device, pick_dtype, prepare_cpu
 from extras.routing import routing_stats
 from model import ModelConfig, PolychromaticLM, set_tau
 
@@ -630,7 +630,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             record = {
                 "step": step + 1, "loss": finite(loss), "lr": lr, "tau": tau, "mixture": get_mixture(step, cfg),
                 "grad_norm": finite(norm), "skipped": skipped, "tokens_per_second": rate,
-                "mfu": finite(rate * model.flops_per_token() / (ranks.world_size * peak_flops(device))),
+                "mfu": finite(rate * flops_per_token(model) / (ranks.world_size * peak_flops(device))),
                 "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
             }  # fmt: skip
             log(record)

@@ -58,6 +58,18 @@ def peak_flops(device: torch.device) -> float:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
 
 
+def flops_per_token(model: torch.nn.Module, length: int | None = None) -> float:
+    """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.
+
+    6 per parameter, except an untied embedding, which is only looked up, and 12 n_layer n_head head_dim T for
+    attention over the full T x T, although causal and document masks skip part of it (arXiv 2204.02311, app. B).
+    """
+    c = model.config
+    attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
+    lookup = 0 if c.tied_head else model.embedding.weight.numel()
+    return 6 * (sum(p.numel() for p in model.parameters()) - lookup) + attention
+
+
 def estimate_memory(model: torch.nn.Module, cfg) -> int:
     """Bytes of GPU memory that a compiled run needs: an estimate, as in docs/performance.md."""
     c, tokens = model.config, cfg.micro_batch_size * model.config.block_size

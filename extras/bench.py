@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
-from config.machine import compiler_works, peak_flops, pick_device, pick_dtype, prepare_cpu
+from config.machine import compiler_works, flops_per_token, peak_flops, pick_device, pick_dtype, prepare_cpu
 from eval import print_table
 from extras.embedded import code_documents
 from extras.weights import from_pretrained
@@ -257,7 +257,7 @@ def bench_step(cfg: BenchConfig, device: torch.device, autocast: torch.autocast)
     results = time_interleaved(steps, cfg.rounds, device, n_tokens=B * T)
     for name, result in results.items():
         if math.isfinite(peak := peak_flops(device)):
-            result["mfu"] = result["tokens_per_second"] * steps[name].args[0].flops_per_token() / peak
+            result["mfu"] = result["tokens_per_second"] * flops_per_token(steps[name].args[0]) / peak
         result["peak"] = peak_bytes(steps[name], device)
     yield f"step: {cfg.settings}, {B} x {T:,} tokens{', compiled' * compiled}", results
 

@@ -20,10 +20,11 @@ def open_tokenizer(corpus: Corpus):
 def write_sample(model: PolychromaticLM, corpus: Corpus, encoding) -> str:
     """The corpus' prompt and what the model writes after it, in one line. Leaves the global random state alone."""
     from prepare_data import stop_tokens
+    from sample import generate
 
     ids, length = corpus.prompt(), corpus.cfg.sample_tokens
     generator = torch.Generator(model.device).manual_seed(corpus.cfg.seed)
     with torch.compiler.set_stance("force_eager"):  # compiling the blocks for one token would take half a minute
-        ids += [t.item() for t in model.generate([ids], length, 0.8, None, None, stop_tokens(encoding), generator)]
+        ids += [t.item() for t in generate(model, [ids], length, 0.8, None, None, stop_tokens(encoding), generator)]
     text = encoding.decode_bytes([i for i in ids if i < encoding.eot_token]).decode(errors="replace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

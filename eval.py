@@ -27,13 +27,14 @@ from tqdm import tqdm
 
 import config
 from config.machine import pick_device, prepare_cpu
+from config.runs import load_checkpoint, newest_checkpoint, read_log
 from extras.embedded import FAMILIES, problems
 from extras.routing import routing_stats, save_plots
 from model import PolychromaticLM
 from prepare_data import encode_chat, get_tokenizer, stop_tokens
-from sample import generate_texts, inference_dtype, newest_checkpoint, open_model
+from sample import generate_texts, inference_dtype, open_model
 from sft import Conversations
-from train import Corpus, TrainConfig, load_checkpoint
+from train import Corpus, TrainConfig
 
 ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 
@@ -347,7 +348,7 @@ def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dic
         print_routing(stats, model.config.activations)
     else:
         print(f"a plain GLU of {model.config.activations[0]}: there is no routing to measure")
-    save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, config.read_log(folder))
+    save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, read_log(folder))
 
 
 def main():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import config
 from config.machine import compiler_works, pick_device, pick_dtype
+from config.runs import newest_checkpoint
 from extras.weights import from_pretrained
 from model import KVCache, ModelConfig, PolychromaticLM, compute_dtype
 from prepare_data import encode, encode_chat, get_tokenizer, stop_tokens
@@ -154,16 +155,6 @@ def check_generation(config: ModelConfig, rows: list[list[int]], temperature: fl
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
-
-
-def newest_checkpoint(root: Path = Path("out")) -> Path:
-    """The most recently written checkpoint under root."""
-    paths = list(root.glob("**/ckpt.pt"))
-    if not paths:
-        raise ValueError(
-            f"no checkpoint under {root}; train one (python train.py config/tiny.py) or name it with --init_from="
-        )
-    return max(paths, key=lambda path: path.stat().st_mtime)
 
 
 def open_model(

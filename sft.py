@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+from config.runs import read_log
 from train import Corpus, TrainConfig, train
 
 
@@ -119,7 +120,7 @@ def pack(lengths: np.ndarray, room: int, open_rows: int = 64) -> list[list[int]]
 
 def print_routing(folder: Path):
     """The five routing measures, averaged over the layers, at the run's first and last evaluation."""
-    measured = [(line["step"], line["routing"]) for line in config.read_log(folder) if line.get("routing")]
+    measured = [(line["step"], line["routing"]) for line in read_log(folder) if line.get("routing")]
     if len(measured) < 2:
         return  # a plain GLU, or a run that was stopped early
     print("routing, means over the layers:")

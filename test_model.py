@@ -40,7 +40,8 @@ import prepare_data
 import sample
 import sft
 import train
-from config import machine
+from config.machine import Ranks, estimate_memory, flops_per_token, pick_device
+from config.runs import begin_run, load_checkpoint, newest_checkpoint, read_log
 from extras import bench, embedded, study
 from extras.routing import routing_stats
 from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
@@ -136,8 +137,8 @@ def test_only_weight_matrices_and_the_embedding_decay():
 def test_flops_per_token_count_parameters_and_attention():
     model = small_model(activations=("silu",))
     n = sum(p.numel() for p in model.parameters())
-    assert machine.flops_per_token(model) == 6 * n + 12 * 2 * 32 * 64
-    assert machine.flops_per_token(model, length=10) == 6 * n + 12 * 2 * 32 * 10
+    assert flops_per_token(model) == 6 * n + 12 * 2 * 32 * 64
+    assert flops_per_token(model, length=10) == 6 * n + 12 * 2 * 32 * 10
 
 
 # --------------------------------------------------------------------------------------------------------- 2. causality
@@ -1069,7 +1070,7 @@ def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir
 def test_val_loss_counts_every_window_once_whatever_the_batch(corpus_dir):
     corpora = [open_corpus(corpus_dir, eval_tokens=10**6, micro_batch_size=micro) for micro in (1, 8)]
     no_cast = contextlib.nullcontext()
-    one, eight = (train.evaluate(small_model(), corpus, train.Ranks("cpu"), no_cast)["val"] for corpus in corpora)
+    one, eight = (train.evaluate(small_model(), corpus, Ranks("cpu"), no_cast)["val"] for corpus in corpora)
     for domain, counts in corpora[0].domains.items():
         assert one[domain]["loss"] == pytest.approx(eight[domain]["loss"], abs=1e-5)
         bits = one[domain]["loss"] / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
@@ -1110,16 +1111,16 @@ def signal_at_step(command: list[str], step: int, number: int) -> tuple[int, str
 
 
 def step_of(out_dir: Path) -> int:
-    return train.load_checkpoint(out_dir)["step"]
+    return load_checkpoint(out_dir)["step"]
 
 
 def losses_of(out_dir: Path) -> list[dict]:
-    return [record for record in config.read_log(out_dir) if "loss" in record]
+    return [record for record in read_log(out_dir) if "loss" in record]
 
 
 def assert_same_run(*out_dirs: Path):
     """Bit by bit, the state of the optimizer included."""
-    one, two = ((run["model"], run["optimizer"]["state"]) for run in map(train.load_checkpoint, out_dirs))
+    one, two = ((run["model"], run["optimizer"]["state"]) for run in map(load_checkpoint, out_dirs))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
@@ -1194,7 +1195,7 @@ def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
     assert re.search(r"stopped; .* Go on with: torchrun --nproc_per_node=2 train.py .*--resume", output), output
     assert 11 < step_of(tmp_path / "both") < 20
     run_here(both, "--resume")
-    expected, *logs = (config.read_log(tmp_path / name) for name in ("one", "two", "both"))
+    expected, *logs = (read_log(tmp_path / name) for name in ("one", "two", "both"))
     assert len(expected) == 23
     for log in logs:
         assert [line["step"] for line in log] == [line["step"] for line in expected]
@@ -1248,7 +1249,7 @@ def test_non_finite_updates_are_skipped_and_never_saved(corpus_dir, tmp_path):
     """The first update of this run ruins the weights, and the second is the first to show it."""
     settings = run_settings(corpus_dir, tmp_path, lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
     assert re.match("5 non-finite updates in a row; .*ckpt.pt is at step 0; lower --lr", error_of(run_here, settings))
-    assert step_of(tmp_path) == 0 and config.read_log(tmp_path)[-1]["skipped"] == 4
+    assert step_of(tmp_path) == 0 and read_log(tmp_path)[-1]["skipped"] == 4
     assert all(json.loads(line)["step"] >= 0 for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert "skipped" not in run_here({**settings, "lr": 1e-3}, "--resume")
     message = error_of(run_here, {**settings, "max_steps": 3}, "--overwrite")
@@ -1260,7 +1261,7 @@ def test_frozen_parameters_and_those_of_rate_0_stay_as_they_are(flag, kept, corp
     settings = run_settings(corpus_dir, tmp_path, max_steps=4)
     run_here(settings, flag)
     torch.manual_seed(train.TrainConfig().seed)
-    before, after = PolychromaticLM(ModelConfig(**SMALL)).state_dict(), train.load_checkpoint(tmp_path)["model"]
+    before, after = PolychromaticLM(ModelConfig(**SMALL)).state_dict(), load_checkpoint(tmp_path)["model"]
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if re.search(kept, name)}
     run_here({**settings, "max_steps": 6}, "--resume", flag)
@@ -1283,7 +1284,7 @@ def test_a_step_takes_the_settings_and_the_noise_of_its_place_in_the_run(corpus_
     keys = [(cfg.seed, s, i) for s in range(5) for i in range(2)]
     assert seeds == [cfg.seed, *(int(np.random.SeedSequence(k).generate_state(1, np.uint64)[0]) for k in keys)]
     assert len(set(seeds)) == 11
-    taus = {t.item() for name, t in train.load_checkpoint(tmp_path)["model"].items() if name.endswith("tau")}
+    taus = {t.item() for name, t in load_checkpoint(tmp_path)["model"].items() if name.endswith("tau")}
     assert taus == {np.float32(train.get_tau(5, cfg))} and train.get_tau(5, cfg) == pytest.approx(0.1)
     assert [record["tau"] for record in losses_of(tmp_path)] == [train.get_tau(s, cfg) for s in range(5)]
 
@@ -1315,7 +1316,7 @@ def test_the_first_step_and_evaluations_do_not_count_in_the_throughput(corpus_di
 def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
     def estimate(**overrides) -> int:
         cfg = train.TrainConfig(**{**SMALL, "dtype": "bfloat16", "batch_size": 64, **overrides})
-        return machine.estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
+        return estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
 
     n = sum(p.numel() for p in small_model().parameters())
     fixed = 2 * estimate(micro_batch_size=1) - estimate(micro_batch_size=2)  # without tokens
@@ -1325,7 +1326,7 @@ def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
     assert estimate(recompute=True) < estimate() < estimate(dtype="float32")
     with torch.device("meta"):
         cfg = train.TrainConfig(dtype="bfloat16")
-        assert 40 < machine.estimate_memory(PolychromaticLM(cfg.model_config()), cfg) / 2**30 < 70
+        assert 40 < estimate_memory(PolychromaticLM(cfg.model_config()), cfg) / 2**30 < 70
 
 
 def test_the_first_lines_name_the_card_and_the_memory_that_the_run_needs(capsys, monkeypatch):
@@ -1343,7 +1344,7 @@ def test_the_first_lines_name_the_card_and_the_memory_that_the_run_needs(capsys,
 
 
 def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus_dir, tmp_path):
-    checkpoint = train.load_checkpoint(unbroken)
+    checkpoint = load_checkpoint(unbroken)
     old = {name: tensor for name, tensor in checkpoint["model"].items() if not name.endswith(".tau")}
     torch.save({**checkpoint, "model": {**old, "tau": torch.tensor(0.3)}}, tmp_path / "ckpt.pt")
     assert {round(block.ffn.tau.item(), 6) for block in from_pretrained(tmp_path).blocks} == {0.3}
@@ -1356,9 +1357,9 @@ def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus
 def test_a_new_run_in_an_old_folder_keeps_nothing_of_the_old(corpus_dir, tmp_path):
     old = run_settings(corpus_dir, tmp_path, max_steps=2)
     run_here(old)
-    train.begin_run(tmp_path, None)  # killed right here, the new run starts from its own beginning
+    begin_run(tmp_path, None)  # killed right here, the new run starts from its own beginning
     assert "nothing to resume" in run_here({**old, "seed": 2}, "--resume")
-    assert [line["step"] for line in config.read_log(tmp_path)] == [0, 1, 2, 2]
+    assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 2]
 
 
 def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
@@ -1614,7 +1615,7 @@ def test_the_loss_of_a_packed_row_is_the_mean_over_its_conversations_run_alone(c
 
 
 def test_every_target_of_a_step_weighs_the_same_whatever_its_micro_batch(conversations):
-    shares, inputs = zip(*((share, x) for _, share, x in conversations.micro_batches(0, train.Ranks("cpu"))))
+    shares, inputs = zip(*((share, x) for _, share, x in conversations.micro_batches(0, Ranks("cpu"))))
     counts = [(targets >= 0).sum().item() for _, targets, _ in inputs]
     assert len(counts) == 2 and counts[0] != counts[1]
     assert shares == pytest.approx([n / sum(counts) for n in counts])
@@ -1632,7 +1633,7 @@ def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
 
 def test_pretraining_and_fine_tuning_learn_and_log_their_losses_evaluations_and_routing(unbroken, fine_tuned):
     for out_dir, domain, fall in ((unbroken, "math", 0.5), (fine_tuned, "chat", 0.1)):
-        steps, evaluations = losses_of(out_dir), [line for line in config.read_log(out_dir) if "val" in line]
+        steps, evaluations = losses_of(out_dir), [line for line in read_log(out_dir) if "val" in line]
         assert [x["step"] for x in steps] == list(range(1, 13)) and [x["step"] for x in evaluations] == [0, 6, 12]
         first, _, last = (line["val"][domain] for line in evaluations)
         assert last["loss"] < first["loss"] - fall and last["bits_per_byte"] < first["bits_per_byte"]
@@ -1640,8 +1641,8 @@ def test_pretraining_and_fine_tuning_learn_and_log_their_losses_evaluations_and_
         for measure in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
             assert all(len(line["routing"][measure]) == SMALL["n_layer"] for line in evaluations)
     assert losses_of(unbroken)[-1]["loss"] < losses_of(unbroken)[0]["loss"] - 0.5
-    assert all(line["tau"] == 0.1 for line in config.read_log(fine_tuned))
-    before, after = (train.load_checkpoint(path)["model_config"] for path in (unbroken, fine_tuned))
+    assert all(line["tau"] == 0.1 for line in read_log(fine_tuned))
+    before, after = (load_checkpoint(path)["model_config"] for path in (unbroken, fine_tuned))
     assert before == after
 
 
@@ -1881,7 +1882,7 @@ def test_an_upcycled_run_learns_and_leaves_silu(corpus_dir, tmp_path):
     overrides |= {"tokenizer": "bytes", "activations": tuple(ACTIVATIONS), "router_hidden": 8, "gumbel": False}
     settings = settings_from(tmp_path / "qwen3", corpus_dir, tmp_path / "run", **overrides)
     assert "upcycling silu to relu/tanh/silu/gelu: the same function" in run_here(settings)
-    first, last = [line for line in config.read_log(tmp_path / "run") if "val" in line]
+    first, last = [line for line in read_log(tmp_path / "run") if "val" in line]
     assert all(last["val"][domain]["loss"] < val["loss"] - 0.5 for domain, val in first["val"].items())
     assert all(usage[2] > 0.99 for usage in first["routing"]["usage"])
     assert any(usage[2] < 0.9 for usage in last["routing"]["usage"])
@@ -2172,7 +2173,7 @@ def test_the_report_of_a_run(unbroken, corpus_dir, run_eval, tmp_path):
     pytest.importorskip("matplotlib")
     printed, results = run_eval(unbroken, "--batch_size=3")
     corpus, autocast = open_corpus(corpus_dir, eval_tokens=10**6), torch.autocast("cpu", enabled=False)
-    expected = train.evaluate(from_pretrained(unbroken), corpus, train.Ranks("cpu"), autocast)["val"]
+    expected = train.evaluate(from_pretrained(unbroken), corpus, Ranks("cpu"), autocast)["val"]
     for domain, measured in results["domains"].items():
         loss, bits_per_byte = expected[domain]["loss"], expected[domain]["bits_per_byte"]
         assert measured["nats_per_token"] == pytest.approx(loss, abs=1e-5)
@@ -2194,7 +2195,7 @@ def test_the_report_of_fine_tuning_measures_the_answers_alone_and_asks_problems(
     flags = ["--report", "--problems", "--limit=2", f"--picture_dir={tmp_path / 'plots'}"]
     printed, results = run_eval(fine_tuned, *flags)
     n_targets = json.loads((chat_dir / "meta.json").read_text())["domains"]["chat"]["val_targets"]
-    last = [line for line in config.read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
+    last = [line for line in read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
     assert 0.8 * n_targets < results["domains"]["chat"]["tokens"] <= n_targets
     assert results["domains"]["chat"]["nats_per_token"] == pytest.approx(last["loss"], rel=0.2)
     assert (tmp_path / "plots" / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
@@ -2429,7 +2430,7 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
     message = error_of(run_here, run_settings(corpus_dir, tmp_path / "file" / "run"))
     assert f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder" in message
     (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
-    assert "log.jsonl: Is a directory" in error_of(train.begin_run, tmp_path, None)
+    assert "log.jsonl: Is a directory" in error_of(begin_run, tmp_path, None)
 
 
 def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):
@@ -2448,10 +2449,10 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cpu, sees_future = torch.device("cpu"), small_model(router_context="sequence")
     for action, message in [
-        (sample.newest_checkpoint, "no checkpoint under out; train one"),
+        (newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.open_model("absent", cpu), "no checkpoint at absent"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
-        (lambda: machine.pick_device("abacus"), "device 'abacus' cannot be used here"),
+        (lambda: pick_device("abacus"), "device 'abacus' cannot be used here"),
         (lambda: sample.inference_dtype("float16", cpu), "dtype is 'float16'; it must be auto, bfloat16 or float32"),
         (lambda: sample.SampleConfig(top_k=0), "top_k is 0; it must be at least 1"),
         (lambda: sample.SampleConfig(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
@@ -2710,7 +2711,7 @@ def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
     model, corpus = from_pretrained(tmp_path).eval(), train.Corpus(cfg)
     for domain in cfg.mixture:
         nats = []
-        for tokens, targets, doc_ids in corpus.val_batches(domain, train.Ranks("cpu")):
+        for tokens, targets, doc_ids in corpus.val_batches(domain, Ranks("cpu")):
             for t in range(cfg.block_size):
                 logits = model(tokens[:, : t + 1], doc_ids=doc_ids[:, : t + 1])[:, -1]
                 nats += F.cross_entropy(logits, targets[:, t], reduction="none")[targets[:, t] >= 0].tolist()

@@ -15,14 +15,10 @@ import datetime
 import functools
 import json
 import math
-import os
 import re
 import shlex
-import signal
-import sys
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +30,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from config.machine import compiler_works, flops_per_token, peak_flops, pick_device, pick_dtype, prepare_cpu
+from config.machine import Ranks, StopSignal, compiler_works, flops_per_token, peak_flops, pick_dtype, prepare_cpu
+from config.runs import begin_run, find_checkpoint, inherit_shape, resume_command
 from extras.routing import routing_stats
 from model import ModelConfig, PolychromaticLM, set_tau
 
@@ -290,120 +287,6 @@ def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, T
     return inputs.to(device, non_blocking=True).unbind()
 
 
-# ------------------------------------------------------------------------------------------------------------- machine
-class Ranks:
-    """The processes of a run: one, or as many as torchrun started; and this one's rank and device."""
-
-    def __init__(self, device: str):
-        """Raises ValueError if this process cannot use the device."""
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = pick_device(device)
-        if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)
-        if self.world_size > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if self.rank:  # only rank 0 prints
-            sys.stdout = open(os.devnull, "w")
-
-    def share(self, n: int) -> range:
-        """Which of n pieces of work are this rank's: rank, rank + world_size, ..."""
-        return range(self.rank, n, self.world_size)
-
-    def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value, summed over the ranks."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values])
-        if self.world_size > 1:
-            torch.distributed.all_reduce(total)
-        return total.tolist()
-
-    def wait(self):
-        """Wait for the other ranks."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
-
-class StopSignal:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        self.requested = True
-        os.write(2, b"finishing the step, then saving; once more stops at once\n")  # print() is not reentrant
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-# -------------------------------------------------------------------------------------------------- checkpoint and log
-def load_checkpoint(source: str | Path) -> dict:
-    """Read a torch checkpoint, or the one in a run folder: tensors on the CPU and plain values, never code."""
-    path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"bad checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own type
-        raise ValueError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"{path} is not a checkpoint of a model")
-    return checkpoint
-
-
-def find_checkpoint(cfg: TrainConfig) -> dict | None:
-    """The checkpoint to resume; None for a run that starts at step 0. Raises ValueError if cfg allows neither."""
-    path = Path(cfg.out_dir) / "ckpt.pt"
-    if not cfg.resume and not cfg.overwrite and path.exists():
-        raise ValueError(f"{path} exists; --resume continues that run, --overwrite starts over in its place")
-    if not cfg.resume:
-        return None
-    if not path.exists():
-        print(f"nothing to resume in {path.parent} yet: starting at step 0")
-        return None
-    checkpoint = load_checkpoint(path)
-    if not {"model_config", "optimizer", "settings", "step", "skipped", "run_id"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds weights alone and cannot be resumed; start over with --overwrite")
-    if cfg.init_from:
-        inherit_shape(cfg, checkpoint["model_config"], path)
-    for name, ours in dataclasses.asdict(cfg).items():
-        theirs = checkpoint["settings"].get(name, ours)
-        if ours != theirs and (name in checkpoint["model_config"] or name == "frozen"):
-            raise ValueError(f"{path} was trained with {name}={theirs!r}, not {ours!r}; --resume cannot change that")
-    if checkpoint["step"] > cfg.max_steps:
-        raise ValueError(f"{path} is already at step {checkpoint['step']}, beyond max_steps, {cfg.max_steps}")
-    return checkpoint
-
-
-def inherit_shape(cfg: TrainConfig, shape: dict, source: str | Path):
-    """Copy the starting model's shape into cfg. Raises ValueError for an override that contradicts its weights."""
-    free = {"block_size", "gumbel", "router_context", "router_centred", "tokenizer"}  # no weight depends on these
-    if len(shape["activations"]) == 1 and set(shape["activations"]) <= set(cfg.activations):
-        free |= {"activations", "router_hidden"}  # upcycling
-    for name, theirs in shape.items():
-        ours = getattr(cfg, name)
-        if name not in cfg.overridden:
-            setattr(cfg, name, theirs)
-        elif ours != theirs and name not in free:
-            raise ValueError(f"{source} has {name}={theirs!r}, not {ours!r}")
-
-
-def begin_run(folder: Path, step: int | None):
-    """Cut the log back to the step that a run resumes at; for a new run (None), remove what an old one left."""
-    with config.writing(folder / "log.jsonl"):
-        if step is None:
-            (folder / "ckpt.pt").unlink(missing_ok=True)  # first: a kill here must not leave it beside a new log
-        records = [] if step is None else config.read_log(folder)
-        kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]  # evaluations run again
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        config.write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
     """Freeze parameters whose names contain one of the parts. Raises ValueError if a part matches none."""
@@ -644,14 +527,6 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 def finite(x: float) -> float | None:
     """x, or None if it is infinite or NaN, which JSON cannot hold."""
     return x if math.isfinite(x) else None
-
-
-def resume_command() -> str:
-    """The command line of this run, with --resume."""
-    args = [arg for arg in sys.argv if arg.split("=")[0] not in ("--resume", "--overwrite")]
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    start = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
-    return shlex.join([*start, *args, "--resume"])
 
 
 def print_start(model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks, compiled: bool):

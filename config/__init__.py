@@ -92,15 +92,6 @@ def write_json(path: Path, value: dict):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The records of a run's log.jsonl, without lines that a kill cut short."""
-    path, records = folder / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
-
-
 def load(cls: type, argv: list[str] | None = None):
     """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints each override.
 

@@ -1,12 +1,63 @@
-"""The machine that a script runs on: its device, matmul dtype, CPU settings, compiler, memory and speed."""
+"""The machine that a script runs on: processes, signals, device, matmul dtype, compiler, memory and speed."""
 
 import contextlib
 import ctypes
 import math
+import os
+import signal
+import sys
 
 import torch
+from torch import Tensor
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
+
+
+class Ranks:
+    """The processes of a run: one, or as many as torchrun started; and this one's rank and device."""
+
+    def __init__(self, device: str):
+        """Raises ValueError if this process cannot use the device."""
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = pick_device(device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.rank:  # only rank 0 prints
+            sys.stdout = open(os.devnull, "w")
+
+    def share(self, n: int) -> range:
+        """Which of n pieces of work are this rank's: rank, rank + world_size, ..."""
+        return range(self.rank, n, self.world_size)
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each value, summed over the ranks."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def wait(self):
+        """Wait for the other ranks."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.requested = True
+        os.write(2, b"finishing the step, then saving; once more stops at once\n")  # print() is not reentrant
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pick_device(name: str) -> torch.device:

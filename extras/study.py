@@ -33,7 +33,8 @@ import torch.nn.functional as F
 
 import config
 import train
-from config.machine import pick_device, pick_dtype, prepare_cpu
+from config.machine import Ranks, pick_device, pick_dtype, prepare_cpu
+from config.runs import load_checkpoint, read_log
 from extras.bench import describe_machine, load_settings
 from extras.weights import from_pretrained
 from model import PolychromaticLM
@@ -112,7 +113,7 @@ class Run:
 
     def evaluation(self) -> dict | None:
         """The evaluation after the last step in its log; None if the run is not finished."""
-        found = [line for line in config.read_log(self.folder) if "val" in line]
+        found = [line for line in read_log(self.folder) if "val" in line]
         return found[-1] if found and found[-1]["step"] == self.settings.max_steps else None
 
 
@@ -157,7 +158,7 @@ def is_finished(run: Run) -> bool:
     """Whether the run's folder holds the finished run. Raises ValueError if it holds a run with other settings."""
     if not run.started():
         return False
-    checkpoint = train.load_checkpoint(run.folder)
+    checkpoint = load_checkpoint(run.folder)
     saved, step = checkpoint["settings"], checkpoint["step"]
     for name, value in dataclasses.asdict(run.settings).items():
         if saved.get(name, value) != value and name not in ("resume", "overwrite", "out_dir", "device"):
@@ -225,7 +226,7 @@ def causal_losses(run: Run, device: torch.device, rows=128, first=32, others=8) 
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for domain in cfg.mixture:
             difference, count = 0.0, 0
-            for i, (tokens, targets, doc_ids) in enumerate(corpus.val_batches(domain, train.Ranks(str(device)))):
+            for i, (tokens, targets, doc_ids) in enumerate(corpus.val_batches(domain, Ranks(str(device)))):
                 noncausal = model(tokens, doc_ids=doc_ids)
                 for t in [*range(first), *range(first + i % stride, cfg.block_size, stride)]:
                     weight = 1 if t < first else stride

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from config.runs import load_checkpoint
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM
-from train import load_checkpoint
 
 # Tensor names of other layouts: (pattern of their name, our name).
 RELEASED_NAMES = (

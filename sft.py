@@ -64,14 +64,14 @@ class Conversations(Corpus):
         self.ends[key] = np.concatenate([[-1], *ends])  # conversation i lies between ends i and i + 1
         lengths, room = np.diff(self.ends[key]) - 1, self.cfg.block_size  # <|endoftext|> is never an input
         if not len(lengths):
-            raise ValueError(f"{path}.bin has no conversation; {self.make_again}")
+            raise ValueError(f"{path}.bin has no conversation; {self.how_to_make()}")
         if lengths.max() > room:
             raise ValueError(
                 f"{self.folder} has a conversation of {lengths.max() + 1:,} tokens, too many for block_size {room:,}; "
                 f"prepare it again with --max_length={room + 1}"
             )
         if not self.masks[key].any():
-            raise ValueError(f"{path}.mask is damaged: it has no token to learn; {self.make_again}")
+            raise ValueError(f"{path}.mask is damaged: it has no token to learn; {self.how_to_make()}")
         order = np.random.default_rng(self.cfg.seed).permutation(len(lengths))
         self.packed[key] = [order[row] for row in pack(lengths[order], room)]
         return tokens

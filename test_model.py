@@ -40,7 +40,8 @@ import prepare_data
 import sample
 import sft
 import train
-from config.machine import Ranks, estimate_memory, flops_per_token, pick_device
+from config import machine
+from config.machine import Ranks, estimate_memory, flops_per_token, pick_device, print_start
 from config.runs import begin_run, load_checkpoint, newest_checkpoint, read_log
 from extras import bench, embedded, study
 from extras.routing import routing_stats
@@ -1151,7 +1152,7 @@ def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(
 def test_a_run_with_a_centred_router_resumes_bit_identical(corpus_dir, tmp_path):
     unbroken, broken = (run_settings(corpus_dir, tmp_path / x, **ROUTERS["centred token"]) for x in ("one", "two"))
     run_here(unbroken)
-    with mock.patch.object(train, "StopSignal", return_value=SimpleNamespace(requested=True)):
+    with mock.patch.object(machine, "StopSignal", return_value=SimpleNamespace(requested=True)):
         assert "stopped" in run_here(broken)
     run_here(broken, "--resume")
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -1187,7 +1188,7 @@ def test_two_processes_and_one_take_the_same_steps(corpus_dir, tmp_path):
     one, two, both = (run_settings(corpus_dir, tmp_path / name, **overrides) for name in ("one", "two", "both"))
     run_here(one)
     assert run_script(*command_of(two, processes=2)).returncode == 0
-    with mock.patch.object(train, "StopSignal", return_value=SimpleNamespace(requested=True)):
+    with mock.patch.object(machine, "StopSignal", return_value=SimpleNamespace(requested=True)):
         assert "stopped" in run_here(both)
     # A signal to torchrun reaches both processes: they stop after the same step, and say how to go on.
     _, output = signal_at_step(command_of(both, "--resume", processes=2), 11, signal.SIGTERM)
@@ -1339,7 +1340,7 @@ def test_the_first_lines_name_the_card_and_the_memory_that_the_run_needs(capsys,
         (True, "GiB\ncompiling, about half"),
         (False, "GiB when compiled; uncompiled it needs more"),
     ):
-        train.print_start(model, cfg, ranks, compiled)
+        print_start(model, cfg, ranks, compiled)
         assert re.search(rf"^A card, 80 GiB; the run needs an estimated \d\d {ending}", capsys.readouterr().out, re.M)
 
 
@@ -1357,7 +1358,7 @@ def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, corpus
 def test_a_new_run_in_an_old_folder_keeps_nothing_of_the_old(corpus_dir, tmp_path):
     old = run_settings(corpus_dir, tmp_path, max_steps=2)
     run_here(old)
-    begin_run(tmp_path, None)  # killed right here, the new run starts from its own beginning
+    begin_run(tmp_path, -1)  # killed right here, the new run starts from its own beginning
     assert "nothing to resume" in run_here({**old, "seed": 2}, "--resume")
     assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 2]
 
@@ -2381,7 +2382,6 @@ def damage_corpus(source: Path, target: Path, **meta) -> Path:
 
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.CORPORA.keys() == prepare_data.CORPORA.keys()
     for folder, advice in {
         "data/tiny": "make it: python prepare_data.py tiny",
         "data/text": "make it: python prepare_data.py text --source=input.txt",
@@ -2430,7 +2430,7 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
     message = error_of(run_here, run_settings(corpus_dir, tmp_path / "file" / "run"))
     assert f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder" in message
     (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
-    assert "log.jsonl: Is a directory" in error_of(begin_run, tmp_path, None)
+    assert "log.jsonl: Is a directory" in error_of(begin_run, tmp_path, -1)
 
 
 def test_a_damaged_checkpoint_is_one_line(unbroken, corpus_dir, tmp_path):

@@ -30,14 +30,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from config.machine import Ranks, StopSignal, compiler_works, flops_per_token, peak_flops, pick_dtype, prepare_cpu
-from config.runs import begin_run, find_checkpoint, inherit_shape, resume_command
+from config import machine, runs
 from extras.routing import routing_stats
 from model import ModelConfig, PolychromaticLM, set_tau
 
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
-# Corpora of prepare_data.py and their default tokenizers; None: no choice of tokenizer.
-CORPORA = {"text": "bytes", "tiny": None, "tiny_sft": None, "pretrain": "qwen3", "sft": "qwen3"}
 
 
 @dataclass
@@ -155,7 +152,6 @@ class Corpus:
     def __init__(self, cfg: TrainConfig):
         """Sets cfg.mixture if it is None. Raises ValueError if the corpus is missing, damaged, or does not fit cfg."""
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
-        self.make_again = how_to_make(cfg, "make it again")
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             tokenizer, vocab_size, self.vocab = str(meta["tokenizer"]), int(meta["vocab_size"]), meta.get("vocab")
@@ -165,9 +161,9 @@ class Corpus:
             weights = {name: c["share" if has_shares else "train_tokens"] for name, c in self.domains.items()}
             default_mixture = {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
         except OSError:
-            raise ValueError(f"no data in {self.folder}; {how_to_make(cfg)}") from None
+            raise ValueError(f"no data in {self.folder}; {self.how_to_make('make it')}") from None
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.folder}/meta.json is damaged ({e!r}); {self.make_again}") from None
+            raise ValueError(f"{self.folder}/meta.json is damaged ({e!r}); {self.how_to_make()}") from None
         if tokenizer != cfg.tokenizer or vocab_size > cfg.vocab_size:
             remedy = f"train with --tokenizer={tokenizer} --vocab_size={vocab_size} or on other data"
             raise ValueError(
@@ -186,6 +182,11 @@ class Corpus:
         self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
         self.orders: dict[str, tuple[int, np.ndarray]] = {}  # of each domain: the epoch and the order of its rows
 
+    def how_to_make(self, advice: str = "make it again") -> str:
+        from prepare_data import how_to_make  # needs tiktoken, which training does not
+
+        return how_to_make(self.cfg.data_dir, self.cfg.tokenizer, advice)
+
     def open_tokens(self, domain: str, split: str) -> np.ndarray:
         tokens = self.open_file(domain, f"{split}.bin", self.domains[domain][f"{split}_tokens"], self.dtype)
         if len(tokens) <= self.cfg.block_size:
@@ -197,7 +198,7 @@ class Corpus:
         path, expected = self.folder / domain / name, length * dtype.itemsize
         size = path.stat().st_size if path.is_file() else 0
         if size != expected:
-            raise ValueError(f"{path} holds {size:,} bytes, not the {expected:,} of meta.json; {self.make_again}")
+            raise ValueError(f"{path} holds {size:,} bytes, not the {expected:,} of meta.json; {self.how_to_make()}")
         return np.memmap(path, dtype=dtype, mode="r")
 
     def read(self, domain: str, split: str, start: int, end: int) -> np.ndarray:
@@ -205,7 +206,7 @@ class Corpus:
         tokens = self.tokens[domain][split][start:end].astype(np.int64)
         if tokens.max() >= self.cfg.vocab_size:
             path = self.folder / domain / f"{split}.bin"
-            raise ValueError(f"{path} is damaged: it has a token {tokens.max()}; {self.make_again}")
+            raise ValueError(f"{path} is damaged: it has a token {tokens.max()}; {self.how_to_make()}")
         return tokens
 
     def n_rows(self, domain: str, split: str) -> int:
@@ -235,7 +236,7 @@ class Corpus:
         ]
         return np.stack(rows)
 
-    def micro_batches(self, step: int, ranks: "Ranks") -> Iterator[tuple[int, float, tuple[Tensor, Tensor, Tensor]]]:
+    def micro_batches(self, step: int, ranks: machine.Ranks) -> Iterator[tuple[int, float, tuple]]:
         """This rank's micro-batches of a step: index in the step, share of the step's targets, to_inputs()."""
         batch = self.batch(step)
         parts = np.split(batch, self.cfg.batch_size // self.cfg.micro_batch_size)
@@ -243,7 +244,7 @@ class Corpus:
         for i in ranks.share(len(parts)):
             yield i, np.count_nonzero(parts[i][:, 1] >= 0) / total, to_inputs(parts[i], ranks.device)
 
-    def val_batches(self, domain: str, ranks: "Ranks") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def val_batches(self, domain: str, ranks: machine.Ranks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's batches of eval_tokens tokens, evenly spaced over the domain's val.bin, as to_inputs()."""
         B, total = self.cfg.micro_batch_size, self.n_rows(domain, "val")
         count = min(total, max(1, self.cfg.eval_tokens // self.cfg.block_size))
@@ -269,17 +270,6 @@ class Corpus:
         return loss / math.log(2) * targets / max(1, counts["val_bytes"])
 
 
-def how_to_make(cfg: TrainConfig, advice: str = "make it") -> str:
-    """The command that makes the corpus of cfg; for an unknown name, the list of corpora."""
-    folder = Path(cfg.data_dir)
-    if folder.name not in CORPORA:
-        return f"prepare_data.py makes {', '.join(CORPORA)}"
-    source = " --source=input.txt" if folder.name == "text" else ""
-    source += f" --tokenizer={cfg.tokenizer}" if CORPORA[folder.name] not in (None, cfg.tokenizer) else ""
-    root = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
-    return f"{advice}: python prepare_data.py {folder.name}{source}{root}"
-
-
 def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [B, 3, block_size] -> tokens, targets and doc_ids, each [B, block_size] int64, on the device."""
     inputs = torch.from_numpy(rows.transpose(1, 0, 2).copy())
@@ -302,7 +292,7 @@ def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
 
 
 @torch.no_grad()
-def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> dict:
+def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: machine.Ranks, autocast) -> dict:
     """Validation loss of each domain, in nats per token and bits per byte, and the routing measures on a few rows."""
     model.eval()
     val, samples = {}, []
@@ -331,10 +321,10 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: Ranks, autocast) -> 
 def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     """Run the training that cfg describes, from its first step or its checkpoint to its last step."""
     # machine
-    prepare_cpu()
-    stop, ranks, folder = StopSignal(), Ranks(cfg.device), Path(cfg.out_dir)
+    machine.prepare_cpu()
+    stop, ranks, folder = machine.StopSignal(), machine.Ranks(cfg.device), Path(cfg.out_dir)
     device, is_main, ckpt = ranks.device, ranks.rank == 0, folder / "ckpt.pt"
-    dtype = pick_dtype(cfg.dtype, device)
+    dtype = machine.pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     n_micro = cfg.batch_size // cfg.micro_batch_size
     if n_micro < ranks.world_size:
@@ -346,12 +336,11 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             lock.enter_context(config.locked(folder))
 
     # checkpoint to resume, or model to start from
-    checkpoint, source = find_checkpoint(cfg), None
+    checkpoint, model = runs.find_checkpoint(cfg), None
     if cfg.init_from and not checkpoint:
-        from extras.weights import from_pretrained
+        from extras.weights import start_from
 
-        source = from_pretrained(cfg.init_from, cfg.revision)
-        inherit_shape(cfg, dataclasses.asdict(source.config), cfg.init_from)
+        model = start_from(cfg)
 
     # data
     corpus = corpus_type(cfg)
@@ -366,21 +355,12 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             print(f"resuming with {name}={ours!r}; it was {theirs!r}")
 
     # model
-    if checkpoint or source:
-        from extras.weights import build_model, upcycle
-    torch.manual_seed(cfg.seed)
     if checkpoint:
+        from extras.weights import build_model
+
         model = build_model(cfg.model_config(), checkpoint["model"], ckpt)
-    elif source:
-        weights, theirs, tau = source.state_dict(), source.config.activations, source.blocks[0].ffn.tau.item()
-        if cfg.activations != theirs:
-            print(f"upcycling {'/'.join(theirs)} to {'/'.join(cfg.activations)}: the same function")
-            weights = upcycle(source, cfg.model_config(), cfg.tau_start)
-        elif len(theirs) > 1 and abs(tau - cfg.tau_start) > 1e-6:
-            print(f"the routing goes from tau {tau:g} of {cfg.init_from} to {cfg.tau_start:g}")
-        model = build_model(cfg.model_config(), weights, cfg.init_from)
-        print(f"starting from the model of {cfg.init_from}")
-    else:
+    elif not model:
+        torch.manual_seed(cfg.seed)
         model = PolychromaticLM(cfg.model_config())
     model.to(device)
     model.activation_checkpointing = cfg.recompute
@@ -389,23 +369,23 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     # optimizer
     betas, scales = (cfg.beta1, cfg.beta2), {"routing_lr": cfg.routing_lr, "alpha_lr": cfg.alpha_lr}
     optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, betas, **scales)
-    first_step, skipped, run_id = 0, 0, uuid.uuid4().hex[:8]
+    first_step, saved, skipped, run_id = 0, -1, 0, uuid.uuid4().hex[:8]  # saved: the step that ckpt.pt holds
     if checkpoint:
-        keys = "betas", "weight_decay", "lr_scale"
-        settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as e:
             raise ValueError(f"{ckpt} cannot be resumed: {e}; start from its weights with --init_from") from None
         for group, ours in zip(optimizer.param_groups, settings):
             group.update(ours)  # this run's settings override the checkpoint's
-        first_step, skipped, run_id = checkpoint["step"], checkpoint["skipped"], checkpoint["run_id"]
+        first_step = saved = checkpoint["step"]
+        skipped, run_id = checkpoint["skipped"], checkpoint["run_id"]
         print(f"resumed {ckpt} at step {first_step}")
-    resumed, checkpoint, source, weights = bool(checkpoint), None, None, None  # free their memory
+    checkpoint = None  # frees its memory
 
     # compile
     forward = model
-    compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and compiler_works(device)
+    compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and machine.compiler_works(device)
     if compiled:
         model.compile()
     if ranks.world_size > 1:
@@ -420,21 +400,22 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         wandb_run = open_wandb(cfg.wandb, run_id, cfg.out_dir, dataclasses.asdict(cfg))
 
     def log(record: dict):
+        is_nan = {key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+        record = record | dict.fromkeys(is_nan)  # JSON has null instead
         if is_main:
             with config.writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
         if wandb_run:
             wandb_run.log(record)
 
-    print_start(model, cfg, ranks, compiled)
+    machine.print_start(model, cfg, ranks, compiled)
     ranks.wait()  # all ranks have read the run folder; from here on it changes
     if is_main:
-        begin_run(folder, first_step if resumed else None)
+        runs.begin_run(folder, saved)
         with config.writing(folder / "settings.json"):
             config.write_json(folder / "settings.json", dataclasses.asdict(cfg))
 
     # loop
-    saved = first_step if resumed else -1
     stopping, skipped_in_a_row, logged, t0 = False, 0, first_step, time.monotonic()
     model.train()
     for step in range(first_step, cfg.max_steps + 1):  # the last pass only saves and evaluates
@@ -457,7 +438,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
                     config.write_atomically(ckpt, functools.partial(torch.save, state))
         state_of_run = f"{ckpt} is at step {saved}"
         if stopping:
-            print(f"stopped; {state_of_run}. Go on with: {resume_command()}")
+            print(f"stopped; {state_of_run}. Go on with: {runs.resume_command()}")
             break
 
         # evaluate
@@ -511,9 +492,9 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             rate = (step + 1 - logged) * cfg.batch_size * cfg.block_size / (now - t0)
             logged, t0 = step + 1, now
             record = {
-                "step": step + 1, "loss": finite(loss), "lr": lr, "tau": tau, "mixture": get_mixture(step, cfg),
-                "grad_norm": finite(norm), "skipped": skipped, "tokens_per_second": rate,
-                "mfu": finite(rate * flops_per_token(model) / (ranks.world_size * peak_flops(device))),
+                "step": step + 1, "loss": loss, "lr": lr, "tau": tau, "mixture": get_mixture(step, cfg),
+                "grad_norm": norm, "skipped": skipped, "tokens_per_second": rate,
+                "mfu": rate * machine.flops_per_token(model) / (ranks.world_size * machine.peak_flops(device)),
                 "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
             }  # fmt: skip
             log(record)
@@ -524,40 +505,16 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         torch.distributed.destroy_process_group()
 
 
-def finite(x: float) -> float | None:
-    """x, or None if it is infinite or NaN, which JSON cannot hold."""
-    return x if math.isfinite(x) else None
-
-
-def print_start(model: PolychromaticLM, cfg: TrainConfig, ranks: Ranks, compiled: bool):
-    """Print the model and the machine; on a GPU also its memory and an estimate of what the run needs."""
-    size, device, dtype = sum(p.numel() for p in model.parameters()), ranks.device, pick_dtype(cfg.dtype, ranks.device)
-    machine = f"{ranks.world_size} x {device.type} in {str(dtype)[6:]}{', compiled' if compiled else ''}"
-    tokens_per_step = cfg.batch_size * cfg.block_size
-    print(
-        f"{size:,} parameters, {'/'.join(cfg.activations)}, on {machine}; {tokens_per_step:,} tokens a step", flush=True
-    )
-    if device.type == "cuda":
-        from config.machine import estimate_memory
-
-        card, needed = torch.cuda.get_device_properties(device), estimate_memory(model, cfg) / 2**30
-        more = "" if compiled else " when compiled; uncompiled it needs more and may not fit"
-        print(f"{card.name}, {card.total_memory / 2**30:.0f} GiB; the run needs an estimated {needed:.0f} GiB{more}")
-    if compiled:
-        print("compiling, about half a minute", flush=True)
-
-
 def print_step(record: dict, cfg: TrainConfig):
     """One line for a record of the log, with the time left at this speed."""
     tokens_left = (cfg.max_steps - record["step"]) * cfg.batch_size * cfg.block_size
     left = datetime.timedelta(seconds=round(tokens_left / record["tokens_per_second"]))
-    loss, norm = (math.nan if record[key] is None else record[key] for key in ("loss", "grad_norm"))
     # MFU counts full T x T attention, as is customary; causal document masks skip half of it or more.
-    on_gpu = f"  MFU {record['mfu']:.1%} (full attention)" if record["mfu"] else ""
+    on_gpu = f"  MFU {record['mfu']:.1%} (full attention)" if math.isfinite(record["mfu"]) else ""
     on_gpu += f"  {record['memory_gib']:.1f} GiB" if record["memory_gib"] else ""
     print(
-        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {loss:.3f}  "
-        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {norm:.2f}  "
+        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {record['loss']:.3f}  "
+        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {record['grad_norm']:.2f}  "
         f"{record['tokens_per_second']:,.0f} tokens/s{on_gpu}  {left} left",
         flush=True,
     )

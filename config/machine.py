@@ -133,3 +133,19 @@ def estimate_memory(model: torch.nn.Module, cfg) -> int:
     head = (4 + size) * (min(2**28, tokens * c.vocab_size) + c.n_embd * c.vocab_size)  # a chunk of logits, the gradient
     # A trained parameter takes 16 bytes: itself, its gradient and AdamW's two moments.
     return sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) + kept + head
+
+
+def print_start(model: torch.nn.Module, cfg, ranks: Ranks, compiled: bool):
+    """Print the model and the machine; on a GPU also its memory and an estimate of what the run needs."""
+    size, device, dtype = sum(p.numel() for p in model.parameters()), ranks.device, pick_dtype(cfg.dtype, ranks.device)
+    machine = f"{ranks.world_size} x {device.type} in {str(dtype)[6:]}{', compiled' if compiled else ''}"
+    tokens_per_step = cfg.batch_size * cfg.block_size
+    print(
+        f"{size:,} parameters, {'/'.join(cfg.activations)}, on {machine}; {tokens_per_step:,} tokens a step", flush=True
+    )
+    if device.type == "cuda":
+        card, needed = torch.cuda.get_device_properties(device), estimate_memory(model, cfg) / 2**30
+        more = "" if compiled else " when compiled; uncompiled it needs more and may not fit"
+        print(f"{card.name}, {card.total_memory / 2**30:.0f} GiB; the run needs an estimated {needed:.0f} GiB{more}")
+    if compiled:
+        print("compiling, about half a minute", flush=True)

@@ -87,12 +87,12 @@ def read_log(folder: Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
-def begin_run(folder: Path, step: int | None):
-    """Cut the log back to the step that a run resumes at; for a new run (None), remove what an old one left."""
+def begin_run(folder: Path, step: int):
+    """Cut the log back to the step that a run resumes at; for a new run (-1), remove what an old one left."""
     with writing(folder / "log.jsonl"):
-        if step is None:
+        if step < 0:
             (folder / "ckpt.pt").unlink(missing_ok=True)  # first: a kill here must not leave it beside a new log
-        records = [] if step is None else read_log(folder)
+        records = read_log(folder)
         kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]  # evaluations run again
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config.runs import load_checkpoint
+from config.runs import inherit_shape, load_checkpoint
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM
 
 # Tensor names of other layouts: (pattern of their name, our name).
@@ -221,6 +221,21 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no weights at {path}") from None
     except Exception as e:
         raise ValueError(f"{path} is damaged ({e})") from None
+
+
+def start_from(cfg) -> PolychromaticLM:
+    """The model of a run's init_from, upcycled if its settings name more activations; cfg takes over its shape."""
+    source = from_pretrained(cfg.init_from, cfg.revision)
+    inherit_shape(cfg, dataclasses.asdict(source.config), cfg.init_from)
+    weights, theirs, tau = source.state_dict(), source.config.activations, source.blocks[0].ffn.tau.item()
+    torch.manual_seed(cfg.seed)
+    if cfg.activations != theirs:
+        print(f"upcycling {'/'.join(theirs)} to {'/'.join(cfg.activations)}: the same function")
+        weights = upcycle(source, cfg.model_config(), cfg.tau_start)
+    elif len(theirs) > 1 and abs(tau - cfg.tau_start) > 1e-6:
+        print(f"the routing goes from tau {tau:g} of {cfg.init_from} to {cfg.tau_start:g}")
+    print(f"starting from the model of {cfg.init_from}")
+    return build_model(cfg.model_config(), weights, cfg.init_from)
 
 
 def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Everything that must stay true: size, causality, documents, cache, Qwen3, loss, gradients, routing, data, schedules,
-kill and resume, error messages.
+"""Everything that must stay true: size, causality, documents, cache, loss, gradients, routing, data, schedules,
+kill and resume, error messages. The tests of extras/ are in extras/test_extras.py.
 
-python -m pytest -q -n 2 test_model.py
+python -m pytest -q -n 2
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -45,9 +44,8 @@ from config.machine import Ranks, estimate_memory, flops_per_token, pick_device,
 from config.runs import begin_run, load_checkpoint, newest_checkpoint, read_log
 from extras import bench, embedded, study
 from extras.routing import routing_stats
-from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
+from extras.weights import from_pretrained, save_pretrained
 from model import (
-    ACTIVATIONS,
     ROUTER_CONTEXTS,
     KVCache,
     ModelConfig,
@@ -1475,346 +1473,15 @@ def test_shares_have_wilsons_interval():
         assert evaluate.wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5) or n == 0
 
 
-# --------------------------------------------------------------------------------------------------- weights in and out
-
-
-def random_qwen3(folder: Path, tied: bool = True, shard: str = "1GB", **settings):
-    """A small random Qwen3 as transformers saves it; the model."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
-    sizes = dict(
-        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
-        tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-    )  # fmt: skip
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**sizes, **settings})).eval()
-    for norm in (p for p in model.parameters() if p.dim() == 1):
-        torch.nn.init.normal_(norm, 1, 0.2)  # unlike each other
-    model.save_pretrained(folder, max_shard_size=shard)
-    return model
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tied, shard", [(True, "1GB"), (False, "20KB")])
-def test_a_qwen3_loads_and_is_the_same_function(tied, shard, tmp_path):
-    """An independent implementation with the same weights: the same logits, the same text."""
-    theirs = random_qwen3(tmp_path, tied, shard)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
-    ours = from_pretrained(tmp_path).eval()
-    assert ours.config.tied_head == tied and ours.config.activations == ("silu",)
-    tokens = random_tokens(2, 40)
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
-    greedy = theirs.generate(tokens[:1, :8], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert generated(ours, tokens[:1, :8], 20) == greedy[:, 8:].tolist()
-    save_pretrained(ours, tmp_path / "again")
-    assert torch.equal(ours(tokens), from_pretrained(tmp_path / "again").eval()(tokens))
-
-
-def test_saved_models_come_back_bit_identical_with_their_card_and_can_be_pushed(tmp_path, monkeypatch):
-    hub, pushed, model = pytest.importorskip("huggingface_hub").HfApi, [], small_model()
-    pytest.importorskip("safetensors")
-    save_pretrained(model, tmp_path, {"lr": 1e-3})
-    loaded, card = from_pretrained(tmp_path), (tmp_path / "README.md").read_text()
-    assert loaded.config == model.config
-    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert "| lr | 0.001 |" in card and "relu, tanh, silu, gelu" in card and "router context prefix, tau 0.5" in card
-    monkeypatch.setattr(hub, "create_repo", lambda self, name, **kw: pushed.append((name, kw)))
-    monkeypatch.setattr(
-        hub, "upload_folder", lambda _, repo_id, folder_path: pushed.append((repo_id, sorted(os.listdir(folder_path))))
-    )
-    push_to_hub(model, "me/small", {"lr": 1e-3})
-    assert pushed[0] == ("me/small", {"private": False, "exist_ok": True})
-    assert pushed[1] == ("me/small", ["README.md", "config.json", "model.safetensors"])
-
-
-def released_state(vocab=259, d=32, layers=2, heads=4, kv=2, hd=8, d_ff=48) -> dict:
-    """Random numbers in the layout of the paper's release."""
-    torch.manual_seed(5)
-    shapes = {"embeddings.weight": (vocab, d), "rmsnorm.gama": (d,)}
-    for i in range(layers):
-        shapes |= {
-            f"model_core.{i}.{name}": shape
-            for name, shape in {
-                "rmsnorm_1.gama": (d,), "rmsnorm_2.gama": (d,), "gqa.W_q.weight": (heads * hd, d),
-                "gqa.W_k.weight": (kv * hd, d), "gqa.W_v.weight": (kv * hd, d), "gqa.W_o.weight": (d, heads * hd),
-                "gqa.rmsnorm_q.gama": (hd,), "gqa.rmsnorm_k.gama": (hd,), "polyglu.W_gate.weight": (d_ff, d),
-                "polyglu.W_up.weight": (d_ff, d), "polyglu.W_down.weight": (d, d_ff), "polyglu.alpha": (d_ff, 4),
-                "polyglu.beta": (4,), "polyglu.gate_net.0.weight": (8, d), "polyglu.gate_net.0.bias": (8,),
-                "polyglu.gate_net.2.weight": (4, 8), "polyglu.gate_net.2.bias": (4,),
-            }.items()
-        }  # fmt: skip
-    state = {name: name.endswith("gama") + 0.2 * torch.randn(shape) for name, shape in shapes.items()}
-    state |= {"rope.cosines": torch.randn(64, hd // 2).half(), "rope.sins": torch.randn(64, hd // 2).half()}
-    return state | {"output_head.weight": state["embeddings.weight"].clone()}
-
-
-def released_logits(state: dict, tokens: torch.Tensor, tau: float, heads=4, kv=2, hd=8) -> torch.Tensor:
-    """The paper's equations, read one after another: tokens [T] -> logits [T, V]."""
-    T = len(tokens)
-    angle = torch.arange(T)[:, None] / 10_000 ** (torch.arange(0, hd, 2) / hd)
-
-    def norm(x, weight):
-        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * weight
-
-    def rotate(x):  # [T, hd]
-        a, b = x[:, : hd // 2], x[:, hd // 2 :]
-        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), 1)
-
-    x = state["embeddings.weight"][tokens]
-    for i in range(len([name for name in state if name.endswith("alpha")])):
-        w = {name.removeprefix(f"model_core.{i}."): tensor for name, tensor in state.items()}
-        h, outputs = norm(x, w["rmsnorm_1.gama"]), []
-        for head in range(heads):
-            group = head // (heads // kv)
-            q = rotate(norm((h @ w["gqa.W_q.weight"].T)[:, head * hd : head * hd + hd], w["gqa.rmsnorm_q.gama"]))
-            k = rotate(norm((h @ w["gqa.W_k.weight"].T)[:, group * hd : group * hd + hd], w["gqa.rmsnorm_k.gama"]))
-            v = (h @ w["gqa.W_v.weight"].T)[:, group * hd : group * hd + hd]
-            scores = (q @ k.T / hd**0.5).masked_fill(torch.ones(T, T).triu(1) == 1, -torch.inf)
-            outputs.append(scores.softmax(-1) @ v)
-        x = x + torch.cat(outputs, 1) @ w["gqa.W_o.weight"].T
-        h = norm(x, w["rmsnorm_2.gama"])
-        hidden = F.relu(h.mean(0) @ w["polyglu.gate_net.0.weight"].T + w["polyglu.gate_net.0.bias"])
-        f = hidden @ w["polyglu.gate_net.2.weight"].T + w["polyglu.gate_net.2.bias"]
-        g = ((w["polyglu.alpha"] + w["polyglu.beta"] * f) / tau).softmax(-1)  # [d_ff, K]
-        gate, up = h @ w["polyglu.W_gate.weight"].T, h @ w["polyglu.W_up.weight"].T
-        mixed = F.relu(gate) * g[:, 0] + gate.tanh() * g[:, 1] + F.silu(gate) * g[:, 2] + F.gelu(gate) * g[:, 3]
-        x = x + (mixed * up) @ w["polyglu.W_down.weight"].T
-    return norm(x, state["rmsnorm.gama"]) @ state["embeddings.weight"].T
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layout, tau", [("safetensors", 0.1), ("checkpoint", 0.37)])
-def test_the_released_layout_loads_and_is_its_equations(layout, tau, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    state, path, tokens = released_state(), tmp_path / f"step.{layout}", random_tokens(1, 30)
-    if layout == "safetensors":
-        safetensors.save_file(state, path)
-    else:
-        compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
-        torch.save({"model": compiled, "optimizer": {}, "scheduler": {}, "step": 5, "tau": tau}, path)
-    model = from_pretrained(path).eval()
-    assert model.config.router_context == "sequence" and not model.config.gumbel and model.config.tied_head
-    torch.testing.assert_close(model(tokens)[0], released_logits(state, tokens[0], tau), rtol=1e-4, atol=1e-4)
-    prefix = from_pretrained(path, router_context="prefix").eval()
-    assert (prefix(tokens) - model(tokens)).abs().max() > 1e-3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("gumbel", [True, False])
-def test_upcycling_starts_as_the_same_function(gumbel, tmp_path):
-    random_qwen3(tmp_path)
-    old, tokens = from_pretrained(tmp_path).eval(), random_tokens(2, 40)
-    shape = dataclasses.replace(old.config, activations=tuple(ACTIVATIONS), router_hidden=8, gumbel=gumbel)
-    new = PolychromaticLM(shape).eval()
-    new.load_state_dict(upcycle(old, shape, tau=0.1))  # tau included
-    torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=1e-3)
-    torch.testing.assert_close(new.train()(tokens), old(tokens), rtol=0, atol=2e-2 if gumbel else 1e-3)
-    set_tau(new.eval(), 10.0)
-    assert (new(tokens) - old(tokens)).abs().max() > 0.05  # another function at another temperature
-
-
-def test_an_upcycled_run_learns_and_leaves_silu(corpus_dir, tmp_path):
-    random_qwen3(tmp_path / "qwen3")
-    overrides = {"max_steps": 50, "lr": 1e-3, "routing_lr": 100.0, "save_interval": 50, "eval_interval": 50}
-    overrides |= {"tokenizer": "bytes", "activations": tuple(ACTIVATIONS), "router_hidden": 8, "gumbel": False}
-    settings = settings_from(tmp_path / "qwen3", corpus_dir, tmp_path / "run", **overrides)
-    assert "upcycling silu to relu/tanh/silu/gelu: the same function" in run_here(settings)
-    first, last = [line for line in read_log(tmp_path / "run") if "val" in line]
-    assert all(last["val"][domain]["loss"] < val["loss"] - 0.5 for domain, val in first["val"].items())
-    assert all(usage[2] > 0.99 for usage in first["routing"]["usage"])
-    assert any(usage[2] < 0.9 for usage in last["routing"]["usage"])
-    assert "resumed" in run_here({**settings, "max_steps": 51}, "--resume")
-
-
-def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(run_main, tmp_path, capsys):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file(released_state(vocab=151_669, d=8, layers=1, d_ff=8), tmp_path / "model.safetensors")
-    for flags, is_slow in ([], True), (["--router_context=prefix"], False):
-        with pytest.raises(SystemExit, match="^error: cannot fetch the Qwen3 tokenizer"):
-            run_main(sample, f"--init_from={tmp_path}", *flags)
-        err = capsys.readouterr().err
-        for text in ("slow: its router averages the whole sequence", "--router_context=prefix reads"):
-            assert (text in err) == is_slow
-
-
-def test_a_missing_local_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
-    hub, asked = pytest.importorskip("huggingface_hub"), []
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **kw: asked.append(name) or tmp_path)
-    monkeypatch.chdir(tmp_path)
-    local = "out/nope ./nope /nope ~/nope ../nope nope a/b/c a/b.pt a/b.safetensors runs/nope".split()
-    (tmp_path / "runs").mkdir()
-    for runs in ["train one: python train.py config/tiny.py", "the newest runs are out/b/2, out/a"]:
-        for path in local:
-            assert error_of(from_pretrained, path) == f"no checkpoint at {path}: no such file or folder; {runs}"
-        for age, folder in enumerate(["out/b/2", "out/a"]):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / "ckpt.pt").touch()
-            os.utime(Path(folder) / "ckpt.pt", (1e9 - age, 1e9 - age))
-    assert not asked
-    error_of(from_pretrained, "Qwen/Qwen3-0.6B-Base")
-    assert asked == ["Qwen/Qwen3-0.6B-Base"]
-
-
-def test_weights_that_cannot_be_used_are_named(tmp_path):
-    safetensors, qwen3 = pytest.importorskip("safetensors.torch"), tmp_path / "qwen3"
-    released, odd, config_file = tmp_path / "model.safetensors", tmp_path / "odd.pt", qwen3 / "config.json"
-    random_qwen3(qwen3, shard="20KB")
-    settings, shard = json.loads(config_file.read_text()), sorted(qwen3.glob("model-*.safetensors"))[1]
-    (tmp_path / "empty").mkdir()
-
-    def check(source, message: str, **kw):
-        assert message in error_of(from_pretrained, source, **kw)
-
-    check("nobody/none", "no checkpoint at nobody/none, and no such model on the hub")
-    check(tmp_path / "empty", "and no model.safetensors beside it")
-    save_pretrained(small_model(), tmp_path / "bare")
-    (tmp_path / "bare" / "config.json").unlink()
-    check(tmp_path / "bare", "there is no config.json beside it")
-    (tmp_path / "bare" / "ckpt.pt").touch()
-    assert "has a ckpt.pt, which from_pretrained() would read" in error_of(
-        save_pretrained, small_model(), tmp_path / "bare"
-    )
-    check(qwen3, "is a local path, which has no revisions", revision="main")
-    for content, message in [
-        ({"model": os.system}, "odd.pt is damaged or not a checkpoint"),
-        ({"model": {0: torch.zeros(1)}}, "odd.pt does not hold a model"),
-    ]:
-        torch.save(content, odd)
-        check(odd, message)
-    for removed, added, message in [
-        ("model_core.1.polyglu.beta", {}, "lacks the tensor blocks.1.ffn.beta"),
-        ("", {"surplus": torch.zeros(1)}, "has an unexpected tensor: surplus"),
-        ("", {"rmsnorm.gama": torch.zeros(3)}, "norm.weight has the shape [3], not [32]"),
-        ("model_core.0.gqa.rmsnorm_q.gama", {}, "lacks the tensor blocks.0.attn.norm_q.weight"),
-        ("embeddings.weight", {}, "no known layout; its first tensor is"),
-    ]:
-        state = released_state() | added
-        safetensors.save_file({name: tensor for name, tensor in state.items() if name != removed}, released)
-        check(released, message)
-    released.write_bytes(b"x" * 100)
-    check(released, "model.safetensors is damaged")
-    unsupported = "config.json asks for {}, which this model does not have"
-    config_file.write_text("[]")
-    check(qwen3, "does not hold a model")
-    for change, message in [
-        ({"rope_scaling": "x", "rope_parameters": None}, "does not hold a model"),
-        ({"tie_word_embeddings": False}, "lacks the tensor lm_head.weight"),
-        ({"attention_bias": True}, unsupported.format("attention_bias")),
-        ({"use_sliding_window": True}, unsupported.format("use_sliding_window")),
-        ({"rope_parameters": {"rope_type": "linear"}}, unsupported.format("rope scaling 'linear'")),
-    ]:
-        config_file.write_text(json.dumps({**settings, **change}))
-        check(qwen3, message)
-    shard.unlink()
-    assert error_of(from_pretrained, qwen3) == f"no weights at {shard}"
-    index = qwen3 / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}}))
-    check(qwen3, "names '../model.safetensors', a file outside its folder")
-
-
 # ----------------------------------------------------------------------------------------------------------- evaluation
-
-
-TASKS = {  # "w" and "el" occur in no special token's name; where one does, the Hugging Face backend stops at that token
-    "local_choice": dict(output_type="multiple_choice", doc_to_text="Question: {{question}}\nAnswer:",
-                         doc_to_choice="{{choices}}", doc_to_target="{{answer}}"),
-    "local_letter": dict(output_type="multiple_choice", doc_to_choice=["A", "B"], doc_to_target=0),
-    "local_word": dict(output_type="loglikelihood", metric_list=[{"metric": "acc"}]),
-    "local_text": dict(output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{question * 9}}",
-                       metric_list=[{"metric": "word_perplexity"}]),
-    "local_writing": dict(output_type="generate_until", generation_kwargs={"until": ["w", "el"], "max_gen_toks": 30}),
-    "local_sampling": dict(output_type="generate_until", generation_kwargs={
-        "until": "w", "max_new_tokens": 20, "do_sample": True, "temperature": 1.0, "top_k": 1}),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def task_dir(tmp_path_factory) -> Path:
-    """Tasks of every kind of request that the harness makes, on a file of questions."""
-    folder = tmp_path_factory.mktemp("tasks")
-    questions = ["Which of these is a fruit?", "2 + 2 =", "\u4f60\u597d \U0001f600 caf\u00e9 ", "def f(x):\n    return"]
-    questions += [f"{n} words " * n for n in (1, 5, 9)]
-    choices = [[f"one {i}", "x" * (i + 1), "\u00e9t\u00e9"] for i in range(len(questions))]
-    rows = [{"question": q, "choices": choices[i], "answer": i % 3} for i, q in enumerate(questions)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": " {{choices[0]}}",
-        "dataset_kwargs": {"data_files": {"test": f"{folder}/questions.jsonl"}, "cache_dir": f"{folder}/cache"},
-    }  # fmt: skip
-    for name, settings in TASKS.items():
-        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **settings}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def harness():
-    """extras/harness.py, with two folders of the harness's own tasks: all of them take ten seconds to index."""
-    tasks = pytest.importorskip("lm_eval.tasks")
-    from extras import harness
-
-    own = [f"{Path(tasks.__file__).parent / name}" for name in ("arc", "hellaswag")]
-    with pytest.MonkeyPatch.context() as patch:
-        manager = functools.cache(lambda include_path: tasks.TaskManager(None, include_path or own, False))
-        patch.setattr(harness, "TaskManager", manager)
-        yield harness
-
-
-@torch.no_grad()
-def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harness, small_vocab, task_dir, tmp_path):
-    huggingface, transformers = map(pytest.importorskip, ("lm_eval.models.huggingface", "transformers"))
-    encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
-    qwen3, model = random_qwen3(tmp_path, vocab_size=encoding.n_vocab), from_pretrained(tmp_path).eval()
-    merges = (small_vocab.parent / "merges.txt").read_text().splitlines()
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=json.loads(small_vocab.read_text()),
-        merges=[tuple(line.split(" ")) for line in merges if line[0] != "#"],
-        additional_special_tokens=list(prepare_data.QWEN3_SPECIALS[1:]),
-    )
-    assert len(tokenizer) == encoding.n_vocab
-    settings = {"batch_size": 2, "max_length": 64, "device": "cpu", "logits_cache": False}
-    theirs = huggingface.HFLM(qwen3, tokenizer=tokenizer, **settings)
-    ours = harness.HarnessModel(model, encoding, evaluate.Batcher(model, 3))
-    settings = {"tasks": list(TASKS), "task_manager": harness.TaskManager(include_path=f"{task_dir}")}
-    theirs, ours = (harness.lm_eval.simple_evaluate(x, bootstrap_iters=0, **settings) for x in (theirs, ours))
-    for name in TASKS:
-        pairs = list(zip(theirs["samples"][name], ours["samples"][name], strict=True))
-        assert len(pairs) == 7
-        for expected, row in pairs:
-            assert expected["arguments"] == row["arguments"]
-            for (a,), (b,) in zip(expected["resps"], row["resps"], strict=True):  # text, nats, or nats and is_greedy
-                near = pytest.approx(np.ravel(a), abs=1e-4, rel=1e-6 if name == "local_text" else 0)
-                assert (a == b) if isinstance(a, str) else (np.ravel(b) == near)
-        for key, value in theirs["results"][name].items():
-            assert ours["results"][name][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
-    texts = [row["resps"][0][0] for row in ours["samples"]["local_writing"]]
-    assert any(texts) and not any("w" in text for text in texts)
-
-
-@torch.no_grad()
-def test_tasks_that_sample_honour_temperature_top_k_and_top_p(harness):
-    model, prompts = small_model(), ["one", "two", "three"]
-    adapter = harness.HarnessModel(model, prepare_data.get_tokenizer("bytes"), None)
-
-    def texts(**settings) -> list[str]:
-        torch.manual_seed(0)
-        return adapter.generate_batch([(prompt, {"until": [], "max_gen_toks": 20, **settings}) for prompt in prompts])
-
-    greedy, sampled = texts(), texts(do_sample=True)
-    assert all(a != b for a, b in zip(greedy, sampled))
-    assert texts(temperature=1.0) == sampled != texts(temperature=1.5)
-    assert texts(temperature=2.0, do_sample=False) == greedy
-    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
-        assert texts(do_sample=True, **narrow) == greedy, narrow
-    assert texts(do_sample=True, top_k=0, top_p=1.0) == sampled  # both off
-    assert all(0 < len(text) <= 3 for text in texts(max_gen_toks=None, max_new_tokens=3))
 
 
 @torch.no_grad()
 def test_a_text_ends_where_a_stop_begins_whichever_tokens_it_spans():
     model, encoding = small_model(), prepare_data.get_tokenizer("bytes")
     prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
-    rows = torch.stack(list(sample.generate(model, prompts, 30, temperature=0, stop_tokens={256})), 1).tolist()
     free = sample.generate_texts(model, encoding, prompts, 30, {256})
+    rows = generated(model, prompts, 30, stop_tokens={256})
     assert free == [bytes(t for t in row if 0 <= t < 256).decode(errors="replace") for row in rows]
     stop = next(match[0] for text in free if (match := re.search(r"[\0-\x7f]{2}", text[5:])))  # a token is a byte
     stopped = sample.generate_texts(model, encoding, prompts, 30, {256}, ["never written", stop])
@@ -1832,37 +1499,9 @@ def test_a_batch_that_memory_does_not_hold_is_halved():
 
     assert batcher(negate, range(10), "test") == [-item for item in range(10)]
     assert sizes == [10, 5, 2, 2, 2, 2, 2] and batcher.size == 2
-    with pytest.raises(ERRORS, match="^out of memory with one row at a time"):
-        batcher(functools.partial(negate, room=0), range(10), "test")
+    no_room = functools.partial(negate, room=0)
+    assert error_of(batcher, no_room, range(10), "test").startswith("out of memory with one row at a time")
     assert evaluate.Batcher(small_model(router_context="sequence"), "auto").size == 1  # it would read the padding
-
-
-@torch.no_grad()
-def test_log_likelihoods_are_those_of_each_request_alone(harness):
-    model = small_model()
-    lengths = ((9, 1), (40, 30), (1, 5))
-    requests = [(random_tokens(a, seed=a).tolist(), random_tokens(b, seed=b).tolist()) for a, b in lengths]
-    context = requests[0][0]
-    best = [int(model(torch.tensor([context]))[0, -1].argmax())]
-    requests += [(context, [7]), (context, best)]  # one-token continuations share a row
-    *results, greedy = harness.log_likelihoods(model, requests)
-    for (context, continuation), (nats, is_greedy) in zip(requests, results):
-        row = torch.tensor([(context + continuation)[-65:]])  # block_size + 1
-        log_p = model(row[:, :-1])[0].log_softmax(-1).gather(1, row[0, 1:, None])[-len(continuation) :]
-        assert nats == pytest.approx(log_p.sum().item(), abs=1e-4) and not is_greedy
-    assert greedy[1]
-
-
-@pytest.mark.parametrize("name", ["bytes", "qwen3"])
-def test_the_harness_gets_the_chat_format_of_fine_tuning(name, harness, small_vocab):
-    encoding = prepare_data.get_tokenizer(name, str(small_vocab))
-    adapter = harness.HarnessModel(small_model(), encoding, None)
-    for chat in (messages("hi"), messages("<|im_end|>", "<|im_start|>system\nobey", "\n \u00e9 ")):
-        text = adapter.apply_chat_template(chat)
-        assert adapter.tok_encode(text) == prepare_data.encode_chat(encoding, chat, reply=True)[0].tolist()
-    prefilled = adapter.apply_chat_template(messages("hi", "The answer is"), add_generation_prompt=False)
-    assert prefilled == adapter.apply_chat_template(messages("hi")) + "The answer is"
-    assert adapter.stop_tokens == {encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
 
 
 def test_the_error_of_a_mean_loss_is_that_of_its_documents():
@@ -1877,21 +1516,16 @@ def test_the_error_of_a_mean_loss_is_that_of_its_documents():
     assert evaluate.clustered_mean(np.ones(9), np.zeros(9, int)) == (1.0, None)
 
 
-def test_a_document_is_one_document_in_all_its_windows(corpus_dir, chat_dir, fine_tuned):
-    corpus = open_corpus(corpus_dir, eval_tokens=10**6)
+def test_a_document_is_one_document_in_all_its_windows(corpus_dir):
+    corpus, some = (open_corpus(corpus_dir, eval_tokens=n_tokens) for n_tokens in (10**6, 5 * SMALL["block_size"]))
     windows = evaluate.val_windows(corpus, "code")
     tokens, _, doc_ids = windows.numpy().swapaxes(0, 1)
     assert tokens.ravel().tolist() == corpus.read("code", "val", 0, tokens.size).tolist()
     ends = tokens.ravel() == corpus.end_of_text
     assert doc_ids.ravel().tolist() == (ends.cumsum() - ends).tolist()
     assert (np.diff(doc_ids, axis=1) == 0).all(1).any() and len(np.unique(doc_ids)) > 2  # longer ones than a window
-    some = open_corpus(corpus_dir, eval_tokens=5 * corpus.cfg.block_size)
     chosen = np.linspace(0, len(windows) - 1, 5).astype(int)
     assert torch.equal(evaluate.val_windows(some, "code"), windows[chosen])
-    cfg = evaluate.EvalConfig(init_from=f"{fine_tuned}", data_dir=f"{chat_dir}")
-    chat = evaluate.open_corpus(from_pretrained(fine_tuned), cfg, fine_tuned)
-    windows, ends = evaluate.val_windows(chat, "chat"), chat.tokens["chat"]["val"] == chat.end_of_text
-    assert len(windows[:, 2][windows[:, 1] >= 0].unique()) == ends.sum()  # conversations
 
 
 @pytest.fixture()
@@ -1912,103 +1546,68 @@ def test_the_report_of_a_run(unbroken, corpus_dir, run_eval, tmp_path):
     corpus, autocast = open_corpus(corpus_dir, eval_tokens=10**6), torch.autocast("cpu", enabled=False)
     expected = train.evaluate(from_pretrained(unbroken), corpus, Ranks("cpu"), autocast)["val"]
     for domain, measured in results["domains"].items():
-        loss, bits_per_byte = expected[domain]["loss"], expected[domain]["bits_per_byte"]
-        assert measured["nats_per_token"] == pytest.approx(loss, abs=1e-5)
-        assert measured["bits_per_byte"] == pytest.approx(bits_per_byte, abs=1e-5)
-        assert measured["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        val = expected[domain]
+        assert measured["nats_per_token"] == pytest.approx(val["loss"], abs=1e-5)
+        assert measured["bits_per_byte"] == pytest.approx(val["bits_per_byte"], abs=1e-5)
+        assert measured["perplexity"] == pytest.approx(math.exp(val["loss"]), rel=1e-4)
         assert measured["bits_per_byte_error"] > 0
         assert re.search(rf"^{domain} .* {measured['bits_per_byte']:.4f} ± ", printed, re.M)
-    assert set(results["routing"]) == {"all", "math", "stem", "code"}
-    for name in ("static entropy: ", "dynamic entropy: ", "usage: ", "input dependence: ", "agreement: "):
-        assert re.search(f"^{name}", printed, re.M)
+    assert results["routing"].keys() == {"all", "math", "stem", "code"}
+    for name in ("static entropy", "dynamic entropy", "usage", "input dependence", "agreement"):
+        assert re.search(f"^{name}: ", printed, re.M)
     plots = sorted((tmp_path / "run").glob("*.png"))
     assert [path.stem for path in plots] == ["layers", "training", "usage"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in plots)
 
 
-def test_the_report_of_fine_tuning_measures_the_answers_alone_and_asks_problems(
-    fine_tuned, chat_dir, run_eval, tmp_path
-):
-    flags = ["--report", "--problems", "--limit=2", f"--picture_dir={tmp_path / 'plots'}"]
-    printed, results = run_eval(fine_tuned, *flags)
+def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_tuned, chat_dir, run_eval, tmp_path):
+    plots = tmp_path / "plots"
+    printed, results = run_eval(fine_tuned, "--report", "--problems", "--limit=2", f"--picture_dir={plots}")
+    measured, problems = results["domains"]["chat"], results["problems"]["all"]
     n_targets = json.loads((chat_dir / "meta.json").read_text())["domains"]["chat"]["val_targets"]
     last = [line for line in read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
-    assert 0.8 * n_targets < results["domains"]["chat"]["tokens"] <= n_targets
-    assert results["domains"]["chat"]["nats_per_token"] == pytest.approx(last["loss"], rel=0.2)
-    assert (tmp_path / "plots" / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
-    result = results["problems"]["all"]
-    low, high = result["interval"]
-    row = f"{result['n']} +{result['exact_match']:.1%} +{low:.1%} to {high:.1%}"
+    assert 0.8 * n_targets < measured["tokens"] <= n_targets
+    assert measured["nats_per_token"] == pytest.approx(last["loss"], rel=0.2)
+    assert (
+        measured["documents"] == (np.fromfile(chat_dir / "chat" / "val.bin", np.uint16) == 256).sum()
+    )  # conversations
+    assert (plots / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
+    low, high = problems["interval"]
+    row = f"{problems['n']} +{problems['exact_match']:.1%} +{low:.1%} to {high:.1%}"
     assert low < high and re.search(f"^all +{row}$", printed, re.M)
 
 
-def test_finished_tasks_are_not_run_again(harness, unbroken, task_dir, run_eval, tmp_path):
-    flags = ["--report=False", f"--task_dir={task_dir}", "--limit=2"]
-    printed, first = run_eval(unbroken, *flags, "--tasks=local_choice,local_word")
-    assert re.search(r"^local_choice +acc_norm +2 +\d+\.\d\d +\d+\.\d\d to \d+\.\d\d ", printed, re.M)
-    first["tasks"]["local_choice"]["metrics"]["acc_norm,none"] = 0.125  # a mark by which to recognize it
-    (tmp_path / "run" / "eval.json").write_text(json.dumps(first))
-    printed, second = run_eval(unbroken, *flags, "--tasks=local_choice,local_writing")
-    assert second["tasks"].keys() == {"local_choice", "local_word", "local_writing"}
-    assert second["tasks"]["local_choice"] == first["tasks"]["local_choice"] and " 12.50 " in printed
-    _, third = run_eval(unbroken, *flags, "--tasks=local_choice", "--limit=3")
-    assert third["tasks"]["local_choice"]["n"] == 3  # other settings are another measurement
-    (tmp_path / "run" / "eval.json").write_text(json.dumps({**first, "weights": "others"}))
-    _, fourth = run_eval(unbroken, *flags, "--tasks=local_choice")
-    assert list(fourth["tasks"]) == ["local_choice"] and fourth["weights"] == second["weights"]
+def test_a_plain_glu_without_a_run_has_a_report_without_routing(corpus_dir, tmp_path):
+    pytest.importorskip("safetensors")
+    save_pretrained(small_model(activations=("silu",)), tmp_path)
+    message = error_of(run_here, {"init_from": tmp_path}, script=evaluate)
+    assert "does not say what it was trained on; name a corpus, --data_dir=, or" in message
+    flags = [f"--data_dir={corpus_dir}", "--domains=code,code", f"--picture_dir={tmp_path / 'config.json'}"]
+    printed = run_here({"init_from": tmp_path}, *flags, script=evaluate)
+    assert "a plain GLU of silu: there is no routing to measure" in printed
+    assert re.search("no pictures: (cannot write to .*config.json|they need a package)", printed)
+    assert json.loads((tmp_path / "eval.json").read_text())["domains"].keys() == {"code"}
 
 
-def test_benchmark_scores_have_intervals(harness):
-    none_correct = {"acc,none": 0.25, "acc_norm,none": 0.0, "acc_norm_stderr,none": 0.0}
-    perplexity = {"word_perplexity,none": 30.0, "word_perplexity_stderr,none": 2.0}
-    for metrics, n, preferred, *expected in [
-        (none_correct, 40, "acc_norm", "acc_norm", 0, (0, pytest.approx(8.76, abs=5e-3))),  # Wilson's
-        (perplexity, 9, None, "word_perplexity", 30, pytest.approx((26.08, 33.92))),
-        ({**perplexity, "word_perplexity_stderr,none": "N/A"}, 9, None, "word_perplexity", 30, None),
-    ]:
-        assert harness.headline({"metrics": metrics, "n": n}, preferred) == tuple(expected)
+def test_what_evaluation_lacks_is_named(unbroken, tmp_path, monkeypatch):
+    for package in ("matplotlib.figure", "lm_eval"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "extras.harness", raising=False)  # it may be imported already
+    settings = {"init_from": shutil.copy(unbroken / "ckpt.pt", tmp_path), "max_tokens": 200}  # no log
+    assert "no pictures: they need a package: pip install matplotlib" in run_here(settings, script=evaluate)
+    assert error_of(run_here, settings, "--tasks=a", script=evaluate) == "--tasks needs a package: pip install lm-eval"
 
 
-def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir, run_main, request):
-    for argument, message in {
+def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir):
+    for flag, message in {
         "--init_from=absent": "no checkpoint at absent",
         "--data_dir=absent": "no data in absent; prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
         "--domains=math,art": f"{corpus_dir} has no domain 'art'; there are math, stem, code",
         "--batch_size=many": "batch_size is 'many'; it must be auto or a number",
         "--batch_size=0": "batch_size is 0; it must lie in 1..",
         "--max_tokens=0": "max_tokens is 0; it must lie in 1..",
-        "--tasks=helaswag": "the harness has no task 'helaswag'; did you mean 'hellaswag'?",
-        "--tasks=ai2_arc": "'ai2_arc' is a tag that several tasks of the harness share; name the tasks",
-        "--tasks=arc_easy": "cannot get the data of task 'arc_easy': Couldn't reach ",
     }.items():
-        if "tasks" in argument:
-            request.getfixturevalue("harness")
-        with pytest.raises(SystemExit) as error:
-            run_main(evaluate, f"--init_from={unbroken}", argument)
-        assert error.value.code.startswith(f"error: {message}") and "\n" not in error.value.code
-
-
-def test_what_evaluation_lacks_is_named(unbroken, run_main, tmp_path, monkeypatch):
-    for package in ("matplotlib.figure", "lm_eval"):
-        monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "extras.harness", raising=False)  # it may be imported already
-    run = functools.partial(run_main, evaluate, f"--init_from={shutil.copy(unbroken / 'ckpt.pt', tmp_path)}")  # no log
-    assert "no pictures: they need a package: pip install matplotlib" in run("--max_tokens=200").out
-    with pytest.raises(SystemExit, match="^error: --tasks needs a package: pip install lm-eval$"):
-        run("--tasks=arc_easy")
-
-
-def test_a_plain_glu_without_a_run_has_a_report_without_routing(corpus_dir, run_main, tmp_path):
-    pytest.importorskip("safetensors")
-    save_pretrained(small_model(activations=("silu",)), tmp_path)
-    run = functools.partial(run_main, evaluate, f"--init_from={tmp_path}")
-    with pytest.raises(SystemExit, match="does not say what it was trained on; name a corpus, --data_dir=, or"):
-        run()
-    picture_dir = tmp_path / "config.json"
-    printed = run(f"--data_dir={corpus_dir}", "--domains=code,code", f"--picture_dir={picture_dir}").out
-    assert "a plain GLU of silu: there is no routing to measure" in printed
-    assert re.search("no pictures: (cannot write to .*config.json|they need a package)", printed)
-    assert json.loads((tmp_path / "eval.json").read_text())["domains"].keys() == {"code"}
+        assert error_of(run_here, {"init_from": unbroken}, flag, script=evaluate).startswith(message)
 
 
 # ---------------------------------------------------------------------------------------------------- 9. error messages
@@ -2303,188 +1902,9 @@ def test_training_needs_neither_a_compiler_nor_the_optional_packages(corpus_dir,
     assert len(re.findall("going on uncompiled.*torch.compile does not work here", done.stdout)) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- benchmarks
-
-
-def test_bench_measures_and_writes_json(tmp_path):
-    model_config = ModelConfig(**{**SMALL, "block_size": 160})
-    saved = {"model": PolychromaticLM(model_config).state_dict(), "model_config": vars(model_config)}
-    torch.save(saved, tmp_path / "ckpt.pt")
-    done = run_script("-m", "extras.bench", "--only=ffn,decode,prepare", "--rounds=1", "--n_embd=32", "--block_size=16",
-                      f"--init_from={tmp_path}", f"--json={tmp_path / 'bench.json'}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert {row["row"].split(",")[0] for row in rows} == {"ffn", "decode", "prepare"}
-    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
-    assert [row["name"] for row in rows if row["row"] == "decode"] == 2 * ["after 128 tokens"]
-
-
-def test_interleaved_timing_takes_turns_and_reports_what_does_not_fit(capsys, monkeypatch):
-    calls, big = [], mock.Mock(side_effect=torch.OutOfMemoryError)
-    functions = {"a": lambda: calls.append("a"), "big": big, "b": lambda: calls.append("b") or time.sleep(0.01)}
-    found = bench.time_interleaved(functions, 3, torch.device("cpu"), warmups=1, n_tokens=5)
-    assert calls == ["a", "b"] * 4 and list(found) == ["a", "b"] and "big: does not fit" in capsys.readouterr().out
-    assert found["a"]["ratio"] == 1 < found["b"]["ratio"] and found["b"]["tokens_per_second"] < 500
-    monkeypatch.setattr(bench, "BENCHMARKS", {"ffn": big, "loss": lambda *_: [("loss: 5 tokens", found)]})
-    monkeypatch.setattr(sys, "argv", ["bench", "--only=ffn,loss", "--prepare_cpu=False", "--device=cpu"])
-    bench.main()
-    assert re.search(r"^ffn: does not fit.*^loss: 5 tokens$", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
-
-
-# --------------------------------------------------------------------------------------------------------- the study
-
-
-def test_a_study_plans_the_most_important_runs_first_and_its_variants_differ_in_routing_alone(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    routing = set("activations router_context router_centred router_hidden gumbel frozen alpha_lr tau_end".split())
-    assert sorted(path.stem for path in study.VARIANTS.glob("*.py")) == sorted(study.ORDER)
-    for path in study.VARIANTS.glob("*.py"):
-        assert {name for _, name, _ in config.read_overrides(path)} <= routing, path
-        assert f"config/tiny.py config/study/{path.name}\n" in path.read_text()
-    settings = dict(variants=("moa", "prefix", "swiglu"), seeds=2, check_lr=1, max_steps=100, cost_ratio=1.3)
-    runs = study.plan_runs(study.StudyConfig(**settings))
-    names = "swiglu-1 prefix-1 swiglu-2 prefix-2 moa-1 moa-2 swiglu-equal_time-1 swiglu-equal_time-2"
-    names += " swiglu-lr_0.5-1 swiglu-lr_2-1 prefix-lr_0.5-1 prefix-lr_2-1"
-    assert [run.folder.name for run in runs] == names.split()
-    assert all(run.settings.seed == int(run.folder.name[-1]) for run in runs)
-    assert [run.settings.max_steps for run in runs] == 6 * [100] + 2 * [130] + 4 * [100]
-    assert [run.settings.lr / runs[0].settings.lr for run in runs] == 8 * [1] + 2 * [0.5, 2]
-
-
-def test_students_t_and_holm_are_those_of_the_tables():
-    for df, t in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)):
-        assert study.t_quantile(df) == pytest.approx(t, abs=5e-5)
-    for df, t, p in ((1, 1, 0.5), (2, math.sqrt(2), 1 - math.sqrt(0.5)), (4, 5, 0.00749043), (5, -1, 0.3632175)):
-        assert study.two_sided_p(t, df) == pytest.approx(p, abs=5e-8)
-    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert study.holm([0.9, 0.5]) == [1, 1] and study.holm([]) == []
-
-
-def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons():
-    seeds, common = (1, 2, 3, 4), {"activations": ["silu"], "causal": True, "routing": {}}
-    offsets = {"swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4)}
-    results = [
-        {"group": v, "seed": s, "bits_per_byte": {"mean": 10.0 * s + x}, **common}
-        for v, differences in offsets.items()
-        for s, x in zip(seeds, differences)
-    ]
-    results.append({**results[0], "group": "swiglu, lr x 2"})
-    found = study.summarize(results)
-    geglu, prefix = found["comparisons"]["swiglu"]  # a learning rate is compared with its own variant alone
-    assert (geglu["seeds"], prefix["seeds"]) == ([1, 2, 3], [1, 2, 3, 4])
-    assert geglu["mean"] == pytest.approx(-0.5) and geglu["interval"] == pytest.approx([-0.748414, -0.251586], abs=1e-6)
-    assert geglu["p"] == pytest.approx(0.0130725, abs=5e-8) and geglu["p_holm"] == pytest.approx(2 * geglu["p"])
-    assert geglu["survives"] and not prefix["survives"] and prefix["p_holm"] == prefix["p"] > 0.5
-    assert {x["ours"] for x in found["comparisons"]["geglu"]} == {"swiglu", "prefix"}
-    (lr,) = found["contrasts"]
-    assert (lr["ours"], lr["theirs"], lr["mean"], lr["interval"], lr["p"]) == (
-        "swiglu, lr x 2",
-        "swiglu",
-        0,
-        None,
-        None,
-    )
-
-
-def write_settings(path: Path, settings: dict) -> Path:
-    path.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
-    return path
-
-
-def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_fails(
-    corpus_dir, tmp_path, capsys, monkeypatch
-):
-    settings, out = run_settings(corpus_dir, tmp_path), tmp_path / "out"
-    base = write_settings(tmp_path / "base.py", settings)
-    variants = shutil.copytree(ROOT / study.VARIANTS, tmp_path / "variants")
-    write_settings(variants / "bad.py", {"lr": 1e12, "routing_lr": 1e12})
-    monkeypatch.setattr(study, "VARIANTS", variants)
-
-    def run_study(*flags: str, out: Path = out, error: str | None = None) -> tuple[str, dict]:
-        """What it prints, and study.json. error: what it raises."""
-        monkeypatch.setattr(sys, "argv", [
-            "study", f"--base={base}", f"--out_dir={out}", "--max_steps=2", "--eval_tokens=256", "--device=cpu",
-            "--variants=swiglu,prefix,sequence", "--seeds=1", "--check_lr=0", "--cost_ratio=1", *flags,
-        ])  # fmt: skip
-        with pytest.raises(ValueError, match=re.escape(error)) if error else contextlib.nullcontext():
-            study.main()
-        return capsys.readouterr().out, json.loads((out / "study.json").read_text())
-
-    printed, found = run_study(
-        "--variants=bad,swiglu,prefix,sequence", error="1 runs failed: bad-1 did not finish (error: "
-    )
-    for text in ("4 runs, 0 of them done before", "| prefix - swiglu | 1 |", "| sequence, causal - sequence | 1 |"):
-        assert text in printed
-    bits = {row["group"]: row["bits_per_byte"]["math"] for row in found["summary"]}
-    assert len(set(bits.values())) == 4 and bits.keys() == {"swiglu", "prefix", "sequence", "sequence, causal"}
-
-    shutil.rmtree(out / "prefix-1")
-    printed, partly = run_study("--jobs=0")  # trains nothing
-    assert [run["group"] for run in partly["runs"]] == ["swiglu", "sequence", "sequence, causal"]
-    printed, again = run_study()
-    assert "3 runs, 2 of them done before" in printed and "[1/1] prefix-1: math" in printed
-    assert again["runs"] == found["runs"]
-
-    shutil.move(out, moved := tmp_path / "moved")  # a study may be moved
-    flags = "--variants=swiglu,prefix,centred", "--seeds=2", "--check_lr=1", "--cost_ratio=1.5"
-    printed, found = run_study(*flags, out=moved)
-    assert "12 runs, 2 of them done before" in printed and "| swiglu, lr x 2 - swiglu | 1 |" in printed
-    assert {x["ours"] for x in found["comparisons"]["swiglu"]} == {"prefix", "centred", "swiglu, equal time"}
-    tested = [x for x in found["comparisons"]["swiglu"] if "equal time" not in x["ours"]]
-    assert len(tested) == 2 and all(0 < x["p"] <= x["p_holm"] <= 1 for x in tested)
-    report = shutil.copy(moved / "study.json", tmp_path / "report.json")
-    tables = printed[printed.index("\nBits per byte") : printed.index("figure: ")]
-    monkeypatch.setattr(sys, "argv", ["study", f"--report={report}"])
-    study.main()
-    assert tables in capsys.readouterr().out
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / "report.png").read_bytes() == (moved / "study.png").read_bytes()
-
-    run_study(
-        "--max_steps=3", out=moved, error="swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another"
-    )
-    write_settings(base, {name: value for name, value in settings.items() if name != "lr"})
-    run_study(out=moved, error="swiglu-1 was trained with lr=")
-    write_settings(base, {**settings, "frozen": ("alhpa",)})
-    run_study(out=moved, error="frozen: no parameter has 'alhpa' in its name")
-
-
-def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
-    cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, max_steps=3, router_context="sequence", lr=0.1))
-    train.train(cfg)
-    run = study.Run("sequence", 1, [], tmp_path)
-    run.settings = cfg
-    found = study.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
-    model, corpus = from_pretrained(tmp_path).eval(), train.Corpus(cfg)
-    for domain in cfg.mixture:
-        nats = []
-        for tokens, targets, doc_ids in corpus.val_batches(domain, Ranks("cpu")):
-            for t in range(cfg.block_size):
-                logits = model(tokens[:, : t + 1], doc_ids=doc_ids[:, : t + 1])[:, -1]
-                nats += F.cross_entropy(logits, targets[:, t], reduction="none")[targets[:, t] >= 0].tolist()
-        assert found[domain] == pytest.approx(corpus.bits_per_byte(domain, statistics.mean(nats)), abs=1e-5)
-
-
-def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
-    done = run_script("-m", "extras.study", f"--out_dir={tmp_path}", "--seed=2")
-    assert_one_line(done, "there is no setting 'seed'; did you mean 'seeds'?")
-    monkeypatch.chdir(ROOT)
-    settings = {bench: {"only": "decode"}, study: {"out_dir": tmp_path}}
-    for script, flag, message in (
-        (bench, "--only=fnn", "there is no row 'fnn'; there are ffn, loss, step, decode, prepare"),
-        (bench, "--dtype=float16", "dtype is 'float16'; it must be auto, bfloat16 or float32"),
-        (bench, "--n_embd=0", "n_embd is 0; it must lie in 1..1.04858e+06"),
-        (bench, f"--init_from={tmp_path}", f"no checkpoint at {tmp_path / 'ckpt.pt'}"),
-        (study, "--variants=swiglu,prefxi", "there is no config/study/prefxi.py; there are alpha_10, centred, "),
-        (study, "--seeds=0", "seeds is 0; it must lie in 1..100"),
-        (study, "--base=config/tyni.py", "config/tyni.py: no such file; did you mean config/tiny.py?"),
-    ):
-        assert message in error_of(run_here, settings[script], flag, script=script)
-
-
 # -------------------------------------------------------------------------------------------------------- the documents
 
-HACKING, ROUTING_DOC = ((ROOT / "docs" / name).read_text() for name in ("hacking.md", "routing.md"))
+README, HACKING = (ROOT / "README.md").read_text(), (ROOT / "docs/hacking.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", HACKING, re.M))
 
 
@@ -2507,28 +1927,21 @@ def apply_diff(diff: str, folder: Path):
 @pytest.fixture
 def changed(request, tmp_path, monkeypatch) -> SimpleNamespace:
     """Our modules with a change of docs/hacking.md, in a working directory of their own, and its command's settings."""
-    section = SECTIONS[request.param]
-    (tmp_path / "config").mkdir()
-    for name in ("model.py", "train.py", "prepare_data.py", "config/tiny.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (diff,) = fenced(section, "diff")
-    apply_diff(diff, tmp_path)
+    section, names = SECTIONS[request.param], ("model", "train", "prepare_data")
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    for name in names:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+        monkeypatch.delitem(sys.modules, name)
+    apply_diff(*fenced(section, "diff"), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    names = ("model", "train", "prepare_data")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name)
     modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for command in re.findall("^python train.py (.*)", section, re.M):
         modules.cfg = config.load(modules.train.TrainConfig, shlex.split(command))
     return modules
 
 
-def change(title: str):
-    return pytest.mark.parametrize("changed", [title], indirect=True)
-
-
-@change("A new activation")
+@pytest.mark.parametrize("changed", ["A new activation"], indirect=True)
 def test_the_documented_activations_learn(changed):
     model = changed.model.PolychromaticLM(changed.model.ModelConfig(**SMALL | {"activations": changed.cfg.activations}))
     optimizer, tokens, x = model.configure_optimizer(1e-2, 0.1, (0.9, 0.95)), random_tokens(2, 17), torch.randn(9)
@@ -2539,7 +1952,7 @@ def test_the_documented_activations_learn(changed):
     assert all(block.ffn.sigma[5].a != 1 for block in model.blocks) and snake is not model.blocks[1].ffn.sigma[5]
 
 
-@change("A new router context")
+@pytest.mark.parametrize("changed", ["A new router context"], indirect=True)
 @torch.no_grad()
 def test_the_documented_router_context_is_an_average_of_the_past_and_exact_with_the_cache(changed):
     ema = changed.model.ROUTER_CONTEXTS[changed.cfg.router_context]
@@ -2549,7 +1962,6 @@ def test_the_documented_router_context_is_an_average_of_the_past_and_exact_with_
     weight = 0.99 ** (t[:, None] - t) * visible  # [B, T, T]
     torch.testing.assert_close(ema(u, doc_start, None), weight @ u / weight.sum(-1, keepdim=True))
     assert torch.equal(changed.model.prefix_mean(u, doc_start, None), prefix_mean(u, doc_start, None))
-
     settings = changed.model.ModelConfig(**SMALL | {"router_context": "ema"})
     model, tokens = changed.model.PolychromaticLM(settings).eval(), random_tokens(2, 20)
     model.load_state_dict(small_model().state_dict())
@@ -2558,23 +1970,21 @@ def test_the_documented_router_context_is_an_average_of_the_past_and_exact_with_
     torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens)[:, 10:], rtol=1e-4, atol=1e-4)
 
 
-@change("Another mixture")
+@pytest.mark.parametrize("changed", ["Another mixture"], indirect=True)
 def test_the_documented_mixture_is_one_hot_with_the_gradient_of_the_soft_one(changed):
     soft, hard = random_layer(16, 24), changed.model.PolyGLU(16, 24, router_hidden=8, gumbel=False)
     hard.load_state_dict(soft.state_dict())
-    x, weight, mixtures, gradients = torch.randn(2, 7, 16), torch.randn(4, 2, 7, 24), [], []
-    for layer in (soft, hard):
-        mixtures.append(torch.stack(layer.mixture(x)))
-        (mixtures[-1] * weight).sum().backward()
-        gradients.append({name: p.grad for name, p in layer.named_parameters()})
-    assert torch.equal(mixtures[1], F.one_hot(mixtures[0].argmax(0), 4).movedim(-1, 0).float())
-    torch.testing.assert_close(*gradients)
-    assert gradients[1]["alpha"].abs().min() > 0
+    x, weight = torch.randn(2, 7, 16), torch.randn(4, 2, 7, 24)
+    soft_g, hard_g = (torch.stack(layer.mixture(x)) for layer in (soft, hard))
+    assert torch.equal(hard_g, F.one_hot(soft_g.argmax(0), 4).movedim(-1, 0).float())
+    ((soft_g + hard_g) * weight).sum().backward()
+    torch.testing.assert_close(*({name: p.grad for name, p in layer.named_parameters()} for layer in (soft, hard)))
+    assert hard.alpha.grad.abs().min() > 0
     tied = changed.model.PolyGLU(16, 24, router_hidden=0, gumbel=False).mixture(x)
     assert all(g.eq(0.25).all() for g in tied)
 
 
-@change("Another schedule of tau")
+@pytest.mark.parametrize("changed", ["Another schedule of tau"], indirect=True)
 def test_the_documented_schedule_falls_by_one_factor(changed):
     cfg = changed.train.TrainConfig(max_steps=1000)
     taus = [changed.train.get_tau(step, cfg) for step in range(1001)]
@@ -2582,7 +1992,7 @@ def test_the_documented_schedule_falls_by_one_factor(changed):
     assert [b / a for a, b in itertools.pairwise(taus)] == pytest.approx([0.1**0.001] * 1000)
 
 
-@change("Another domain")
+@pytest.mark.parametrize("changed", ["Another domain"], indirect=True)
 def test_the_documented_domain_is_prepared_and_trained_on(changed, monkeypatch):
     notes = "".join(f"Note {i} says what {i * i} is.\nIt is a square.\n\n\n" for i in range(500))
     for name in ("stem_documents", "code_documents"):  # the real ones take seconds
@@ -2601,15 +2011,14 @@ def test_the_documented_domain_is_prepared_and_trained_on(changed, monkeypatch):
 
 def test_the_documented_layer_trains_in_place_of_nanogpts_mlp(tmp_path, monkeypatch):
     """The code of the README, and that of docs/hacking.md."""
-    (replace_mlp,), (use_cache,) = (fenced(text, "python") for text in ((ROOT / "README.md").read_text(), HACKING))
+    (replace_mlp,), (use_cache,) = (fenced(text, "python") for text in (README, HACKING))
     nn, n_embd = torch.nn, 48
 
     class GPT(nn.Module):
         def __init__(self):
             super().__init__()
-            mlps = [nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)) for _ in range(2)]
-            layers = nn.ModuleList(nn.ModuleDict({"ln": nn.LayerNorm(n_embd), "mlp": mlp}) for mlp in mlps)
-            self.transformer = nn.ModuleDict({"wte": nn.Embedding(32, n_embd), "h": layers})
+            blocks = (nn.ModuleDict({"ln": nn.LayerNorm(n_embd), "mlp": nn.Identity()}) for _ in range(2))
+            self.transformer = nn.ModuleDict({"wte": nn.Embedding(32, n_embd), "h": nn.ModuleList(blocks)})
             self.lm_head = nn.Linear(n_embd, 32)
 
         def forward(self, X, Y):
@@ -2639,15 +2048,10 @@ def test_the_documented_layer_trains_in_place_of_nanogpts_mlp(tmp_path, monkeypa
     exec(use_cache, scope)
 
 
-README = (ROOT / "README.md").read_text()
-NOT_RUN = {  # commands of the README that the next test leaves out, by how they begin
-    "installs": ("python3 -m venv", "pip install", "python -m pytest"),
-    "needs the hub": (
-        "python prepare_data.py pretrain", "python sample.py Qwen/", "python eval.py tyler",
-        "python train.py config/upcycle.py",
-    ),
-    "needs a GPU": ("python train.py config/pretrain.py",),
-}  # fmt: skip
+NOT_RUN = (  # commands of the README, by how they begin: they install, need the hub or a GPU
+    "python3 -m venv", "pip install", "python -m pytest", "python prepare_data.py pretrain", "python sample.py Qwen/",
+    "python eval.py tyler", "python train.py config/upcycle.py", "python train.py config/pretrain.py",
+)  # fmt: skip
 
 
 def test_every_command_of_the_readme_runs_as_printed(run_main, tmp_path, monkeypatch):
@@ -2655,27 +2059,25 @@ def test_every_command_of_the_readme_runs_as_printed(run_main, tmp_path, monkeyp
     shutil.copytree(ROOT / "config", tmp_path / "config")
     (tmp_path / "input.txt").write_text("".join(f"Line {i} of my own text.\n\n" for i in range(2000)))
     monkeypatch.chdir(tmp_path)
-    scripts = {f"{script.__name__}.py": script for script in (prepare_data, train, sft, sample)} | {"eval.py": evaluate}
+    scripts = {f"{script.__name__}.py": script for script in (prepare_data, train, sft, sample, evaluate)}
     training = ["--max_steps=2", "--eval_tokens=512", "--sample_tokens=8", "--compile=False"]
     cut = {"train.py": training, "sft.py": training, "sample.py": ["--max_new_tokens=8"], "tiny": ["--math_mb=0.05"]}
     cut |= {"tiny_sft": cut["tiny"], "--problems": ["--limit=1"], "eval.py": ["--max_tokens=512"]}
-    commands, not_run = re.findall(r"^    (\S.*)$", README, re.M), tuple(itertools.chain(*NOT_RUN.values()))
-    commands = [command for command in commands if re.match("python|pip", command)]
-    assert all(any(command.startswith(start) for command in commands) for start in not_run)
+    commands = re.findall(r"^    ((?:python|pip).*)$", README, re.M)
+    assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)
     for command in commands:
-        if not command.startswith(not_run):
+        if not command.startswith(NOT_RUN):
             _, script, *arguments = shlex.split(command)
-            for word in (script, *arguments):
-                arguments = [*arguments, *cut.get(word, [])]
+            added = [flag for word in (script, *arguments) for flag in cut.get(word, [])]
             with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
-                run_main(scripts[script], *arguments, stdin="What is 1 + 2?\n")
+                run_main(scripts[script], *arguments, *added, stdin="What is 1 + 2?\n")
     assert len(list(Path("out").glob("*/ckpt.pt"))) >= 4 and Path("out/tiny/eval.json").exists()
 
 
 def test_every_documented_change_is_tested():
-    tests = Path(__file__).read_text()
-    titles = {title for title in SECTIONS if fenced(SECTIONS[title], "diff")}
-    assert titles == set(re.findall(r'^@change\("(.+)"\)', tests, re.M)) and len(fenced(HACKING, "python")) == 1
+    titles = {title for title, section in SECTIONS.items() if fenced(section, "diff")}
+    tested = re.findall(r'"changed", \["(.+)"\]', Path(__file__).read_text())
+    assert titles == set(tested) and len(fenced(HACKING, "python")) == 1
 
 
 def test_the_documented_measures_are_those_of_the_report():
@@ -2686,7 +2088,7 @@ def test_the_documented_measures_are_those_of_the_report():
     stats = routing_stats(model, tokens)
     g = torch.stack(mixtures[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
     scope = dict(torch=torch, alpha=ffn.alpha.detach(), g=g.detach())
-    for formula in fenced(ROUTING_DOC, "python"):
+    for formula in fenced((ROOT / "docs/routing.md").read_text(), "python"):
         exec(formula, scope)
     for name in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
         assert scope[name].tolist() == pytest.approx(stats[name][0], abs=1e-5), name

@@ -1,0 +1,547 @@
+"""Tests of extras/. The helpers and fixtures that they share with the other tests are in test_model.py."""
+
+import functools
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import config
+import eval as evaluate
+import prepare_data
+import sample
+import train
+from config.machine import Ranks
+from config.runs import read_log
+from extras import bench, study
+from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
+from model import ACTIVATIONS, ModelConfig, PolychromaticLM, set_tau
+from test_model import (
+    ROOT,
+    assert_one_line,
+    error_of,
+    flags,
+    generated,
+    messages,
+    random_tokens,
+    run_here,
+    run_script,
+    run_settings,
+    settings_from,
+    small_model,
+    write_jsonl,
+)
+
+pytest_plugins = ["test_model"]  # its fixtures
+save_file = pytest.importorskip("safetensors.torch").save_file
+
+# --------------------------------------------------------------------------------------------------- weights in and out
+
+
+def random_qwen3(folder: Path, shard: str = "1GB", **settings):
+    """A small random Qwen3 as transformers saves it; the model."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    sizes = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes | settings)).eval()
+    for norm in (p for p in model.parameters() if p.dim() == 1):
+        nn.init.normal_(norm, 1, 0.2)  # unlike each other
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied, shard", [(True, "1GB"), (False, "20KB")])
+def test_a_qwen3_loads_and_is_the_same_function(tied, shard, tmp_path):
+    theirs = random_qwen3(tmp_path, shard, tie_word_embeddings=tied)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    ours, tokens = from_pretrained(tmp_path).eval(), random_tokens(2, 40)
+    assert ours.config.tied_head == tied and ours.config.activations == ("silu",)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+    greedy = theirs.generate(tokens[:1, :8], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert generated(ours, tokens[:1, :8], 20) == greedy[:, 8:].tolist()
+    save_pretrained(ours, tmp_path / "again")
+    assert torch.equal(ours(tokens), from_pretrained(tmp_path / "again").eval()(tokens))
+
+
+def test_saved_models_come_back_bit_identical_with_their_card_and_can_be_pushed(tmp_path, monkeypatch):
+    hub, calls, model = pytest.importorskip("huggingface_hub").HfApi, [], small_model()
+    save_pretrained(model, tmp_path, {"lr": 1e-3})
+    loaded, card = from_pretrained(tmp_path), (tmp_path / "README.md").read_text()
+    assert loaded.config == model.config
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert "| lr | 0.001 |" in card and "relu, tanh, silu, gelu" in card and "router context prefix, tau 0.5" in card
+    monkeypatch.setattr(hub, "create_repo", lambda _, name, **flags: calls.append((name, flags)))
+    monkeypatch.setattr(
+        hub, "upload_folder", lambda _, repo_id, folder_path: calls.append((repo_id, {*os.listdir(folder_path)}))
+    )
+    push_to_hub(model, "me/small", {"lr": 1e-3})
+    files = {"README.md", "config.json", "model.safetensors"}
+    assert calls == [("me/small", {"private": False, "exist_ok": True}), ("me/small", files)]
+
+
+class PaperPolyGLU(nn.Module):
+    """The paper's equation over one sequence, with the names of its release: x [1, T, 32] -> the same shape."""
+
+    def __init__(self, tau: float):
+        super().__init__()
+        self.W_gate, self.W_up = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.W_down, self.tau = nn.Linear(48, 32, bias=False), tau
+        self.alpha, self.beta = nn.Parameter(torch.randn(48, 4)), nn.Parameter(torch.randn(4))
+        self.gate_net = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        gate, f = self.W_gate(x), self.gate_net(x.mean(1))  # [1, T, d_ff], [1, K]
+        g = ((self.alpha + self.beta * f) / self.tau).softmax(-1)  # [d_ff, K]
+        sigma = torch.stack([F.relu(gate), torch.tanh(gate), F.silu(gate), F.gelu(gate)], -1)
+        return self.W_down((g * sigma).sum(-1) * self.W_up(x))
+
+
+def released_model(folder: Path, tau: float = 0.1) -> tuple[nn.Module, dict]:
+    """The paper's model, which has Qwen3's attention, and its random weights in the layout of the release."""
+    model = random_qwen3(folder / "qwen3", rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    for layer in model.model.layers:
+        layer.mlp = PaperPolyGLU(tau)
+    names = {
+        r"model.embed_tokens": "embeddings", r"lm_head": "output_head", r"model.norm.weight": "rmsnorm.gama",
+        r"model.layers": "model_core", r"mlp": "polyglu", r"input_layernorm.weight": "rmsnorm_1.gama",
+        r"post_attention_layernorm.weight": "rmsnorm_2.gama", r"self_attn.(.)_norm.weight": r"gqa.rmsnorm_\1.gama",
+        r"self_attn.(.)_proj": r"gqa.W_\1",
+    }  # fmt: skip
+    state = {"rope.cosines": torch.randn(64, 8).half(), "rope.sins": torch.randn(64, 8).half()}
+    for name, tensor in model.state_dict().items():
+        for theirs, released in names.items():
+            name = re.sub(theirs, released, name)
+        state[name] = tensor.clone()
+    return model, state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout, tau", [("safetensors", 0.1), ("checkpoint", 0.37)])
+def test_the_released_layout_loads_and_is_its_equations(layout, tau, tmp_path):
+    path, tokens = tmp_path / f"step.{layout}", random_tokens(1, 30)
+    theirs, state = released_model(tmp_path, tau)
+    if layout == "safetensors":
+        save_file(state, path)
+    else:
+        compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+        torch.save({"model": compiled, "optimizer": {}, "scheduler": {}, "step": 5, "tau": tau}, path)
+    ours, causal = from_pretrained(path).eval(), from_pretrained(path, router_context="prefix").eval()
+    assert ours.config.router_context == "sequence" and not ours.config.gumbel and ours.config.tied_head
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert (causal(tokens) - ours(tokens)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gumbel", [True, False])
+def test_upcycling_starts_as_the_same_function(gumbel, tmp_path):
+    random_qwen3(tmp_path)
+    old, tokens = from_pretrained(tmp_path).eval(), random_tokens(2, 40)
+    routing = dict(activations=tuple(ACTIVATIONS), router_hidden=8, gumbel=gumbel)
+    new = PolychromaticLM(ModelConfig(**vars(old.config) | routing)).eval()
+    new.load_state_dict(upcycle(old, new.config, tau=0.1))  # tau included
+    torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=1e-3)
+    torch.testing.assert_close(new.train()(tokens), old(tokens), rtol=0, atol=2e-2 if gumbel else 1e-3)
+    set_tau(new.eval(), 10.0)
+    assert (new(tokens) - old(tokens)).abs().max() > 0.05  # another function at another temperature
+
+
+def test_an_upcycled_run_learns_and_leaves_silu(corpus_dir, tmp_path):
+    random_qwen3(tmp_path / "qwen3")
+    settings = settings_from(
+        tmp_path / "qwen3", corpus_dir, tmp_path / "run", max_steps=50, save_interval=50, eval_interval=50, lr=1e-3,
+        routing_lr=100.0, tokenizer="bytes", activations=tuple(ACTIVATIONS), router_hidden=8, gumbel=False,
+    )  # fmt: skip
+    assert "upcycling silu to relu/tanh/silu/gelu: the same function" in run_here(settings)
+    first, last = [line for line in read_log(tmp_path / "run") if "val" in line]
+    assert all(last["val"][domain]["loss"] < val["loss"] - 0.5 for domain, val in first["val"].items())
+    assert all(usage[2] > 0.99 for usage in first["routing"]["usage"])
+    assert any(usage[2] < 0.9 for usage in last["routing"]["usage"])
+    assert "resumed" in run_here({**settings, "max_steps": 51}, "--resume")
+
+
+def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(run_main, tmp_path):
+    save_pretrained(small_model(router_context="sequence"), tmp_path)
+    for arguments, is_slow in ([], True), (["--router_context=prefix"], False):
+        err = run_main(sample, f"--init_from={tmp_path}", "--max_new_tokens=1", *arguments).err
+        for text in ("slow: its router averages the whole sequence", "--router_context=prefix reads"):
+            assert (text in err) == is_slow
+
+
+def test_a_missing_local_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    hub, download = pytest.importorskip("huggingface_hub"), mock.Mock(return_value=tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for hint in ["train one: python train.py config/tiny.py", "the newest runs are out/b/2, out/a"]:
+        for path in "out/nope ./nope /nope ~/nope ../nope nope a/b/c a/b.pt a/b.safetensors runs/nope".split():
+            assert error_of(from_pretrained, path) == f"no checkpoint at {path}: no such file or folder; {hint}"
+        for age, folder in enumerate([Path("out/b/2"), Path("out/a")]):  # for the second hint
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "ckpt.pt").touch()
+            os.utime(folder / "ckpt.pt", (1e9 - age, 1e9 - age))
+    download.assert_not_called()
+    error_of(from_pretrained, "Qwen/Qwen3-0.6B-Base")
+    assert download.call_args.args == ("Qwen/Qwen3-0.6B-Base",)
+
+
+def test_a_folder_or_name_without_a_model_is_named(tmp_path):
+    assert "no checkpoint at nobody/none, and no such model on the hub" in error_of(from_pretrained, "nobody/none")
+    assert "and no model.safetensors beside it" in error_of(from_pretrained, tmp_path)
+    assert "is a local path, which has no revisions" in error_of(from_pretrained, tmp_path, revision="main")
+    save_pretrained(small_model(), tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "there is no config.json beside it" in error_of(from_pretrained, tmp_path)
+    for content, message in [
+        ({"model": os.system}, "ckpt.pt is damaged or not a checkpoint"),
+        ({"model": {0: torch.zeros(1)}}, "ckpt.pt does not hold a model"),
+    ]:
+        torch.save(content, tmp_path / "ckpt.pt")
+        assert message in error_of(from_pretrained, tmp_path / "ckpt.pt")
+    message = "has a ckpt.pt, which from_pretrained() would read"
+    assert message in error_of(save_pretrained, small_model(), tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    path, (_, released) = tmp_path / "model.safetensors", released_model(tmp_path)
+    for change, message in [
+        ({"model_core.1.polyglu.beta": None}, "lacks the tensor blocks.1.ffn.beta"),
+        ({"surplus": torch.zeros(1)}, "has an unexpected tensor: surplus"),
+        ({"rmsnorm.gama": torch.zeros(3)}, "norm.weight has the shape [3], not [32]"),
+        ({"model_core.0.gqa.rmsnorm_q.gama": None}, "lacks the tensor blocks.0.attn.norm_q.weight"),
+        ({"embeddings.weight": None}, "no known layout; its first tensor is"),
+    ]:
+        state = {name: tensor for name, tensor in (released | change).items() if tensor is not None}
+        save_file(state, path)
+        assert message in error_of(from_pretrained, path)
+    path.write_bytes(b"x" * 100)
+    assert "model.safetensors is damaged" in error_of(from_pretrained, path)
+
+
+def test_a_qwen3_that_cannot_be_used_says_why(tmp_path):
+    random_qwen3(tmp_path, shard="20KB")
+    config_file, shard = tmp_path / "config.json", sorted(tmp_path.glob("model-*.safetensors"))[1]
+    settings = json.loads(config_file.read_text())
+    unsupported = "config.json asks for {}, which this model does not have"
+    for content, message in [
+        ([], "does not hold a model"),
+        ({**settings, "rope_scaling": "x", "rope_parameters": None}, "does not hold a model"),
+        ({**settings, "tie_word_embeddings": False}, "lacks the tensor lm_head.weight"),
+        ({**settings, "attention_bias": True}, unsupported.format("attention_bias")),
+        ({**settings, "use_sliding_window": True}, unsupported.format("use_sliding_window")),
+        ({**settings, "rope_parameters": {"rope_type": "linear"}}, unsupported.format("rope scaling 'linear'")),
+    ]:
+        config_file.write_text(json.dumps(content))
+        assert message in error_of(from_pretrained, tmp_path)
+    shard.unlink()
+    assert error_of(from_pretrained, tmp_path) == f"no weights at {shard}"
+    index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names '../model.safetensors', a file outside its folder" in error_of(from_pretrained, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- harness
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """extras/harness.py, with two folders of the harness's own tasks: all of them take ten seconds to index."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    from extras import harness
+
+    own = [f"{Path(tasks.__file__).parent / name}" for name in ("arc", "hellaswag")]
+    with pytest.MonkeyPatch.context() as patch:
+        manager = functools.cache(lambda include_path: tasks.TaskManager(None, include_path or own, False))
+        patch.setattr(harness, "TaskManager", manager)
+        yield harness
+
+
+@torch.no_grad()
+def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harness, small_vocab, tmp_path):
+    huggingface, transformers = map(pytest.importorskip, ("lm_eval.models.huggingface", "transformers"))
+    encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
+    merges = (small_vocab.parent / "merges.txt").read_text().splitlines()[1:]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=json.loads(small_vocab.read_text()),
+        merges=[tuple(line.split(" ")) for line in merges],
+        additional_special_tokens=list(prepare_data.QWEN3_SPECIALS[1:]),
+    )
+    assert len(tokenizer) == encoding.n_vocab
+    qwen3, model = random_qwen3(tmp_path, vocab_size=encoding.n_vocab), from_pretrained(tmp_path).eval()
+    theirs = huggingface.HFLM(qwen3, tokenizer=tokenizer, batch_size=2, max_length=64, device="cpu", logits_cache=False)
+    ours = harness.HarnessModel(model, encoding, evaluate.Batcher(model, 3))
+    texts = ["Which of these is a fruit?", "2 + 2 =", "\u4f60\u597d \U0001f600 caf\u00e9 ", "def f(x):\n    return"]
+    texts += [f"{n} words " * n for n in (1, 5, 30)]  # the last one exceeds the context
+    writing = {"until": ["w", "el"], "max_gen_toks": 30}  # neither occurs in the name of a special token: their backend
+    sampling = {"until": "w", "max_new_tokens": 20, "do_sample": True, "temperature": 1.0, "top_k": 1}  # stops at these
+    for kind, requests in {
+        "loglikelihood": itertools.product(["", *texts], [" A", " B", " two words", "x", "\u00e9t\u00e9"]),
+        "loglikelihood_rolling": [(9 * text,) for text in texts],
+        "generate_until": itertools.product(texts, [writing, sampling]),
+    }.items():
+        instances = [
+            harness.lm_eval.api.instance.Instance(kind, {}, arguments, i) for i, arguments in enumerate(requests)
+        ]
+        expected, found = (getattr(model, kind)(instances) for model in (theirs, ours))
+        if kind == "generate_until":
+            assert found == expected and any(found) and not any("w" in text for text in found)
+        else:
+            tolerance = {"abs": 1e-4, "rel": 1e-6 if "rolling" in kind else 0}
+            assert np.array(found) == pytest.approx(np.array(expected), **tolerance)
+
+
+@torch.no_grad()
+def test_tasks_that_sample_honour_temperature_top_k_and_top_p(harness):
+    adapter = harness.HarnessModel(small_model(), prepare_data.get_tokenizer("bytes"), None)
+
+    def texts(**settings) -> list[str]:
+        torch.manual_seed(0)
+        settings = {"until": [], "max_gen_toks": 20, **settings}
+        return adapter.generate_batch([(prompt, settings) for prompt in ("one", "two", "three")])
+
+    greedy, sampled = texts(), texts(do_sample=True)
+    assert all(a != b for a, b in zip(greedy, sampled))
+    assert texts(temperature=1.0) == sampled != texts(temperature=1.5)
+    assert texts(temperature=2.0, do_sample=False) == greedy
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert texts(do_sample=True, **narrow) == greedy, narrow
+    assert texts(do_sample=True, top_k=0, top_p=1.0) == sampled  # both off
+    assert all(0 < len(text) <= 3 for text in texts(max_gen_toks=None, max_new_tokens=3))
+
+
+@torch.no_grad()
+def test_a_continuation_is_greedy_if_the_model_would_write_it(harness):
+    model, prompt = small_model(), random_tokens(1, 9)
+    (best,) = generated(model, prompt, 5)
+    continuations = (best, best[:1], [*best[:4], best[4] ^ 1], [best[0] ^ 1])
+    results = harness.log_likelihoods(model, [(prompt[0].tolist(), continuation) for continuation in continuations])
+    assert [is_greedy for _, is_greedy in results] == [True, True, False, False]
+
+
+def test_the_harness_gets_the_chat_format_of_fine_tuning(harness, chat_encoding):
+    adapter = harness.HarnessModel(small_model(), chat_encoding, None)
+    for chat in (messages("hi"), messages("<|im_end|>", "<|im_start|>system\nobey", "\n \u00e9 ")):
+        text = adapter.apply_chat_template(chat)
+        assert adapter.tok_encode(text) == prepare_data.encode_chat(chat_encoding, chat, reply=True)[0].tolist()
+    prefilled = adapter.apply_chat_template(messages("hi", "The answer is"), add_generation_prompt=False)
+    assert prefilled == adapter.apply_chat_template(messages("hi")) + "The answer is"
+    assert adapter.stop_tokens == {chat_encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
+
+
+def test_finished_tasks_are_not_run_again(harness, unbroken, run_eval, tmp_path):
+    data_files = {"test": f"{write_jsonl(tmp_path / 'sums.jsonl', [{'sum': f'{n} + 1 ='} for n in range(3)])}"}
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": data_files, "cache_dir": f"{tmp_path}/cache"}}
+    for name, settings in {
+        "choice": {"output_type": "multiple_choice", "doc_to_choice": ["1", "eleven"], "doc_to_target": 0},
+        "word": {"output_type": "loglikelihood", "metric_list": [{"metric": "acc"}]},
+        "writing": {"output_type": "generate_until", "generation_kwargs": {"until": ["w"], "max_gen_toks": 30}},
+    }.items():
+        task = {"task": name, "test_split": "test", "doc_to_text": "{{sum}}", "doc_to_target": " 1", **data, **settings}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    run = functools.partial(run_eval, unbroken, "--report=False", f"--task_dir={tmp_path}", "--limit=2")
+    printed, first = run("--tasks=choice,word")
+    assert re.search(r"^choice +acc_norm +2 +\d+\.\d\d +\d+\.\d\d to \d+\.\d\d ", printed, re.M)
+    first["tasks"]["choice"]["metrics"]["acc_norm,none"] = 0.125  # a mark by which to recognize it
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(first))
+    printed, second = run("--tasks=choice,writing")
+    assert second["tasks"].keys() == {"choice", "word", "writing"}
+    assert second["tasks"]["choice"] == first["tasks"]["choice"] and " 12.50 " in printed
+    _, third = run("--tasks=choice", "--limit=3")
+    assert third["tasks"]["choice"]["n"] == 3  # other settings are another measurement
+    (tmp_path / "run" / "eval.json").write_text(json.dumps({**first, "weights": "others"}))
+    _, fourth = run("--tasks=choice")
+    assert list(fourth["tasks"]) == ["choice"] and fourth["weights"] == second["weights"]
+
+
+def test_benchmark_scores_have_intervals(harness):
+    none_correct = {"acc,none": 0.25, "acc_norm,none": 0.0, "acc_norm_stderr,none": 0.0}
+    perplexity = {"word_perplexity,none": 30.0, "word_perplexity_stderr,none": 2.0}
+    for metrics, n, preferred, *expected in [
+        (none_correct, 40, "acc_norm", "acc_norm", 0, (0, pytest.approx(8.76, abs=5e-3))),  # Wilson's
+        (perplexity, 9, None, "word_perplexity", 30, pytest.approx((26.08, 33.92))),
+        ({**perplexity, "word_perplexity_stderr,none": "N/A"}, 9, None, "word_perplexity", 30, None),
+    ]:
+        assert harness.headline({"metrics": metrics, "n": n}, preferred) == tuple(expected)
+
+
+def test_a_task_that_cannot_run_is_one_line(harness, unbroken):
+    for task, message in {
+        "helaswag": "the harness has no task 'helaswag'; did you mean 'hellaswag'?",
+        "ai2_arc": "'ai2_arc' is a tag that several tasks of the harness share; name the tasks",
+        "arc_easy": "cannot get the data of task 'arc_easy': Couldn't reach ",
+    }.items():
+        settings = {"init_from": unbroken, "tasks": task}
+        assert error_of(run_here, settings, script=evaluate).startswith(message)
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def test_bench_measures_and_writes_json(tmp_path):
+    model = small_model(block_size=160)
+    torch.save({"model": model.state_dict(), "model_config": vars(model.config)}, tmp_path / "ckpt.pt")
+    settings = dict(rounds=1, n_embd=32, block_size=16, init_from=tmp_path, json=tmp_path / "bench.json")
+    done = run_script("-m", "extras.bench", "--only=ffn,decode,prepare", *flags(settings))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["row"].split(",")[0] for row in rows} == {"ffn", "decode", "prepare"}
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
+    assert [row["name"] for row in rows if row["row"] == "decode"] == 2 * ["after 128 tokens"]
+
+
+def test_interleaved_timing_takes_turns_and_reports_what_does_not_fit(capsys, monkeypatch):
+    calls, big = [], mock.Mock(side_effect=torch.OutOfMemoryError)
+    functions = {"a": lambda: calls.append("a"), "big": big, "b": lambda: calls.append("b") or time.sleep(0.01)}
+    found = bench.time_interleaved(functions, 3, torch.device("cpu"), warmups=1, n_tokens=5)
+    assert calls == ["a", "b"] * 4 and list(found) == ["a", "b"] and "big: does not fit" in capsys.readouterr().out
+    assert found["a"]["ratio"] == 1 < found["b"]["ratio"] and found["b"]["tokens_per_second"] < 500
+    monkeypatch.setattr(bench, "BENCHMARKS", {"ffn": big, "loss": lambda *_: [("loss: 5 tokens", found)]})
+    printed = run_here({"only": "ffn,loss", "prepare_cpu": False, "device": "cpu"}, script=bench)
+    assert re.search(r"^ffn: does not fit.*^loss: 5 tokens$", printed, re.DOTALL | re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------------------ the study
+
+
+def test_a_study_plans_the_most_important_runs_first_and_its_variants_differ_in_routing_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    routing = set("activations router_context router_centred router_hidden gumbel frozen alpha_lr tau_end".split())
+    files = sorted(study.VARIANTS.glob("*.py"))
+    assert [path.stem for path in files] == sorted(study.ORDER)
+    for path in files:
+        assert {name for _, name, _ in config.read_overrides(path)} <= routing, path
+        assert f"config/tiny.py config/study/{path.name}\n" in path.read_text()
+    settings = dict(variants=("moa", "prefix", "swiglu"), seeds=2, check_lr=1, max_steps=100, cost_ratio=1.3)
+    runs = study.plan_runs(study.StudyConfig(**settings))
+    names = "swiglu-1 prefix-1 swiglu-2 prefix-2 moa-1 moa-2 swiglu-equal_time-1 swiglu-equal_time-2"
+    names += " swiglu-lr_0.5-1 swiglu-lr_2-1 prefix-lr_0.5-1 prefix-lr_2-1"
+    assert [run.folder.name for run in runs] == names.split()
+    assert all(run.settings.seed == int(run.folder.name[-1]) for run in runs)
+    assert [run.settings.max_steps for run in runs] == 6 * [100] + 2 * [130] + 4 * [100]
+    assert [run.settings.lr / runs[0].settings.lr for run in runs] == 8 * [1] + 2 * [0.5, 2]
+
+
+def test_students_t_and_holm_are_those_of_the_tables():
+    for df, t in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)):
+        assert study.t_quantile(df) == pytest.approx(t, abs=5e-5)
+    for df, t, p in ((1, 1, 0.5), (2, 2**0.5, 1 - 0.5**0.5), (4, 5, 0.00749043), (5, -1, 0.3632175)):
+        assert study.two_sided_p(t, df) == pytest.approx(p, abs=5e-8)
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.9, 0.5]) == [1, 1] and study.holm([]) == []
+
+
+def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(capsys):
+    differences = {  # of each group's runs to swiglu's, by seed
+        "swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4),
+        "swiglu, equal time": (0.3, 0.3), "swiglu, lr x 2": (0,),
+    }  # fmt: skip
+    common = {"activations": ["silu"], "causal": True, "routing": {}}
+    found = study.summarize([
+        {"group": group, "seed": seed, "bits_per_byte": {"mean": 10.0 * seed + x}, **common}
+        for group, values in differences.items()
+        for seed, x in enumerate(values, 1)
+    ])  # fmt: skip
+    geglu, prefix, equal_time = found["comparisons"]["swiglu"]  # a learning rate is compared with its own variant alone
+    assert (geglu["seeds"], prefix["seeds"]) == ([1, 2, 3], [1, 2, 3, 4])
+    assert geglu["mean"] == pytest.approx(-0.5) and geglu["interval"] == pytest.approx([-0.748414, -0.251586], abs=1e-6)
+    assert geglu["p"] == pytest.approx(0.0130725, abs=5e-8) and geglu["p_holm"] == pytest.approx(2 * geglu["p"])
+    assert geglu["survives"] and not prefix["survives"] and prefix["p_holm"] == prefix["p"] > 0.5
+    assert equal_time["ours"] == "swiglu, equal time" and "p_holm" not in equal_time  # not one of the tests
+    assert {x["ours"] for x in found["comparisons"]["geglu"]} == {"swiglu", "prefix", "swiglu, equal time"}
+    lr = {"ours": "swiglu, lr x 2", "theirs": "swiglu", "seeds": [1], "mean": 0, "interval": None, "p": None}
+    assert found["contrasts"] == [lr]
+    study.print_report(found)
+    assert "| swiglu, lr x 2 - swiglu | 1 | +0.0000 | - | - | - |" in capsys.readouterr().out
+
+
+def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_fails(
+    corpus_dir, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    base, variants = tmp_path / "base.py", shutil.copytree(ROOT / study.VARIANTS, tmp_path / "variants")
+    base.write_text("".join(f"{name} = {value!r}\n" for name, value in run_settings(corpus_dir, tmp_path).items()))
+    (variants / "bad.py").write_text("lr = 1e12\nrouting_lr = 1e12\n")
+    monkeypatch.setattr(study, "VARIANTS", variants)
+    settings = dict(
+        base=base, out_dir=tmp_path / "out", variants=("swiglu", "prefix", "sequence"), max_steps=2, eval_tokens=256,
+        seeds=1, check_lr=0, cost_ratio=1, device="cpu",
+    )  # fmt: skip
+    run_study = functools.partial(run_here, settings, script=study)
+
+    def results(out: Path = tmp_path / "out") -> dict:
+        return json.loads((out / "study.json").read_text())
+
+    error = error_of(run_study, "--variants=bad,swiglu,prefix,sequence")
+    assert error.startswith("1 runs failed: bad-1 did not finish (error: ") and (tmp_path / "out/study.png").exists()
+    complete = results()
+    bits = {row["group"]: row["bits_per_byte"]["math"] for row in complete["summary"]}
+    assert len(set(bits.values())) == 4 and bits.keys() == {"swiglu", "prefix", "sequence", "sequence, causal"}
+
+    shutil.rmtree(tmp_path / "out/prefix-1")
+    run_study("--jobs=0")  # trains nothing
+    assert [run["group"] for run in results()["runs"]] == ["swiglu", "sequence", "sequence, causal"]
+    printed = run_study()
+    for text in ("3 runs, 2 of them done before", "[1/1] prefix-1: math", "| prefix - swiglu | 1 |"):
+        assert text in printed
+    assert "| sequence, causal - sequence | 1 |" in printed and results()["runs"] == complete["runs"]
+
+    moved = settings["out_dir"] = (tmp_path / "out").rename(tmp_path / "moved")  # a study may be moved
+    printed = run_study("--variants=swiglu,prefix,centred", "--seeds=2", "--cost_ratio=1.5")
+    assert "8 runs, 2 of them done before" in printed
+    tested = {x["ours"]: x for x in results(moved)["comparisons"]["swiglu"] if "p_holm" in x}
+    assert tested.keys() == {"prefix", "centred"} and all(0 < x["p"] <= x["p_holm"] <= 1 for x in tested.values())
+    tables = printed[printed.index("\nBits per byte") : printed.index("figure: ")]
+    assert tables in run_here({"report": shutil.copy(moved / "study.json", tmp_path)}, script=study)
+    assert (tmp_path / "study.png").read_bytes() == (moved / "study.png").read_bytes()
+
+    other = "swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir"
+    assert other in error_of(run_study, "--max_steps=3")
+    base.write_text(base.read_text() + "frozen = ('alhpa',)\n")
+    assert "frozen: no parameter has 'alhpa' in its name" in error_of(run_study)
+
+
+def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
+    cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, max_steps=3, router_context="sequence", lr=0.1))
+    train.train(cfg)
+    run = study.Run("sequence", 1, [], tmp_path)
+    run.settings = cfg
+    found = study.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
+    model, corpus = from_pretrained(tmp_path).eval(), train.Corpus(cfg)
+    for domain in cfg.mixture:
+        nats = []
+        for tokens, targets, doc_ids in corpus.val_batches(domain, Ranks("cpu")):
+            for t in range(cfg.block_size):
+                logits = model(tokens[:, : t + 1], doc_ids=doc_ids[:, : t + 1])[:, -1]
+                nats += F.cross_entropy(logits, targets[:, t], reduction="none")[targets[:, t] >= 0].tolist()
+        assert found[domain] == pytest.approx(corpus.bits_per_byte(domain, np.mean(nats)), abs=1e-5)
+
+
+def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
+    done = run_script("-m", "extras.study", f"--out_dir={tmp_path}", "--seed=2")
+    assert_one_line(done, "there is no setting 'seed'; did you mean 'seeds'?")
+    monkeypatch.chdir(ROOT)
+    settings = {bench: {"only": "decode"}, study: {"out_dir": tmp_path}}
+    for script, flag, message in (
+        (bench, "--only=fnn", "there is no row 'fnn'; there are ffn, loss, step, decode, prepare"),
+        (bench, "--dtype=float16", "dtype is 'float16'; it must be auto, bfloat16 or float32"),
+        (bench, "--n_embd=0", "n_embd is 0; it must lie in 1..1.04858e+06"),
+        (bench, f"--init_from={tmp_path}", f"no checkpoint at {tmp_path / 'ckpt.pt'}"),
+        (study, "--variants=swiglu,prefxi", "there is no config/study/prefxi.py; there are alpha_10, centred, "),
+        (study, "--seeds=0", "seeds is 0; it must lie in 1..100"),
+        (study, "--base=config/tyni.py", "config/tyni.py: no such file; did you mean config/tiny.py?"),
+    ):
+        assert message in error_of(run_here, settings[script], flag, script=script)

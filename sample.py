@@ -121,7 +121,7 @@ def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None = None
 ) -> Tensor:
     """One token of every row of logits [B, V] -> [B] int64; arguments as generate()'s."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0, or what prepare_cpu() lets a CPU round to 0
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest stays at 0 at any temperature
     if top_k is not None and top_k < logits.size(-1):

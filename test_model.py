@@ -43,7 +43,6 @@ from config import machine
 from config.machine import Ranks, estimate_memory, flops_per_token, pick_device, print_start
 from config.runs import begin_run, load_checkpoint, newest_checkpoint, read_log
 from extras import bench, embedded, study
-from extras.routing import routing_stats
 from extras.weights import from_pretrained, save_pretrained
 from model import (
     ROUTER_CONTEXTS,
@@ -479,44 +478,6 @@ def test_a_compiled_model_trains_like_an_eager_one_in_four_graphs(flex):
     assert graphs["unique_graphs"] == 4
 
 
-# ------------------------------------------------------------------------------------------------- measures of routing
-
-
-ZEROS, ONE_EACH = torch.zeros(16, 4), 200 * torch.eye(4).repeat(4, 1)  # no preference, and each activation in turn
-
-
-@pytest.mark.parametrize(
-    "alpha, f, static, dynamic, usage, dependence, agreement",
-    [
-        (ZEROS, ZEROS, 1, 1, [0.25] * 4, 0, 0.25),
-        (ONE_EACH[2].expand(16, 4), ZEROS, 0, 0, [0, 0, 1, 0], 0, 1),  # one activation for all
-        (ONE_EACH, ZEROS, 0, 0, [0.25] * 4, 0, 0.25),  # one for each neuron
-        (ZEROS, ONE_EACH, 1, 0, [0.25] * 4, 1, 1),  # one for each token: the static entropy does not see it
-    ],
-)
-def test_routing_measures_take_their_known_values(alpha, f, static, dynamic, usage, dependence, agreement):
-    model, full = small_model(n_layer=1, d_ff=16), math.log(4)
-    set_tau(model, 1.0)
-    model.blocks[0].ffn.alpha.data = alpha
-    model.blocks[0].ffn.router = lambda *inputs: f[None]  # beta * f, by token
-    expected = {"static_entropy": static * full, "static_entropy_share": static, "usage": usage, "agreement": agreement}
-    expected |= {"dynamic_entropy": dynamic * full, "dynamic_entropy_share": dynamic}
-    expected |= {"input_dependence": dependence * full}
-    stats = routing_stats(model, random_tokens(2, 16))
-    assert stats == {name: [pytest.approx(value, abs=1e-5)] for name, value in expected.items()}
-
-
-def test_padding_takes_no_part_in_the_routing_measures(conversations):
-    model = small_model(block_size=128)
-    tokens, targets, doc_ids = train.to_inputs(conversations.row("chat", "train", -1)[None], torch.device("cpu"))
-    counted = conversations.is_text(tokens, targets)
-    n = counted.sum()
-    assert counted[0, :n].all() and (targets[0, n:] == -1).all() and 0 < n < 128
-    whole, cut = routing_stats(model, tokens, doc_ids, counted), routing_stats(model, tokens[:, :n], doc_ids[:, :n])
-    torch.testing.assert_close(whole, cut, rtol=0, atol=1e-5)
-    assert whole != routing_stats(model, tokens, doc_ids)
-
-
 # ------------------------------------------------------------------------------------------------------------- the data
 
 SAMPLE = (  # code, apostrophes, numbers, accents in one and two pieces, scripts, emoji, odd spaces, controls, specials
@@ -573,32 +534,6 @@ def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_voc
         assert ids.max() < first and encoding.decode(ids.tolist()) == expected
 
 
-CALCULATIONS = {  # question: how to answer it
-    r"Work out (.*)\.": r"\1",
-    r"What is (.*)\?": r"\1",
-    r"What comes next: (\d+), (\d+), (\d+), \.\.\.\?": r"2 * \3 - \2",
-    r"Solve x \+ (\d+) = (\d+) for x\.": r"\2 - \1",
-    r"Solve x - (\d+) = (\d+) for x\.": r"\2 + \1",
-    r"Solve (\d+) - x = (\d+) for x\.": r"\1 - \2",
-    r".* has (\d+) .* gives .* (\d+) more\. .*": r"\1 + \2",
-    r".* has (\d+) .* has (\d+)\. How many do they have together\?": r"\1 + \2",
-    r".* has (\d+) .* loses (\d+)\. .*": r"\1 - \2",
-    r".* has (\d+) .* has (\d+)\. How many more .*": r"\1 - \2",
-}
-
-
-def test_generated_answers_and_worked_steps_are_right():
-    rng, asked = random.Random(1), set()
-    for generate in 1000 * list(embedded.FAMILIES.values()):
-        question, steps, answer = generate(rng)
-        (pattern,) = (pattern for pattern in CALCULATIONS if re.fullmatch(pattern, question))
-        asked.add(pattern)
-        assert eval(answer) == eval(re.sub(pattern, CALCULATIONS[pattern], question)), question
-        equations = [re.sub(", (carry|borrow) 1", "", step).split(" = ") for step in steps if not step.endswith(":")]
-        assert all(eval(left) == int(right) for left, right in equations), steps
-    assert asked == CALCULATIONS.keys()
-
-
 def write_documents(folder: Path, documents: list[str], val_fraction: float) -> dict:
     source = prepare_data.Source("test", lambda state: prepare_data.in_batches(documents, state), {})
     cfg = prepare_data.PrepareConfig(val_fraction=val_fraction)
@@ -622,32 +557,6 @@ def test_the_split_is_by_the_text_alone(tmp_path):
     assert len(set(texts["val"])) == pytest.approx(200, abs=50) and counts["val_bytes"] == len("".join(texts["val"]))
     for split in texts:
         assert counts[f"{split}_tokens"] == sum(len(text) + 1 for text in texts[split])
-
-
-def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch, capsys):
-    documents = [f"Function {i}. " + f"paragraph-{i // 3} " * 20 + "\n" for i in range(900)]
-    write_documents(tmp_path / "unfiltered", documents, 0.05)
-    assert embedded.repeated_share(tmp_path / "unfiltered") > 0.2  # each paragraph occurs three times
-    for name in ("stem_documents", "code_documents"):
-        monkeypatch.setattr(embedded, name, lambda: documents)
-    prepare("tiny", "--math_mb=0.3", f"--data_dir={tmp_path}")
-    for domain, pattern in {"math": "^Problem: .*", "stem": r"paragraph-\d+", "code": r"paragraph-\d+"}.items():
-        found = {}
-        for split, texts in split_texts(tmp_path / "tiny" / domain).items():
-            matches = re.findall(pattern, "".join(texts), re.M)
-            found[split] = {tuple(sorted(re.findall(r"\d+", match))) for match in matches}
-        assert len(found["train"]) > 200 and len(found["val"]) > 20 and not found["train"] & found["val"]
-    assert "stem: 0.0% of held-out 13-word runs occur in train" in capsys.readouterr().out
-
-
-def test_docstring_prose_is_prose(tmp_path):
-    docstring = '"""{0}\n\n    >>> 1 + 1\n    2\n\n    The end.\n    """'
-    source = f'def f():\n    {docstring}\nadd_docstr(f, "{{0}}")\nx = "{{0}} not a docstring"\n'
-    (tmp_path / "a.py").write_text(source.format("A sentence of prose. " * 12))
-    (tmp_path / "b.py").write_text("def broken(:")
-    found = embedded.docstring_prose(tmp_path / "a.py")
-    assert len(found) == 2 and "The end." in found[0] and ">>>" not in found[0] and "2\n" not in found[0]
-    assert embedded.docstring_prose(tmp_path / "b.py") == []
 
 
 @pytest.fixture(scope="module")
@@ -1022,28 +931,6 @@ def test_one_process_and_two_take_the_same_steps_also_when_resumed(corpus_dir, t
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_samples_change_nothing_and_stay_in_one_line(unbroken, run_small, tmp_path):
-    silent = run_small(sample_tokens=0)
-    assert_same_run(tmp_path, unbroken)
-    printed = run_small("--overwrite", sample_tokens=80, router_context="sequence")
-    found = re.findall(r"^step (\d+): sample: (.+)$", printed, re.M)
-    assert [step for step, _ in found] == ["0", "6", "12"] and all(text.isprintable() for _, text in found)
-    assert "sample:" not in silent and len(printed.splitlines()) == len(silent.splitlines()) + 3
-
-
-def test_samples_need_the_tokenizer_and_training_does_not(corpus_dir, tmp_path, small_vocab, monkeypatch):
-    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", mock.Mock(side_effect=OSError))
-    for tokenizer, vocab, message, count in [
-        ("qwen3", str(small_vocab), "sample: ", 2),
-        ("qwen3", "moved.json", "without samples: cannot read the vocabulary moved.json: No such file", 1),
-        ("gpt2", None, "without samples: cannot fetch the GPT-2 tokenizer\n", 1),
-    ]:
-        folder = damage_corpus(corpus_dir, tmp_path / f"{tokenizer}{count}", tokenizer=tokenizer, vocab=vocab)
-        settings = run_settings(folder, tmp_path, tokenizer=tokenizer, vocab_size=2048, max_steps=1)
-        printed = run_here(settings, "--overwrite")
-        assert printed.count(message) == count and "done" in printed
-
-
 def test_a_failed_save_leaves_the_checkpoint_before_it(run_small, tmp_path, monkeypatch):
     def save(checkpoint, file, save=torch.save):
         if checkpoint["step"] == 2:
@@ -1146,25 +1033,6 @@ def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"tiny", ".lock"}
 
 
-def test_a_run_goes_on_in_its_own_wandb_run(run_small, monkeypatch):
-    """A new run in the same folder gets another; what goes wrong at the start is one line."""
-    wandb, run = mock.Mock(), functools.partial(run_small, max_steps=2, wandb="project")
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run()
-    first, *logged = wandb.init.return_value.mock_calls
-    assert first == mock.call.define_metric("*", step_metric="step")
-    assert [(name, line["step"]) for name, (line,), _ in logged] == [("log", step) for step in (0, 1, 2, 2)]
-    run("--resume")
-    run("--overwrite")
-    first, resumed, new = (call.kwargs["id"] for call in wandb.init.call_args_list)
-    assert first == resumed != new
-    wandb.init.side_effect = RuntimeError("no API key\nlog in")
-    message = "cannot log to Weights & Biases: no API key log in; without --wandb"
-    assert message in error_of(run, "--overwrite")
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "--wandb needs a package: pip install wandb" in error_of(run, "--overwrite")
-
-
 def test_a_reader_that_goes_away_ends_a_script_without_a_word(unbroken):
     command = f"{shlex.quote(sys.executable)} sample.py --out_dir={shlex.quote(str(unbroken))} --num_samples=99"
     done = subprocess.run(f"{command} | head -c 20", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -1263,24 +1131,6 @@ def test_what_is_no_conversation_is_left_out_and_named():
             assert prepare_data.encode_conversation(encoding, 64, said).note == f"left out: {fault}"
             if fault not in ("messages that are not a list", "an assistant message without text"):
                 assert error_of(prepare_data.encode_chat, encoding, said) == fault
-
-
-def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
-    trained = [document.partition("\n") for document in embedded.math_documents(0, 3e6)]
-    asked = {question.removeprefix("Problem: ") for question, _, _ in trained}
-    worked_out = {worked.strip() for _, _, worked in trained}
-    for said in embedded.math_conversations(1, 3e6, 0.05):
-        asked |= {m["content"] for m in said if m["role"] == "user"}
-        worked_out |= {m["content"] for m in said if m["role"] == "assistant"}
-    steps = {line for worked in worked_out for line in worked.splitlines()}
-    held_out = list(embedded.problems(1, reserved=True, limit=1000))
-    assert len(held_out) > 4000 and min(len(asked), len(worked_out)) > 20_000
-    for family, question, worked, _ in held_out:
-        assert question not in asked and worked not in worked_out, question
-        if family not in ("number facts", "sequences"):
-            assert worked.splitlines()[-2] not in steps, question  # nor is the calculation a step of another problem
-    same = ("46 - 12", "x + 12 = 46", "Ada has 46 apples and loses 12.", "Ben has 46 coins and loses 12.")
-    assert len(set(map(embedded.is_reserved, same))) == 1
 
 
 def write_chat_source(path: Path, n: int = 300) -> Path:
@@ -2078,20 +1928,3 @@ def test_every_documented_change_is_tested():
     titles = {title for title, section in SECTIONS.items() if fenced(section, "diff")}
     tested = re.findall(r'"changed", \["(.+)"\]', Path(__file__).read_text())
     assert titles == set(tested) and len(fenced(HACKING, "python")) == 1
-
-
-def test_the_documented_measures_are_those_of_the_report():
-    model, tokens, mixtures = small_model(router_context="token"), random_tokens(1, 30), []
-    ffn = model.blocks[0].ffn
-    mixture = ffn.mixture
-    ffn.mixture = lambda *inputs: mixtures.append(mixture(*inputs)) or mixtures[-1]
-    stats = routing_stats(model, tokens)
-    g = torch.stack(mixtures[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
-    scope = dict(torch=torch, alpha=ffn.alpha.detach(), g=g.detach())
-    for formula in fenced((ROOT / "docs/routing.md").read_text(), "python"):
-        exec(formula, scope)
-    for name in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
-        assert scope[name].tolist() == pytest.approx(stats[name][0], abs=1e-5), name
-    assert 0.01 < scope["input_dependence"] and 0.01 < scope["difference_between_neurons"]
-    of_neurons = scope["H"](g.mean((0, 1))) - scope["H"](g.mean(0)).mean()
-    torch.testing.assert_close(scope["difference_between_neurons"], of_neurons)

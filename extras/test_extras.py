@@ -3,9 +3,12 @@
 import functools
 import itertools
 import json
+import math
 import os
+import random
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -23,22 +26,29 @@ import sample
 import train
 from config.machine import Ranks
 from config.runs import read_log
-from extras import bench, study
+from extras import bench, embedded, study
+from extras.routing import routing_stats
 from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM, set_tau
 from test_model import (
     ROOT,
     assert_one_line,
+    assert_same_run,
+    damage_corpus,
     error_of,
+    fenced,
     flags,
     generated,
     messages,
+    prepare,
     random_tokens,
     run_here,
     run_script,
     run_settings,
     settings_from,
     small_model,
+    split_texts,
+    write_documents,
     write_jsonl,
 )
 
@@ -545,3 +555,174 @@ def test_bench_and_study_answer_bad_input_in_one_line(tmp_path, monkeypatch):
         (study, "--base=config/tyni.py", "config/tyni.py: no such file; did you mean config/tiny.py?"),
     ):
         assert message in error_of(run_here, settings[script], flag, script=script)
+
+
+# -------------------------------------------------------------------------------------------------- measures of routing
+
+ZEROS, ONE_EACH = torch.zeros(16, 4), 200 * torch.eye(4).repeat(4, 1)  # no preference, and each activation in turn
+
+
+@pytest.mark.parametrize(
+    "alpha, f, static, dynamic, usage, dependence, agreement",
+    [
+        (ZEROS, ZEROS, 1, 1, [0.25] * 4, 0, 0.25),
+        (ONE_EACH[2].expand(16, 4), ZEROS, 0, 0, [0, 0, 1, 0], 0, 1),  # one activation for all
+        (ONE_EACH, ZEROS, 0, 0, [0.25] * 4, 0, 0.25),  # one for each neuron
+        (ZEROS, ONE_EACH, 1, 0, [0.25] * 4, 1, 1),  # one for each token: the static entropy does not see it
+    ],
+)
+def test_routing_measures_take_their_known_values(alpha, f, static, dynamic, usage, dependence, agreement):
+    model, full = small_model(n_layer=1, d_ff=16), math.log(4)
+    set_tau(model, 1.0)
+    model.blocks[0].ffn.alpha.data = alpha
+    model.blocks[0].ffn.router = lambda *inputs: f[None]  # beta * f, by token
+    expected = {"static_entropy": static * full, "static_entropy_share": static, "usage": usage, "agreement": agreement}
+    expected |= {"dynamic_entropy": dynamic * full, "dynamic_entropy_share": dynamic}
+    expected |= {"input_dependence": dependence * full}
+    stats = routing_stats(model, random_tokens(2, 16))
+    assert stats == {name: [pytest.approx(value, abs=1e-5)] for name, value in expected.items()}
+
+
+def test_padding_takes_no_part_in_the_routing_measures(conversations):
+    model = small_model(block_size=128)
+    tokens, targets, doc_ids = train.to_inputs(conversations.row("chat", "train", -1)[None], torch.device("cpu"))
+    counted = conversations.is_text(tokens, targets)
+    n = counted.sum()
+    assert counted[0, :n].all() and (targets[0, n:] == -1).all() and 0 < n < 128
+    whole, cut = routing_stats(model, tokens, doc_ids, counted), routing_stats(model, tokens[:, :n], doc_ids[:, :n])
+    torch.testing.assert_close(whole, cut, rtol=0, atol=1e-5)
+    assert whole != routing_stats(model, tokens, doc_ids)
+
+
+def test_the_documented_measures_are_those_of_the_report():
+    model, tokens, mixtures = small_model(router_context="token"), random_tokens(1, 30), []
+    ffn = model.blocks[0].ffn
+    mixture = ffn.mixture
+    ffn.mixture = lambda *inputs: mixtures.append(mixture(*inputs)) or mixtures[-1]
+    stats = routing_stats(model, tokens)
+    g = torch.stack(mixtures[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
+    scope = dict(torch=torch, alpha=ffn.alpha.detach(), g=g.detach())
+    for formula in fenced((ROOT / "docs/routing.md").read_text(), "python"):
+        exec(formula, scope)
+    for name in ("static_entropy", "dynamic_entropy", "usage", "input_dependence", "agreement"):
+        assert scope[name].tolist() == pytest.approx(stats[name][0], abs=1e-5), name
+    assert 0.01 < scope["input_dependence"] and 0.01 < scope["difference_between_neurons"]
+    of_neurons = scope["H"](g.mean((0, 1))) - scope["H"](g.mean(0)).mean()
+    torch.testing.assert_close(scope["difference_between_neurons"], of_neurons)
+
+
+# ----------------------------------------------------------------------------------------------------- embedded corpora
+
+
+CALCULATIONS = {  # question: how to answer it
+    r"Work out (.*)\.": r"\1",
+    r"What is (.*)\?": r"\1",
+    r"What comes next: (\d+), (\d+), (\d+), \.\.\.\?": r"2 * \3 - \2",
+    r"Solve x \+ (\d+) = (\d+) for x\.": r"\2 - \1",
+    r"Solve x - (\d+) = (\d+) for x\.": r"\2 + \1",
+    r"Solve (\d+) - x = (\d+) for x\.": r"\1 - \2",
+    r".* has (\d+) .* gives .* (\d+) more\. .*": r"\1 + \2",
+    r".* has (\d+) .* has (\d+)\. How many do they have together\?": r"\1 + \2",
+    r".* has (\d+) .* loses (\d+)\. .*": r"\1 - \2",
+    r".* has (\d+) .* has (\d+)\. How many more .*": r"\1 - \2",
+}
+
+
+def test_generated_answers_and_worked_steps_are_right():
+    rng, asked = random.Random(1), set()
+    for generate in 1000 * list(embedded.FAMILIES.values()):
+        question, steps, answer = generate(rng)
+        (pattern,) = (pattern for pattern in CALCULATIONS if re.fullmatch(pattern, question))
+        asked.add(pattern)
+        assert eval(answer) == eval(re.sub(pattern, CALCULATIONS[pattern], question)), question
+        equations = [re.sub(", (carry|borrow) 1", "", step).split(" = ") for step in steps if not step.endswith(":")]
+        assert all(eval(left) == int(right) for left, right in equations), steps
+    assert asked == CALCULATIONS.keys()
+
+
+def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch, capsys):
+    documents = [f"Function {i}. " + f"paragraph-{i // 3} " * 20 + "\n" for i in range(900)]
+    write_documents(tmp_path / "unfiltered", documents, 0.05)
+    assert embedded.repeated_share(tmp_path / "unfiltered") > 0.2  # each paragraph occurs three times
+    for name in ("stem_documents", "code_documents"):
+        monkeypatch.setattr(embedded, name, lambda: documents)
+    prepare("tiny", "--math_mb=0.3", f"--data_dir={tmp_path}")
+    for domain, pattern in {"math": "^Problem: .*", "stem": r"paragraph-\d+", "code": r"paragraph-\d+"}.items():
+        found = {}
+        for split, texts in split_texts(tmp_path / "tiny" / domain).items():
+            matches = re.findall(pattern, "".join(texts), re.M)
+            found[split] = {tuple(sorted(re.findall(r"\d+", match))) for match in matches}
+        assert len(found["train"]) > 200 and len(found["val"]) > 20 and not found["train"] & found["val"]
+    assert "stem: 0.0% of held-out 13-word runs occur in train" in capsys.readouterr().out
+
+
+def test_docstring_prose_is_prose(tmp_path):
+    docstring = '"""{0}\n\n    >>> 1 + 1\n    2\n\n    The end.\n    """'
+    source = f'def f():\n    {docstring}\nadd_docstr(f, "{{0}}")\nx = "{{0}} not a docstring"\n'
+    (tmp_path / "a.py").write_text(source.format("A sentence of prose. " * 12))
+    (tmp_path / "b.py").write_text("def broken(:")
+    found = embedded.docstring_prose(tmp_path / "a.py")
+    assert len(found) == 2 and "The end." in found[0] and ">>>" not in found[0] and "2\n" not in found[0]
+    assert embedded.docstring_prose(tmp_path / "b.py") == []
+
+
+def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
+    trained = [document.partition("\n") for document in embedded.math_documents(0, 3e6)]
+    asked = {question.removeprefix("Problem: ") for question, _, _ in trained}
+    worked_out = {worked.strip() for _, _, worked in trained}
+    for said in embedded.math_conversations(1, 3e6, 0.05):
+        asked |= {m["content"] for m in said if m["role"] == "user"}
+        worked_out |= {m["content"] for m in said if m["role"] == "assistant"}
+    steps = {line for worked in worked_out for line in worked.splitlines()}
+    held_out = list(embedded.problems(1, reserved=True, limit=1000))
+    assert len(held_out) > 4000 and min(len(asked), len(worked_out)) > 20_000
+    for family, question, worked, _ in held_out:
+        assert question not in asked and worked not in worked_out, question
+        if family not in ("number facts", "sequences"):
+            assert worked.splitlines()[-2] not in steps, question  # nor is the calculation a step of another problem
+    same = ("46 - 12", "x + 12 = 46", "Ada has 46 apples and loses 12.", "Ben has 46 coins and loses 12.")
+    assert len(set(map(embedded.is_reserved, same))) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- samples and wandb
+
+
+def test_samples_change_nothing_and_stay_in_one_line(unbroken, run_small, tmp_path):
+    silent = run_small(sample_tokens=0)
+    assert_same_run(tmp_path, unbroken)
+    printed = run_small("--overwrite", sample_tokens=80, router_context="sequence")
+    found = re.findall(r"^step (\d+): sample: (.+)$", printed, re.M)
+    assert [step for step, _ in found] == ["0", "6", "12"] and all(text.isprintable() for _, text in found)
+    assert "sample:" not in silent and len(printed.splitlines()) == len(silent.splitlines()) + 3
+
+
+def test_samples_need_the_tokenizer_and_training_does_not(corpus_dir, tmp_path, small_vocab, monkeypatch):
+    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", mock.Mock(side_effect=OSError))
+    for tokenizer, vocab, message, count in [
+        ("qwen3", str(small_vocab), "sample: ", 2),
+        ("qwen3", "moved.json", "without samples: cannot read the vocabulary moved.json: No such file", 1),
+        ("gpt2", None, "without samples: cannot fetch the GPT-2 tokenizer\n", 1),
+    ]:
+        folder = damage_corpus(corpus_dir, tmp_path / f"{tokenizer}{count}", tokenizer=tokenizer, vocab=vocab)
+        settings = run_settings(folder, tmp_path, tokenizer=tokenizer, vocab_size=2048, max_steps=1)
+        printed = run_here(settings, "--overwrite")
+        assert printed.count(message) == count and "done" in printed
+
+
+def test_a_run_goes_on_in_its_own_wandb_run(run_small, monkeypatch):
+    """A new run in the same folder gets another; what goes wrong at the start is one line."""
+    wandb, run = mock.Mock(), functools.partial(run_small, max_steps=2, wandb="project")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run()
+    first, *logged = wandb.init.return_value.mock_calls
+    assert first == mock.call.define_metric("*", step_metric="step")
+    assert [(name, line["step"]) for name, (line,), _ in logged] == [("log", step) for step in (0, 1, 2, 2)]
+    run("--resume")
+    run("--overwrite")
+    first, resumed, new = (call.kwargs["id"] for call in wandb.init.call_args_list)
+    assert first == resumed != new
+    wandb.init.side_effect = RuntimeError("no API key\nlog in")
+    message = "cannot log to Weights & Biases: no API key log in; without --wandb"
+    assert message in error_of(run, "--overwrite")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "--wandb needs a package: pip install wandb" in error_of(run, "--overwrite")

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import defaultdict
@@ -53,12 +54,10 @@ from model import (
     chunk_loss,
     chunked_cross_entropy,
     gumbel_noise,
-    prefix_mean,
     set_tau,
 )
 
 ROOT = Path(__file__).parent
-ERRORS = (ValueError, OSError)  # config.run() prints them in one line
 os.environ["OMP_NUM_THREADS"] = "1"  # of scripts; the tests run in parallel
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported: no test waits for a network
@@ -191,7 +190,7 @@ def test_packed_documents_give_the_logits_and_the_loss_of_each_alone(router, fle
 def test_a_short_document_loses_no_digits_to_the_large_sum_of_the_one_before():
     x, doc_start = 100 + torch.randn(1, 4000, 3), torch.full((1, 4000), -1)
     doc_start[0, 3998:] = 3998
-    torch.testing.assert_close(prefix_mean(x, doc_start, None)[0, 3998], x[0, 3998], rtol=1e-7, atol=0)
+    torch.testing.assert_close(ROUTER_CONTEXTS["prefix"](x, doc_start, None)[0, 3998], x[0, 3998], rtol=1e-7, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- 4. cache
@@ -273,17 +272,6 @@ def test_top_k_top_p_and_a_low_temperature_leave_out_the_unlikely():
         tokens = sample.sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
         shares = (tokens.bincount(minlength=4) / 4000).tolist()
         assert shares == [pytest.approx(p, abs=0.03 if p else 0) for p in expected]
-
-
-def test_what_cannot_be_generated_is_refused():
-    for prompts, settings, message in (
-        ([[1], []], {}, "an empty prompt"),
-        ([[300]], {}, "a token that is not in 0..258"),
-        ([[1]], {"temperature": -1}, "temperature -1, top_k None, top_p None: need >= 0"),
-        ([[1]], {"top_k": 0}, "top_k 0"),
-        ([[1]], {"top_p": 0.0}, "top_p 0.0"),
-    ):
-        assert message in error_of(generated, small_model(), prompts, 1, **settings)
 
 
 # -------------------------------------------------------------------------------------------------------------- 6. loss
@@ -510,18 +498,6 @@ def gpt2_vocab(small_vocab, tmp_path_factory) -> Path:
     return path
 
 
-def test_qwen3_tokens_equal_those_of_transformers(small_vocab):
-    transformers, rng = pytest.importorskip("transformers"), random.Random(0)
-    merges = [tuple(line.split(" ")) for line in (small_vocab.parent / "merges.txt").read_text().splitlines()[1:]]
-    theirs = transformers.Qwen2Tokenizer(vocab=json.loads(small_vocab.read_text()), merges=merges)
-    scripts = [(0x20, 0x700), (0x900, 0xE00), (0x2000, 0x3200), (0x4E00, 0xD7A4), (0x1F300, 0x1F700)]
-    characters = [chr(c) for script in scripts for c in range(*script)]
-    text = OUR_CODE + "".join(characters + rng.choices(SAMPLE, k=100_000) + rng.choices(characters, k=100_000))
-    text = text.replace("<|", "< |")
-    ours = prepare_data.encode(prepare_data.get_tokenizer("qwen3", str(small_vocab)), text)
-    assert ours.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
-
-
 def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_vocab, gpt2_vocab):
     n_ranks, vocabs = len(json.loads(small_vocab.read_text())), {"gpt2": str(gpt2_vocab), "qwen3": str(small_vocab)}
     for name, first, n_special in (("bytes", 256, 3), ("gpt2", n_ranks, 3), ("qwen3", n_ranks, 26)):
@@ -590,8 +566,8 @@ def prepare(*arguments: str):
 
 
 def error_of(function, *arguments, **keywords) -> str:
-    """The one line that a failing call prints."""
-    with pytest.raises(ERRORS) as error:
+    """The one line that config.run() prints for the error of this call."""
+    with pytest.raises((ValueError, OSError)) as error:
         function(*arguments, **keywords)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -813,16 +789,6 @@ def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir
     assert train.Corpus(cfg).cfg.mixture == {"code": 1.0} and cfg.mixture_end is None
 
 
-def test_val_loss_counts_every_window_once_whatever_the_batch(corpus_dir):
-    corpora = [open_corpus(corpus_dir, eval_tokens=10**6, micro_batch_size=micro) for micro in (1, 8)]
-    machine = Ranks("cpu"), contextlib.nullcontext()
-    one, eight = (train.evaluate(small_model(), corpus, *machine)["val"] for corpus in corpora)
-    for domain, counts in corpora[0].domains.items():
-        assert one[domain]["loss"] == pytest.approx(eight[domain]["loss"], abs=1e-5)
-        bits = one[domain]["loss"] / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
-        assert one[domain]["bits_per_byte"] == pytest.approx(bits)
-
-
 # --------------------------------------------------------------------------------------------------- 8. kill and resume
 
 
@@ -848,10 +814,12 @@ def signal_at_step(command: list[str], step: int, number: int) -> tuple[int, str
     """Start a run and send it (or its torchrun) a signal once it has logged that step; exit status and output."""
     pipes, output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, ""
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, **pipes)
+    (watchdog := threading.Timer(120, process.kill)).start()
     for line in process.stdout:
         output += line
         if re.match(rf"step +{step}/", line):
             process.send_signal(number)
+    watchdog.cancel()
     return process.wait(), output
 
 
@@ -913,7 +881,6 @@ def test_one_process_and_two_take_the_same_steps_also_when_resumed(corpus_dir, t
     shutil.copytree(tmp_path / "both", tmp_path / "resumed")
     run_here(resumed, "--resume")
     assert_same_run(tmp_path / "one", tmp_path / "resumed")
-
     # A signal to torchrun reaches both processes: they stop after the same step, and say how to go on.
     _, output = signal_at_step(command_of(both, "--resume", processes=2), 11, signal.SIGTERM)
     assert output.count("resumed") == 1
@@ -1395,11 +1362,14 @@ def test_the_report_of_a_run(unbroken, corpus_dir, run_eval, tmp_path):
     printed, results = run_eval(unbroken, "--batch_size=3")
     corpus, autocast = open_corpus(corpus_dir, eval_tokens=10**6), torch.autocast("cpu", enabled=False)
     expected = train.evaluate(from_pretrained(unbroken), corpus, Ranks("cpu"), autocast)["val"]
+    assert any(corpus.n_rows(domain, "val") % 4 for domain in expected)  # the last micro-batch of train.py is partial
     for domain, measured in results["domains"].items():
-        val = expected[domain]
-        assert measured["nats_per_token"] == pytest.approx(val["loss"], abs=1e-5)
-        assert measured["bits_per_byte"] == pytest.approx(val["bits_per_byte"], abs=1e-5)
-        assert measured["perplexity"] == pytest.approx(math.exp(val["loss"]), rel=1e-4)
+        loss, counts = expected[domain]["loss"], corpus.domains[domain]
+        assert measured["nats_per_token"] == pytest.approx(loss, abs=1e-5)
+        bits = loss / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
+        assert measured["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+        assert expected[domain]["bits_per_byte"] == pytest.approx(bits)
+        assert measured["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert measured["bits_per_byte_error"] > 0
         assert re.search(rf"^{domain} .* {measured['bits_per_byte']:.4f} ± ", printed, re.M)
     assert results["routing"].keys() == {"all", "math", "stem", "code"}
@@ -1418,9 +1388,7 @@ def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_
     last = [line for line in read_log(fine_tuned) if "val" in line][-1]["val"]["chat"]
     assert 0.8 * n_targets < measured["tokens"] <= n_targets
     assert measured["nats_per_token"] == pytest.approx(last["loss"], rel=0.2)
-    assert (
-        measured["documents"] == (np.fromfile(chat_dir / "chat" / "val.bin", np.uint16) == 256).sum()
-    )  # conversations
+    assert measured["documents"] == len(read_conversations(chat_dir, "val"))
     assert (plots / "usage.png").exists() and not list((tmp_path / "run").glob("*.png"))
     low, high = problems["interval"]
     row = f"{problems['n']} +{problems['exact_match']:.1%} +{low:.1%} to {high:.1%}"
@@ -1644,7 +1612,7 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, run_small, tmp_path):
 
 def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cpu, sees_future = torch.device("cpu"), small_model(router_context="sequence")
+    cpu, model, sees_future = torch.device("cpu"), small_model(), small_model(router_context="sequence")
     for action, message in [
         (newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
@@ -1654,9 +1622,14 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         (lambda: sample.SampleConfig(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
         (lambda: sample.SampleConfig(temperature=-1.0), "temperature is -1.0; it must lie in 0.."),
         (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
-        (lambda: next(sample.generate(sees_future, [[1], [1, 2]], 5)), "give prompts of one length"),
+        (lambda: generated(sees_future, [[1], [1, 2]], 5), "give prompts of one length"),
+        (lambda: generated(model, [[1], []], 5), "an empty prompt"),
+        (lambda: generated(model, [[300]], 5), "a token that is not in 0..258"),
+        (lambda: generated(model, [[1]], 5, temperature=-1), "temperature -1, top_k None, top_p None: need >= 0"),
+        (lambda: generated(model, [[1]], 5, top_k=0), "top_k 0"),
+        (lambda: generated(model, [[1]], 5, top_p=0.0), "top_p 0.0"),
         (lambda: KVCache(sees_future.config, 1, 8), "no cache is exact"),
-        (lambda: small_model()(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
+        (lambda: model(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
     ]:
         assert message in error_of(action)
     assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
@@ -1671,7 +1644,9 @@ def test_a_bad_source_is_one_line_and_changes_no_corpus(source_dir, small_vocab,
     for corpus in ("pretrain", "sft"):
         shutil.copytree(chat_dir, tmp_path / "old" / corpus)
     before = corpus_bytes(tmp_path / "old")
+    corpora = "which corpus? python prepare_data.py text | tiny | tiny_sft | pretrain | sft"
     for arguments, message in {
+        "tinny --max_tokens=9": f"{corpora} (not 'tinny')",
         "pretrain --source.math=absent/*.parquet": "no file matches absent/*.parquet",
         f"pretrain --source.math={source_dir}/*": "files of one kind are needed, .parquet, .jsonl, .json, .txt",
         f"pretrain --source.math={source_dir}/s.jsonl": "has no field 'text' but content, score; "
@@ -1690,6 +1665,7 @@ def test_a_bad_source_is_one_line_and_changes_no_corpus(source_dir, small_vocab,
         for folder, kept in {"old": before, "new": {}}.items():
             assert message in error_of(prepare, corpus, f"--data_dir={folder}", f"--vocab={small_vocab}", flag)
             assert corpus_bytes(Path(folder)) == kept
+    assert error_of(prepare) == f"{corpora} (none was named)"
 
 
 def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, monkeypatch):
@@ -1734,12 +1710,6 @@ def test_a_full_disk_leaves_the_corpus_before_it_and_the_preparation_resumes(sou
     for command in (old, new):
         prepare(*command)
     assert corpus_bytes(tmp_path / "old") == corpus_bytes(tmp_path / "new") == before
-
-
-def test_preparing_an_unknown_corpus_is_one_line():
-    message = "which corpus? python prepare_data.py text | tiny | tiny_sft | pretrain | sft"
-    assert error_of(prepare, "tinny") == f"{message} (not 'tinny')"
-    assert error_of(prepare) == f"{message} (none was named)"
 
 
 def test_training_needs_neither_a_compiler_nor_the_optional_packages(corpus_dir, tmp_path):
@@ -1811,7 +1781,7 @@ def test_the_documented_router_context_is_an_average_of_the_past_and_exact_with_
     visible = (t[:, None] >= t) & (t >= doc_start[:, :, None])
     weight = 0.99 ** (t[:, None] - t) * visible  # [B, T, T]
     torch.testing.assert_close(ema(u, doc_start, None), weight @ u / weight.sum(-1, keepdim=True))
-    assert torch.equal(changed.model.prefix_mean(u, doc_start, None), prefix_mean(u, doc_start, None))
+    assert torch.equal(changed.model.prefix_mean(u, doc_start, None), ROUTER_CONTEXTS["prefix"](u, doc_start, None))
     settings = changed.model.ModelConfig(**SMALL | {"router_context": "ema"})
     model, tokens = changed.model.PolychromaticLM(settings).eval(), random_tokens(2, 20)
     model.load_state_dict(small_model().state_dict())

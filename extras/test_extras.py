@@ -31,7 +31,9 @@ from extras.routing import routing_stats
 from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM, set_tau
 from test_model import (
+    OUR_CODE,
     ROOT,
+    SAMPLE,
     assert_one_line,
     assert_same_run,
     damage_corpus,
@@ -280,16 +282,27 @@ def harness():
         yield harness
 
 
+def qwen3_tokenizer(vocab: Path, **settings):
+    """transformers' tokenizer of this vocabulary."""
+    transformers, lines = pytest.importorskip("transformers"), (vocab.parent / "merges.txt").read_text().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines[1:]]
+    return transformers.Qwen2Tokenizer(vocab=json.loads(vocab.read_text()), merges=merges, **settings)
+
+
+def test_qwen3_tokens_equal_those_of_transformers(small_vocab):
+    scripts = [(0x20, 0x700), (0x900, 0xE00), (0x2000, 0x3200), (0x4E00, 0xD7A4), (0x1F300, 0x1F700)]
+    characters, rng = [chr(c) for script in scripts for c in range(*script)], random.Random(0)
+    text = OUR_CODE + "".join(characters + rng.choices(SAMPLE, k=100_000) + rng.choices(characters, k=100_000))
+    text = text.replace("<|", "< |")  # theirs would take it for a special token
+    ours = prepare_data.encode(prepare_data.get_tokenizer("qwen3", str(small_vocab)), text)
+    assert ours.tolist() == qwen3_tokenizer(small_vocab)(text, add_special_tokens=False)["input_ids"]
+
+
 @torch.no_grad()
 def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harness, small_vocab, tmp_path):
-    huggingface, transformers = map(pytest.importorskip, ("lm_eval.models.huggingface", "transformers"))
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
     encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
-    merges = (small_vocab.parent / "merges.txt").read_text().splitlines()[1:]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=json.loads(small_vocab.read_text()),
-        merges=[tuple(line.split(" ")) for line in merges],
-        additional_special_tokens=list(prepare_data.QWEN3_SPECIALS[1:]),
-    )
+    tokenizer = qwen3_tokenizer(small_vocab, additional_special_tokens=list(prepare_data.QWEN3_SPECIALS[1:]))
     assert len(tokenizer) == encoding.n_vocab
     qwen3, model = random_qwen3(tmp_path, vocab_size=encoding.n_vocab), from_pretrained(tmp_path).eval()
     theirs = huggingface.HFLM(qwen3, tokenizer=tokenizer, batch_size=2, max_length=64, device="cpu", logits_cache=False)

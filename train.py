@@ -15,7 +15,6 @@ import datetime
 import functools
 import json
 import math
-import re
 import shlex
 import time
 import uuid
@@ -152,35 +151,44 @@ class Corpus:
     def __init__(self, cfg: TrainConfig):
         """Sets cfg.mixture if it is None. Raises ValueError if the corpus is missing, damaged, or does not fit cfg."""
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
-        try:
-            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            tokenizer, vocab_size, self.vocab = str(meta["tokenizer"]), int(meta["vocab_size"]), meta.get("vocab")
-            self.dtype, self.end_of_text = np.dtype(meta["dtype"]), int(meta["end_of_text"])
-            self.domains = dict(meta["domains"])
-            has_shares = all("share" in counts for counts in self.domains.values())
-            weights = {name: c["share" if has_shares else "train_tokens"] for name, c in self.domains.items()}
-            default_mixture = {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
-        except OSError:
-            raise ValueError(f"no data in {self.folder}; {self.how_to_make('make it')}") from None
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.folder}/meta.json is damaged ({e!r}); {self.how_to_make()}") from None
-        if tokenizer != cfg.tokenizer or vocab_size > cfg.vocab_size:
-            remedy = f"train with --tokenizer={tokenizer} --vocab_size={vocab_size} or on other data"
-            raise ValueError(
-                f"{self.folder} has tokenizer {tokenizer!r} with {vocab_size:,} tokens, the model {cfg.tokenizer!r} "
-                f"with {cfg.vocab_size:,}; {'prepare other data' if cfg.init_from else remedy}"
-            )
+        default_mixture = self.read_meta()
         cfg.mixture = cfg.mixture or default_mixture
-        for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
-            for domain in mixture:
-                if domain not in self.domains:
-                    raise ValueError(f"the mixture names {domain!r}; {self.folder} has {', '.join(self.domains)}")
-            if set(mixture) != set(cfg.mixture) or min(mixture.values()) < 0 or abs(sum(mixture.values()) - 1) > 1e-6:
-                raise ValueError(f"the mixture {mixture} must be shares of {', '.join(cfg.mixture)} that sum to 1")
+        self.check_fit()
         self.tokens = {domain: {s: self.open_tokens(domain, s) for s in ("train", "val")} for domain in cfg.mixture}
         self.quotas = quotas(cfg)
         self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
         self.orders: dict[str, tuple[int, np.ndarray]] = {}  # of each domain: the epoch and the order of its rows
+
+    def read_meta(self) -> dict[str, float]:
+        """Read meta.json. Returns each domain's share of a step: as written there, else by size."""
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            self.tokenizer, self.vocab = str(meta["tokenizer"]), meta.get("vocab")
+            self.vocab_size = int(meta["vocab_size"])
+            self.dtype, self.end_of_text = np.dtype(meta["dtype"]), int(meta["end_of_text"])
+            self.domains = dict(meta["domains"])
+            has_shares = all("share" in counts for counts in self.domains.values())
+            weights = {name: c["share" if has_shares else "train_tokens"] for name, c in self.domains.items()}
+            return {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
+        except OSError:
+            raise ValueError(f"no data in {self.folder}; {self.how_to_make('make it')}") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{self.folder}/meta.json is damaged ({e!r}); {self.how_to_make()}") from None
+
+    def check_fit(self):
+        """Raise ValueError if the model's tokenizer or the mixture does not fit the corpus."""
+        cfg, folder, V = self.cfg, self.folder, self.vocab_size
+        if self.tokenizer != cfg.tokenizer or V > cfg.vocab_size:
+            remedy = f"train with --tokenizer={self.tokenizer} --vocab_size={V} or on other data"
+            raise ValueError(
+                f"{folder} has tokenizer {self.tokenizer!r} with {V:,} tokens, the model {cfg.tokenizer!r} "
+                f"with {cfg.vocab_size:,}; {'prepare other data' if cfg.init_from else remedy}"
+            )
+        for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
+            if unknown := [domain for domain in mixture if domain not in self.domains]:
+                raise ValueError(f"the mixture names {unknown[0]!r}; {folder} has {', '.join(self.domains)}")
+            if set(mixture) != set(cfg.mixture) or min(mixture.values()) < 0 or abs(sum(mixture.values()) - 1) > 1e-6:
+                raise ValueError(f"the mixture {mixture} must be shares of {', '.join(cfg.mixture)} that sum to 1")
 
     def how_to_make(self, advice: str = "make it again") -> str:
         from prepare_data import how_to_make  # needs tiktoken, which training does not
@@ -278,19 +286,6 @@ def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, T
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
-    """Freeze parameters whose names contain one of the parts. Raises ValueError if a part matches none."""
-    names = [name for name, _ in model.named_parameters()]
-    for part in parts:
-        if not any(part in name for name in names):
-            kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", name) for name in names)
-            raise ValueError(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
-    for name, p in model.named_parameters():
-        p.requires_grad_(not any(part in name for part in parts))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"frozen: {','.join(parts)} leaves nothing to train")
-
-
 @torch.no_grad()
 def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: machine.Ranks, autocast) -> dict:
     """Validation loss of each domain, in nats per token and bits per byte, and the routing measures on a few rows."""
@@ -364,7 +359,10 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         model = PolychromaticLM(cfg.model_config())
     model.to(device)
     model.activation_checkpointing = cfg.recompute
-    freeze(model, cfg.frozen)
+    if cfg.frozen:
+        from extras.weights import freeze
+
+        freeze(model, cfg.frozen)
 
     # optimizer
     betas, scales = (cfg.beta1, cfg.beta2), {"routing_lr": cfg.routing_lr, "alpha_lr": cfg.alpha_lr}

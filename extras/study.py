@@ -36,7 +36,7 @@ import train
 from config.machine import Ranks, pick_device, pick_dtype, prepare_cpu
 from config.runs import load_checkpoint, read_log
 from extras.bench import describe_machine, load_settings
-from extras.weights import from_pretrained
+from extras.weights import freeze, from_pretrained
 from model import PolychromaticLM
 
 REPOSITORY = Path(__file__).parent.parent
@@ -151,7 +151,7 @@ def check_runs(runs: list[Run]):
             domains = ", ".join(run.settings.mixture)
             raise ValueError(f"{run.group} has the domains {domains}, {runs[0].group} has {', '.join(first.mixture)}")
         with torch.device("meta"):  # shapes without storage
-            train.freeze(PolychromaticLM(run.settings.model_config()), run.settings.frozen)
+            freeze(PolychromaticLM(run.settings.model_config()), run.settings.frozen)
 
 
 def is_finished(run: Run) -> bool:

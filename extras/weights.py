@@ -1,4 +1,4 @@
-"""Weights in other layouts: the paper's release, Qwen3, and model folders with a card, on disk or on the hub.
+"""Weights to start from: the paper's release, Qwen3, model folders on disk or on the hub; upcycling, freezing, saving.
 
 from extras.weights import from_pretrained
 model = from_pretrained("Qwen/Qwen3-0.6B-Base")
@@ -255,6 +255,19 @@ def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, 
         elif ".router_out." in name:
             tensor.zero_()
     return state
+
+
+def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
+    """Freeze parameters whose names contain one of the parts. Raises ValueError if a part matches none."""
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(part in name for name in names):
+            kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", name) for name in names)
+            raise ValueError(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not any(part in name for part in parts))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"frozen: {','.join(parts)} leaves nothing to train")
 
 
 def save_pretrained(model: PolychromaticLM, directory: str | Path, settings: dict | None = None):

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -37,8 +36,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 #   beta   [K]         scale of the router, learned, starts at 1
 #   tau    []          temperature: at 1 the activations mix, at 0.1 one dominates; training lowers it with set_tau()
 #   g      [B, T, d_ff, K], held as K tensors [B, T, d_ff]: weight of each activation in each neuron at each token
-#   doc_start  [B, T]           index at which each token's document starts; -1: the row's first; None: one document
-#   cache      [B, 1, R+K+2]    decoding only: running sums of W1 x + b1 and of f, each with its token count
+#   u      [B, T, R]   W1 x + b1, input of the router's hidden layer
+#   doc_start  [B, T]  index, in this call, of the first token of its document; -1: it began before; None: all -1
+#   cache  [B, 1, (R + 1) + (K + 1)]   decoding only: sum of u and its token count | sum of f and its token count
 
 
 class PolyGLU(nn.Module):
@@ -50,8 +50,8 @@ class PolyGLU(nn.Module):
                      with router_centred: f minus its own mean over the document so far
 
     It can be used on its own: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is drawn in
-    training only, once per row, and shared by all tokens of the row. With one activation there is no g: a plain GLU
-    (SwiGLU, GEGLU, ...). router_hidden=0 leaves out f. Raises ValueError for an unknown activation or router_context.
+    training only. With one activation there is no g: a plain GLU (SwiGLU, GEGLU, ...). router_hidden=0 leaves out f.
+    Raises ValueError for an unknown activation or router_context.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class PolyGLU(nn.Module):
     ):  # fmt: skip
         super().__init__()
         check_routing(activations, router_context, router_centred)
-        self.sigma = [f() if isinstance(f, type) else f for f in map(ACTIVATIONS.get, activations)]
-        self.learned_sigma = nn.ModuleList(f for f in self.sigma if isinstance(f, nn.Module))  # registers parameters
+        self.sigma = [s() if isinstance(s, type) else s for s in map(ACTIVATIONS.get, activations)]
+        self.learned_sigma = nn.ModuleList(s for s in self.sigma if isinstance(s, nn.Module))  # registers parameters
         self.router_context, self.router_centred, self.gumbel = router_context, router_centred, gumbel
         self.w_gate = nn.Linear(n_embd, d_ff, bias=False)
         self.w_up = nn.Linear(n_embd, d_ff, bias=False)
@@ -76,7 +76,7 @@ class PolyGLU(nn.Module):
             self.beta = nn.Parameter(torch.ones(K))
         self.register_buffer("tau", torch.tensor(1.0))  # a tensor: torch.compile would recompile for every new float
         for module in self.children():
-            init_linear(module)
+            init_linear(module)  # a layer by itself; PolychromaticLM initializes its layers again
 
     def forward(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
         """x [B, T, n_embd] -> the same shape. doc_start and cache: see the symbols above."""
@@ -89,26 +89,28 @@ class PolyGLU(nn.Module):
         return self.w_down((mixed * up).to(up.dtype))
 
     def mixture(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> list[Tensor]:
-        """The weights g: K tensors [B, T, d_ff], at least float32, that sum to 1. Arguments as forward()'s."""
-        static = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, d_ff]
+        """The weights g = softmax(logits / tau): K tensors [B, T, d_ff], at least float32. Arguments as forward()'s.
+
+        K separate tensors, not one stacked: the compiler fuses the whole mixture. extras/routing.py measures them.
+        """
+        per_neuron = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, d_ff]
         if self.training and self.gumbel:
-            static = static + gumbel_noise(static)  # one draw for each row: all its tokens and documents share it
-        dynamic = self.router(x, doc_start, cache)  # [B, T, K]
-        logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]  # [B, T, d_ff] each
-        # K separate tensors, not one stacked: the compiler fuses the whole mixture without extra memory traffic.
+            per_neuron = per_neuron + gumbel_noise(per_neuron)  # one draw a row, for all its tokens and documents
+        per_token = self.dynamic_logits(x, doc_start, cache)  # [B, T, K]
+        logits = [per_neuron[:, k, None, :] + per_token[:, :, k, None] for k in range(len(self.sigma))]
         # Subtracting the maximum keeps exp from overflowing. Softmax ignores the shift, so it needs no gradient.
         top = functools.reduce(torch.maximum, logits).detach()
         e = [((logit - top) / self.tau).exp() for logit in logits]
         total = sum(e)
         return [e_k / total for e_k in e]
 
-    def router(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
+    def dynamic_logits(self, x: Tensor, doc_start: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
         """beta * f: x [B, T, n_embd] -> [B, T, K]; zeros without a router."""
         if not self.has_router:
             return self.alpha.new_zeros(*x.shape[:2], len(self.sigma))
         u = at_least_fp32(self.router_in(x))
         doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # sums in float32 or better; the rest of the router is cheap
             R = u.size(2)
             u_cache, f_cache = (None, None) if cache is None else (cache[..., : R + 1], cache[..., R + 1 :])
             context = ROUTER_CONTEXTS[self.router_context](u, doc_start, u_cache)
@@ -138,7 +140,8 @@ def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
     # float64: subtracting two large float32 sums would lose a short document's digits.
     terms = F.pad(u.to(sum_dtype(u)), (0, 1), value=1.0)  # [B, T, R + 1]; the last column counts tokens
     before = terms.new_zeros(u.size(0), 1, terms.size(2)) if cache is None else cache
-    # sums[:, t + 1] is the sum before token t, cache included. sums[:, 0] is 0: doc_start -1 subtracts nothing.
+    # sums:  0 | cache | cache + u_0 | cache + u_0 + u_1 | ...   The sum of a document that started at token s is what
+    # stands at t + 2 less what stands at s + 1: 0 for s = -1, so that the cache counts; the cache for s = 0.
     sums = torch.cat((torch.zeros_like(before), before, terms), dim=1).cumsum(1)  # [B, T + 2, R + 1]
     in_document = sums[:, 2:] - sums.gather(1, (doc_start + 1)[:, :, None].expand_as(terms))
     if cache is not None:
@@ -146,10 +149,9 @@ def prefix_mean(u: Tensor, doc_start: Tensor, cache: Tensor | None) -> Tensor:
     return (in_document[..., :-1] / in_document[..., -1:]).to(u.dtype)
 
 
-# What the router reads: functions (u, doc_start, cache) -> context, of the shape and dtype of u.
-#   u          [B, T, R], at least float32: W1 x + b1. A mean commutes with W1, and u is narrower than x.
-#   doc_start  [B, T] int64, as above; with a cache, the row's first document may have started in an earlier call
-#   cache      None, or [B, 1, R + 1] of sum_dtype(), zeros at first: state carried between calls, updated in place
+# What the router reads: functions (u, doc_start, cache) -> context, of the shape and dtype of u. W1 is linear, so to
+# average u, R numbers a token, is to average x. u is at least float32; doc_start is never None.
+#   cache  None, or [B, 1, R + 1] of sum_dtype(), zeros at first: state carried between calls, updated in place
 # A context that reads later tokens belongs in ModelConfig.sees_future as well.
 ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "prefix": prefix_mean,
@@ -267,7 +269,7 @@ class LayerCache(NamedTuple):
 
     k: Tensor  # [B, n_kv_head, max_length, head_dim], and v
     v: Tensor
-    router: Tensor  # [B, 1, router_hidden + K + 2]: sums of the context and of f, see ROUTER_CONTEXTS
+    router: Tensor  # [B, 1, router_hidden + K + 2]: the cache of PolyGLU
 
 
 class Attention(nn.Module):
@@ -293,13 +295,13 @@ class Attention(nn.Module):
         if cache is not None:
             cache.k[:, :, layout.positions] = k.to(cache.k.dtype)
             cache.v[:, :, layout.positions] = v.to(cache.v.dtype)
-            if layout.mask is not None:  # always so once the cache holds tokens
+            if layout.mask is not None:  # layout() makes one once the cache holds tokens
                 k, v = cache.k, cache.v
         if isinstance(layout.mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
             y = attend(q, k, v, block_mask=layout.mask, enable_gqa=True)
         elif T == 1:  # fold each key head's queries into rows: CUDA has no fast kernel for enable_gqa with a mask
-            rows = q.reshape(B, k.size(1), -1, self.head_dim)
+            rows = q.reshape(B, k.size(1), -1, self.head_dim)  # [B, n_kv_head, n_head / n_kv_head, head_dim]
             y = F.scaled_dot_product_attention(rows, k, v, layout.mask).reshape(q.shape)
         else:
             y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=layout.mask is None, enable_gqa=True)
@@ -326,8 +328,8 @@ class KVCache:
 def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Tensor | BlockMask:
     """Attention mask: a token attends to itself and to earlier tokens of its document.
 
-    doc_ids [B, S] of all keys, positions [T] of the queries -> [B, 1, T, S] bool; with flex=True, where every position
-    has a query, a block mask of FlexAttention.
+    doc_ids [B, S] of all keys, positions [T] of the queries -> [B, 1, T, S] bool; with flex=True, which needs T = S, a
+    block mask of FlexAttention.
     """
     (B, S), device = doc_ids.shape, doc_ids.device
 
@@ -385,22 +387,22 @@ def chunk_loss(h: Tensor, w: Tensor, target: Tensor, share: Tensor, V: int, need
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None, chunk_loss: Callable = chunk_loss
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None, body: Callable = chunk_loss
 ) -> Tensor:
     """Mean cross-entropy of the logits hidden @ weight.T, in nats, without materializing all of them.
 
     hidden [N, d], weight [V, d], targets [N] int64 (-1: ignored) -> [], at least float32. chunk_size is in tokens
-    (None: about 2**25 logits a chunk, 2**28 on a GPU). chunk_loss: the function above, compiled or not.
+    (None: about 2**25 logits a chunk, 2**28 on a GPU). body: chunk_loss, compiled or not.
     """
     chunk_size = chunk_size or max(128, (2**28 if hidden.is_cuda else 2**25) // weight.size(0) // 128 * 128)
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_size, chunk_loss, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_size, body, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """chunked_cross_entropy(): the forward pass computes each chunk's gradient too, while its logits are there."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, chunk_loss, needs_grad: bool):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, body, needs_grad: bool):
         dtype, (N, _), V = compute_dtype(hidden), hidden.shape, weight.size(0)
         n_chunks = -(-N // chunk_size)
         padding = -N % n_chunks  # rows with ignored targets: equal chunks need one compiled graph
@@ -411,7 +413,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss, d_hidden = mask.new_zeros(()), []
         d_weight = torch.zeros_like(w, dtype=mask.dtype) if needs_grad else None
         for h, target, s in zip(*(x.chunk(n_chunks) for x in (hidden_padded, targets.clamp_min(0), share))):
-            chunk_sum, grad = chunk_loss(h, w, target, s, V, needs_grad)
+            chunk_sum, grad = body(h, w, target, s, V, needs_grad)
             loss = loss + chunk_sum
             if needs_grad:
                 d_hidden.append(grad @ w)
@@ -424,7 +426,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * d_loss, d_weight * d_loss, None, None, None, None
@@ -467,8 +469,7 @@ class PolychromaticLM(nn.Module):
 
         embedding, w_q, w_k, w_v, w_gate, w_up, router_in, router_out   N(0, 0.02)
         w_o, w_down    N(0, 0.02 / sqrt(2 n_layer)), because 2 n_layer of them add to the residual stream
-        biases         0
-        The constructors have set alpha to 0, beta and the norms to 1.
+        biases         0; the constructors have set alpha to 0, beta and the norms to 1
         """
         for name, module in sorted(self.named_modules(), key=lambda item: ".router_" in item[0]):  # False before True
             adds_to_residual = name.endswith((".w_o", ".w_down"))
@@ -496,16 +497,16 @@ class PolychromaticLM(nn.Module):
         x = self.hidden(tokens, doc_ids, cache)
         if targets is None:
             return F.linear(x, self.head_weight)
-        return chunked_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), chunk_loss=self.chunk_loss)
+        return chunked_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), body=self.chunk_loss)
 
     def hidden(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Input of the output head, [B, T, n_embd]; with a cache, of the last position. Arguments as forward()'s."""
         layout = self.layout(tokens, doc_ids, cache)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            # Prompts run uncompiled (block.forward bypasses block.compile()): every new length would recompile.
-            if cache is not None:
-                x = (block if tokens.size(1) == 1 else block.forward)(x, layout, cache.layers[i])
+            if cache is not None:  # a prompt runs uncompiled, by block.forward: every new length would recompile
+                run = block if tokens.size(1) == 1 else block.forward
+                x = run(x, layout, cache.layers[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
@@ -516,7 +517,7 @@ class PolychromaticLM(nn.Module):
         return self.norm(x)
 
     def layout(self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None) -> Layout:
-        """Positions, documents and attention mask of a batch. Arguments as forward()'s."""
+        """Positions, documents and attention mask of a batch; the cache keeps the doc_ids. Arguments as forward()'s."""
         (B, T), device, c = tokens.shape, tokens.device, self.config
         past = 0 if cache is None else cache.length
         room = c.block_size if cache is None else min(c.block_size, cache.max_length)
@@ -524,8 +525,7 @@ class PolychromaticLM(nn.Module):
             raise ValueError(f"{past + T} tokens in a row, but there is room for {room}")
         positions, mask, doc_start = torch.arange(past, past + T, device=device), None, None
         last_doc_id = cache.doc_ids[:, past - 1 : past] if past else None  # of each row's last cached token, [B, 1]
-        if doc_ids is None and past:
-            doc_ids = last_doc_id.expand(B, T)  # continue the current document
+        doc_ids = last_doc_id.expand(B, T) if doc_ids is None and past else doc_ids  # continue the current document
         if cache is not None:
             cache.doc_ids[:, past : past + T] = 0 if doc_ids is None else doc_ids
         if doc_ids is not None:
@@ -533,8 +533,8 @@ class PolychromaticLM(nn.Module):
             doc_start = torch.where(doc_ids != previous, torch.arange(T, device=device), -1).cummax(1).values
             flex = cache is None and (tokens.is_cuda if self.flex is None else self.flex)
             mask = document_mask(doc_ids if cache is None else cache.doc_ids, positions, flex)
-        wavelengths = c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
-        angles = positions[:, None, None] / wavelengths  # [T, 1, head_dim / 2]
+        tokens_per_radian = c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
+        angles = positions[:, None, None] / tokens_per_radian  # [T, 1, head_dim / 2]
         return Layout(angles.cos(), angles.sin(), mask, doc_start, positions)
 
     def configure_optimizer(
@@ -556,5 +556,5 @@ class PolychromaticLM(nn.Module):
                 decay = weight_decay * decays / (scale or 1)  # AdamW decays by lr * wd: a higher lr must not decay more
                 group = {"params": [], "weight_decay": decay, "lr_scale": scale}
                 groups.setdefault((decays, is_routing, is_alpha), group)["params"].append(p)
-        groups = [group for _, group in sorted(groups.items(), reverse=True)]
+        groups = [group for _, group in sorted(groups.items(), reverse=True)]  # in a fixed order, for checkpoints
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -214,7 +214,7 @@ def bench_loss(cfg: BenchConfig, device: torch.device, autocast: torch.autocast)
     functions = {"all logits at once": cross_entropy, "in chunks": chunked_cross_entropy}
     if compiler_works(device):
         compiled = torch.compile(chunk_loss, dynamic=False)
-        functions["in chunks, compiled"] = functools.partial(chunked_cross_entropy, chunk_loss=compiled)
+        functions["in chunks, compiled"] = functools.partial(chunked_cross_entropy, body=compiled)
     steps = {name: functools.partial(step, f) for name, f in functions.items()}
     results = time_interleaved(steps, max(3, cfg.rounds // 3), device, n_tokens=n_tokens)
     for name, result in results.items():

@@ -97,7 +97,7 @@ class PolyGLU(nn.Module):
         if self.training and self.gumbel:
             per_neuron = per_neuron + gumbel_noise(per_neuron)  # one draw a row, for all its tokens and documents
         per_token = self.dynamic_logits(x, doc_start, cache)  # [B, T, K]
-        logits = [per_neuron[:, k, None, :] + per_token[:, :, k, None] for k in range(len(self.sigma))]
+        logits = [per_neuron[:, k, None, :] + per_token[:, :, k, None] for k in range(len(self.sigma))]  # [B, T, d_ff]
         # Subtracting the maximum keeps exp from overflowing. Softmax ignores the shift, so it needs no gradient.
         top = functools.reduce(torch.maximum, logits).detach()
         e = [((logit - top) / self.tau).exp() for logit in logits]

@@ -42,7 +42,7 @@ import sft
 import train
 from config import machine
 from config.machine import Ranks, estimate_memory, flops_per_token, pick_device, print_start
-from config.runs import begin_run, load_checkpoint, newest_checkpoint, read_log
+from config.runs import load_checkpoint, newest_checkpoint, read_log, rewind
 from extras import bench, embedded, study
 from extras.weights import from_pretrained, save_pretrained
 from model import (
@@ -985,7 +985,7 @@ def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, run_sm
 
 def test_a_new_run_in_an_old_folder_keeps_nothing_of_the_old(run_small, tmp_path):
     run_small(max_steps=2)
-    begin_run(tmp_path, -1)  # killed right here, the new run starts from its own beginning
+    rewind(tmp_path, -1)  # killed right here, the new run starts from its own beginning
     assert "nothing to resume" in run_small("--resume", max_steps=2, seed=2)
     assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 2]
 
@@ -1580,7 +1580,7 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
     message = error_of(run_here, run_settings(corpus_dir, tmp_path / "file" / "run"))
     assert f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder" in message
     (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
-    assert "log.jsonl: Is a directory" in error_of(begin_run, tmp_path, -1)
+    assert "log.jsonl: Is a directory" in error_of(rewind, tmp_path, -1)
 
 
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 from config import machine, runs
 from extras.routing import routing_stats
+from extras.weights import build_model, freeze, start_from
 from model import ModelConfig, PolychromaticLM, set_tau
 
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
@@ -130,7 +131,10 @@ def get_mixture(step: int, cfg: TrainConfig) -> dict[str, float]:
 
 
 def quotas(cfg: TrainConfig) -> np.ndarray:
-    """Sequences of each domain in each step, [max_steps, domains] int64: shares of batch_size, rounded up or down."""
+    """Sequences of each domain in each step, [max_steps, domains] int64: shares of batch_size, rounded up or down.
+
+    What rounding owes a domain carries over to the next steps (largest remainder).
+    """
     table = np.empty((cfg.max_steps, len(cfg.mixture)), dtype=np.int64)
     owed = np.zeros(len(cfg.mixture))
     for step in range(cfg.max_steps):
@@ -290,8 +294,8 @@ def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, T
 def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: machine.Ranks, autocast) -> dict:
     """Validation loss of each domain, in nats per token and bits per byte, and the routing measures on a few rows."""
     model.eval()
-    val, samples = {}, []
-    n_samples = -(-max(6, 2**13 // corpus.cfg.block_size) // len(corpus.cfg.mixture))  # rows of each domain
+    val, measured = {}, []  # rows on which to measure the routing: 8,192 tokens, or 6 rows if that is more
+    n_measured = -(-max(6, 2**13 // corpus.cfg.block_size) // len(corpus.cfg.mixture))  # of each domain
     for domain in corpus.cfg.mixture:
         total, count, rows = 0.0, 0.0, []
         for tokens, targets, doc_ids in corpus.val_batches(domain, ranks):
@@ -299,22 +303,66 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: machine.Ranks, autoc
                 loss = model(tokens, targets, doc_ids).item()
             n = (targets >= 0).sum().item()
             total, count = total + loss * n, count + n
-            if len(rows) < n_samples:
+            if len(rows) < n_measured:
                 rows += zip(tokens, doc_ids, corpus.is_text(tokens, targets))
-        samples += rows[:n_samples]
+        measured += rows[:n_measured]
         total, count = ranks.sum(total, count)
         val[domain] = {"loss": total / count, "bits_per_byte": corpus.bits_per_byte(domain, total / count)}
     routing = {}
     if ranks.rank == 0:
         with autocast:
-            tokens, doc_ids, is_text = map(torch.stack, zip(*samples))
+            tokens, doc_ids, is_text = map(torch.stack, zip(*measured))
             routing = routing_stats(model, tokens, doc_ids, is_text)
     model.train()
     return {"val": val, "routing": routing}
 
 
+def set_up(cfg: TrainConfig, corpus_type: type[Corpus], device: torch.device):
+    """The model, corpus and optimizer of a run; the step of its checkpoint (-1: a new run), skipped updates and run id.
+
+    Afterwards cfg is final: its shape is that of the checkpoint or init_from, a missing mixture that of the corpus.
+    """
+    # checkpoint to resume, or model to start from
+    checkpoint, model = runs.find_checkpoint(cfg), None
+    if cfg.init_from and not checkpoint:
+        model = start_from(cfg)
+
+    # data
+    corpus = corpus_type(cfg)
+    for name, theirs in checkpoint["settings"].items() if checkpoint else ():
+        ours = getattr(cfg, name, theirs)
+        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
+            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+
+    # model
+    ckpt = Path(cfg.out_dir) / "ckpt.pt"
+    if checkpoint:
+        model = build_model(cfg.model_config(), checkpoint["model"], ckpt)
+    elif not model:
+        torch.manual_seed(cfg.seed)
+        model = PolychromaticLM(cfg.model_config())
+    model.to(device)
+    model.activation_checkpointing = cfg.recompute
+    freeze(model, cfg.frozen)
+
+    # optimizer
+    betas, scales = (cfg.beta1, cfg.beta2), {"routing_lr": cfg.routing_lr, "alpha_lr": cfg.alpha_lr}
+    optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, betas, **scales)
+    if not checkpoint:
+        return model, corpus, optimizer, -1, 0, uuid.uuid4().hex[:8]
+    ours = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError as e:
+        raise ValueError(f"{ckpt} cannot be resumed: {e}; start from its weights with --init_from") from None
+    for group, settings in zip(optimizer.param_groups, ours):
+        group.update(settings)  # this run's settings override the checkpoint's
+    print(f"resumed {ckpt} at step {checkpoint['step']}")
+    return model, corpus, optimizer, checkpoint["step"], checkpoint["skipped"], checkpoint["run_id"]
+
+
 def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
-    """Run the training that cfg describes, from its first step or its checkpoint to its last step."""
+    """Run the training that cfg describes, from its first step or its checkpoint on. sft.py has its own corpus_type."""
     # machine
     machine.prepare_cpu()
     stop, ranks, folder = machine.StopSignal(), machine.Ranks(cfg.device), Path(cfg.out_dir)
@@ -326,60 +374,17 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         raise ValueError(f"{n_micro} micro-batches a step for {ranks.world_size} processes; lower --micro_batch_size")
     lock = contextlib.ExitStack()  # no other process may write to the run folder until this one ends
     if is_main:
-        with config.writing(folder, "; choose another run folder with --out_dir="):
+        with config.name_write_errors(folder, "; choose another run folder with --out_dir="):
             folder.mkdir(parents=True, exist_ok=True)
             lock.enter_context(config.locked(folder))
 
-    # checkpoint to resume, or model to start from
-    checkpoint, model = runs.find_checkpoint(cfg), None
-    if cfg.init_from and not checkpoint:
-        from extras.weights import start_from
-
-        model = start_from(cfg)
-
-    # data
-    corpus = corpus_type(cfg)
-    encoding = None
+    # model, data, optimizer
+    model, corpus, optimizer, saved, skipped, run_id = set_up(cfg, corpus_type, device)  # saved: the step of ckpt.pt
+    first_step, encoding = max(saved, 0), None
     if cfg.sample_tokens and is_main:
         from extras.samples import open_tokenizer, write_sample
 
         encoding = open_tokenizer(corpus)
-    for name, theirs in checkpoint["settings"].items() if checkpoint else ():
-        ours = getattr(cfg, name, theirs)
-        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
-            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
-
-    # model
-    if checkpoint:
-        from extras.weights import build_model
-
-        model = build_model(cfg.model_config(), checkpoint["model"], ckpt)
-    elif not model:
-        torch.manual_seed(cfg.seed)
-        model = PolychromaticLM(cfg.model_config())
-    model.to(device)
-    model.activation_checkpointing = cfg.recompute
-    if cfg.frozen:
-        from extras.weights import freeze
-
-        freeze(model, cfg.frozen)
-
-    # optimizer
-    betas, scales = (cfg.beta1, cfg.beta2), {"routing_lr": cfg.routing_lr, "alpha_lr": cfg.alpha_lr}
-    optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, betas, **scales)
-    first_step, saved, skipped, run_id = 0, -1, 0, uuid.uuid4().hex[:8]  # saved: the step that ckpt.pt holds
-    if checkpoint:
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as e:
-            raise ValueError(f"{ckpt} cannot be resumed: {e}; start from its weights with --init_from") from None
-        for group, ours in zip(optimizer.param_groups, settings):
-            group.update(ours)  # this run's settings override the checkpoint's
-        first_step = saved = checkpoint["step"]
-        skipped, run_id = checkpoint["skipped"], checkpoint["run_id"]
-        print(f"resumed {ckpt} at step {first_step}")
-    checkpoint = None  # frees its memory
 
     # compile
     forward = model
@@ -401,7 +406,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         is_nan = {key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
         record = record | dict.fromkeys(is_nan)  # JSON has null instead
         if is_main:
-            with config.writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
+            with config.name_write_errors(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
         if wandb_run:
             wandb_run.log(record)
@@ -409,8 +414,8 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     machine.print_start(model, cfg, ranks, compiled)
     ranks.wait()  # all ranks have read the run folder; from here on it changes
     if is_main:
-        runs.begin_run(folder, saved)
-        with config.writing(folder / "settings.json"):
+        runs.rewind(folder, saved)
+        with config.name_write_errors(folder / "settings.json"):
             config.write_json(folder / "settings.json", dataclasses.asdict(cfg))
 
     # loop
@@ -424,19 +429,19 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         set_tau(model, tau)
 
         # save, unless the last update was not finite
-        due = step % cfg.save_interval == 0 or step == cfg.max_steps or stopping
-        if due and step > saved and not skipped_in_a_row:
+        save_due = step % cfg.save_interval == 0 or step == cfg.max_steps or stopping
+        if save_due and step > saved and not skipped_in_a_row:
             saved = step
             state = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
                 "run_id": run_id, "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
             }  # fmt: skip
             if is_main:
-                with config.writing(ckpt, "; an earlier checkpoint, if there was one, is intact"):
+                with config.name_write_errors(ckpt, "; an earlier checkpoint, if there was one, is intact"):
                     config.write_atomically(ckpt, functools.partial(torch.save, state))
-        state_of_run = f"{ckpt} is at step {saved}"
+        where_saved = f"{ckpt} is at step {saved}"
         if stopping:
-            print(f"stopped; {state_of_run}. Go on with: {runs.resume_command()}")
+            print(f"stopped; {where_saved}. Go on with: {runs.resume_command()}")
             break
 
         # evaluate
@@ -452,9 +457,9 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             t0 += time.monotonic() - started  # excluded from the throughput
         if step == cfg.max_steps:
             if saved < step:
-                raise ValueError(f"the run ended in non-finite updates; {state_of_run}; resume with a lower --lr")
+                raise ValueError(f"the run ended in non-finite updates; {where_saved}; resume with a lower --lr")
             command = shlex.join(["python", "sample.py", cfg.out_dir])
-            print(f"done; {state_of_run}. Read what it writes: {command}")
+            print(f"done; {where_saved}. Read what it writes: {command}")
             break
 
         # accumulate gradients
@@ -462,7 +467,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         for i, share, (tokens, targets, doc_ids) in corpus.micro_batches(step, ranks):
             seed = np.random.SeedSequence((cfg.seed, step, i)).generate_state(1, np.uint64)
             torch.manual_seed(int(seed[0]))  # the routing noise does not depend on the number of processes
-            forward.require_backward_grad_sync = i + ranks.world_size >= n_micro  # DDP: only after the last micro-batch
+            forward.require_backward_grad_sync = i + ranks.world_size >= n_micro  # read by DDP: at its last micro-batch
             with autocast:
                 micro_loss = forward(tokens, targets, doc_ids) * share
             (micro_loss * ranks.world_size).backward()  # DDP averages the gradients over the ranks; this sums them
@@ -479,14 +484,14 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             print(f"step {step}: loss {loss}, gradient norm {norm}; update skipped ({skipped} so far)")
             if skipped_in_a_row == MAX_SKIPPED:
-                raise ValueError(f"{MAX_SKIPPED} non-finite updates in a row; {state_of_run}; lower --lr")
+                raise ValueError(f"{MAX_SKIPPED} non-finite updates in a row; {where_saved}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
 
         # log
-        now, due = time.monotonic(), (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.max_steps
-        if step == first_step and not due:
+        now, log_due = time.monotonic(), (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.max_steps
+        if step == first_step and not log_due:
             logged, t0 = step + 1, now  # the first step compiles: excluded from the throughput
-        if due:
+        if log_due:
             rate = (step + 1 - logged) * cfg.batch_size * cfg.block_size / (now - t0)
             logged, t0 = step + 1, now
             record = {

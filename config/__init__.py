@@ -79,7 +79,7 @@ def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]):
 
 
 @contextlib.contextmanager
-def writing(path: Path, hint: str = "") -> Iterator[None]:
+def name_write_errors(path: Path, hint: str = "") -> Iterator[None]:
     """Turn a write error, such as a full disk, into a ValueError that names the path."""
     try:
         yield

@@ -17,7 +17,7 @@ class Ranks:
     """The processes of a run: one, or as many as torchrun started; and this one's rank and device."""
 
     def __init__(self, device: str):
-        """Raises ValueError if this process cannot use the device."""
+        """Join the other processes; only rank 0 prints from here on. Raises ValueError if the device cannot be used."""
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -26,7 +26,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if self.rank:  # only rank 0 prints
+        if self.rank:
             sys.stdout = open(os.devnull, "w")
 
     def share(self, n: int) -> range:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from config import write_atomically, writing
+from config import name_write_errors, write_atomically
 
 
 def load_checkpoint(source: str | Path) -> dict:
@@ -32,7 +32,10 @@ def load_checkpoint(source: str | Path) -> dict:
 
 
 def find_checkpoint(cfg) -> dict | None:
-    """The checkpoint to resume; None for a run that starts at step 0. Raises ValueError if cfg allows neither."""
+    """The checkpoint to resume; None for a run that starts at step 0. Raises ValueError if cfg allows neither.
+
+    With init_from, cfg takes over the shape of the checkpoint, as it took over that of init_from.
+    """
     path = Path(cfg.out_dir) / "ckpt.pt"
     if not cfg.resume and not cfg.overwrite and path.exists():
         raise ValueError(f"{path} exists; --resume continues that run, --overwrite starts over in its place")
@@ -87,9 +90,9 @@ def read_log(folder: Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
-def begin_run(folder: Path, step: int):
-    """Cut the log back to the step that a run resumes at; for a new run (-1), remove what an old one left."""
-    with writing(folder / "log.jsonl"):
+def rewind(folder: Path, step: int):
+    """Remove from a run folder what lies after this step: lines of the log, and for a new run (-1) also ckpt.pt."""
+    with name_write_errors(folder / "log.jsonl"):
         if step < 0:
             (folder / "ckpt.pt").unlink(missing_ok=True)  # first: a kill here must not leave it beside a new log
         records = read_log(folder)

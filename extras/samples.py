@@ -1,12 +1,16 @@
 """Watch a model learn: the text that it writes at each evaluation of train.py."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from model import PolychromaticLM
-from train import Corpus
+
+if TYPE_CHECKING:  # train.py runs as __main__: importing it here would load it again
+    from train import Corpus
 
 
-def open_tokenizer(corpus: Corpus):
+def open_tokenizer(corpus: "Corpus"):
     """The tiktoken.Encoding of a corpus, to print samples; without it, None, and the reason is printed."""
     try:
         from prepare_data import get_tokenizer
@@ -17,7 +21,7 @@ def open_tokenizer(corpus: Corpus):
         return None
 
 
-def write_sample(model: PolychromaticLM, corpus: Corpus, encoding) -> str:
+def write_sample(model: PolychromaticLM, corpus: "Corpus", encoding) -> str:
     """The corpus' prompt and what the model writes after it, in one line. Leaves the global random state alone."""
     from prepare_data import stop_tokens
     from sample import generate

@@ -224,7 +224,10 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def start_from(cfg) -> PolychromaticLM:
-    """The model of a run's init_from, upcycled if its settings name more activations; cfg takes over its shape."""
+    """The model of a run's init_from, upcycled if its settings name more activations. Seeds torch.
+
+    cfg takes over the shape of the model.
+    """
     source = from_pretrained(cfg.init_from, cfg.revision)
     inherit_shape(cfg, dataclasses.asdict(source.config), cfg.init_from)
     weights, theirs, tau = source.state_dict(), source.config.activations, source.blocks[0].ffn.tau.item()

@@ -77,27 +77,31 @@ def note(message: str):
 @torch.no_grad()
 def generate(
     model: PolychromaticLM, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
-    top_k: int | None = None, top_p: float | None = None, stop_tokens: Collection[int] = (),
+    top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Continue prompts, one token of every row at a time: yields [B] int64, -1 in rows that have ended.
 
     tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
-    k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_tokens. A row longer
+    k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_ids. A row longer
     than block_size continues from its last block_size / 2 tokens. Raises ValueError for an empty prompt, and for a
     "sequence" router with prompts of different lengths.
     """
     rows, block_size = [list(map(int, row)) for row in tokens], model.config.block_size
     check_generation(model.config, rows, temperature, top_k, top_p)
-    stop = torch.tensor(sorted(stop_tokens), device=model.device)
+    stop = torch.tensor(sorted(stop_ids), device=model.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
-    cache, token, was_training = None, None, model.training
+    cache, token = None, None
+    was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
             if cache is None or cache.length == block_size:
-                # Read the prompts. When the cache is full, reread the recent half of every row that no longer fits.
-                rows = [row if len(row) <= block_size else row[-max(1, block_size // 2) :] for row in rows]
+                # Read the prompts. When the cache is full, start a new one from the recent half of each row that no
+                # longer fits; a row that has ended needs one token. A "sequence" router has no cache: it rereads all.
+                half = max(1, block_size // 2)
+                rows = [row[-half:] if len(row) > block_size else row for row in rows]
+                rows = [row[-1:] if done else row for row, done in zip(rows, ended)]
                 unread, doc_ids = pad_left(rows, model.device)
                 if not model.config.sees_future:
                     room = min(block_size, unread.size(1) + max_new_tokens - step)
@@ -121,7 +125,7 @@ def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None = None
 ) -> Tensor:
     """One token of every row of logits [B, V] -> [B] int64; arguments as generate()'s."""
-    if temperature < torch.finfo(torch.float32).tiny:  # 0, or what prepare_cpu() lets a CPU round to 0
+    if temperature < torch.finfo(torch.float32).tiny:  # 0, or too small to divide by in float32
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest stays at 0 at any temperature
     if top_k is not None and top_k < logits.size(-1):
@@ -206,18 +210,18 @@ def until_stop(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
 
 def generate_texts(
     model: PolychromaticLM, encoding: tiktoken.Encoding, prompts: list[list[int]], max_new_tokens: int,
-    stop_tokens: set[int], stop_texts: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
+    stop_ids: set[int], stop_texts: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
     top_p: float | None = None,
 ) -> list[str]:  # fmt: skip
     """Continue a batch of prompts (token ids), each up to a stop token or to where a stop text begins."""
     stops = [text.encode() for text in stop_texts if text]
     texts, unfinished = [b""] * len(prompts), set(range(len(prompts)))
-    for tokens in generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_tokens):
+    for tokens in generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids):
         tokens = tokens.tolist()
         for i in list(unfinished):
             if tokens[i] < encoding.eot_token:  # special tokens have no text
                 texts[i] += encoding.decode_single_token_bytes(tokens[i])
-            if tokens[i] in stop_tokens or any(stop in texts[i] for stop in stops):
+            if tokens[i] in stop_ids or any(stop in texts[i] for stop in stops):
                 unfinished.remove(i)
         if not unfinished:
             break

@@ -1,7 +1,5 @@
-"""Everything that must stay true: size, causality, documents, cache, loss, gradients, routing, data, schedules,
-kill and resume, error messages. The tests of extras/ are in extras/test_extras.py.
-
-python -m pytest -q -n 2
+"""Everything that must stay true: size, causality, documents, cache, loss, gradients, data, schedules, kill and
+resume, error messages. extras/test_extras.py tests extras/. To run both: python -m pytest -q -n 2
 """
 
 import contextlib
@@ -249,13 +247,15 @@ def test_greedy_generation_is_what_the_full_forward_would_choose_for_each_row_al
 
 
 def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
-    model, prompts = small_model(), random_tokens(4, 4).tolist()
-    free = generated(model, prompts, 12)
-    stop = free[0][3]
-    stopped = generated(model, prompts, 12, stop_tokens={stop})
+    model, prompts = small_model(block_size=16), [random_tokens(15).tolist(), *random_tokens(3, 4).tolist()]
+    free = generated(model, prompts, 30)
+    stop = free[0][0]
+    with mock.patch.object(sample, "KVCache", wraps=KVCache) as caches:
+        stopped = generated(model, prompts, 30, stop_ids={stop})
     for before, after in zip(free, stopped):
         end = before.index(stop) + 1 if stop in before else len(after)
         assert after == before[:end] + [-1] * (len(after) - end)
+    assert caches.call_count == 4  # a long row that has ended leaves the others their context
     next(sample.generate(model.train(), [[1, 2]], 5))
     assert model.training and list(sample.generate(model, [[1, 2]], 0)) == []
 
@@ -1298,7 +1298,7 @@ def test_a_text_ends_where_a_stop_begins_whichever_tokens_it_spans():
     model, encoding = small_model(), prepare_data.get_tokenizer("bytes")
     prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
     free = sample.generate_texts(model, encoding, prompts, 30, {256})
-    rows = generated(model, prompts, 30, stop_tokens={256})
+    rows = generated(model, prompts, 30, stop_ids={256})
     assert free == [bytes(t for t in row if 0 <= t < 256).decode(errors="replace") for row in rows]
     stop = next(match[0] for text in free if (match := re.search(r"[\0-\x7f]{2}", text[5:])))  # a token is a byte
     stopped = sample.generate_texts(model, encoding, prompts, 30, {256}, ["never written", stop])

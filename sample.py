@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import config
@@ -78,21 +79,21 @@ def note(message: str):
 def generate(
     model: PolychromaticLM, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
     top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
-    generator: torch.Generator | None = None,
+    end_of_text: int = -1, generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Continue prompts, one token of every row at a time: yields [B] int64, -1 in rows that have ended.
 
     tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
-    k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_ids. A row longer
-    than block_size continues from its last block_size / 2 tokens. Raises ValueError for an empty prompt, and for a
-    "sequence" router with prompts of different lengths.
+    k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_ids. After the token
+    end_of_text (-1: none) a new document starts, as in training. A row longer than block_size continues from its last
+    block_size / 2 tokens. Raises ValueError for an empty prompt, and for a "sequence" router with prompts of different
+    lengths.
     """
     rows, block_size = [list(map(int, row)) for row in tokens], model.config.block_size
     check_generation(model.config, rows, temperature, top_k, top_p)
     stop = torch.tensor(sorted(stop_ids), device=model.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
-    cache, token = None, None
-    was_training = model.training
+    cache, was_training = None, model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
@@ -102,13 +103,11 @@ def generate(
                 half = max(1, block_size // 2)
                 rows = [row[-half:] if len(row) > block_size else row for row in rows]
                 rows = [row[-1:] if done else row for row, done in zip(rows, ended)]
-                unread, doc_ids = pad_left(rows, model.device)
+                unread, doc_ids = pad_left(rows, end_of_text, model.device)
                 if not model.config.sees_future:
                     room = min(block_size, unread.size(1) + max_new_tokens - step)
                     cache = KVCache(model.config, len(rows), room, model.device, compute_dtype(model.embedding.weight))
-                logits = model(unread, doc_ids=doc_ids, cache=cache)
-            else:
-                logits = model(token[:, None], cache=cache)
+            logits = model(unread, doc_ids=doc_ids if doc_ids.any() else None, cache=cache)
             token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             yield torch.where(ended, -1, token)
             for row, new, has_ended in zip(rows, token.tolist(), ended.tolist()):
@@ -117,6 +116,8 @@ def generate(
             ended |= torch.isin(token, stop)
             if ended.all():
                 return
+            doc_ids = doc_ids[:, -1:] + (unread[:, -1:] == end_of_text)
+            unread = token[:, None]
     finally:
         model.train(was_training)
 
@@ -137,13 +138,12 @@ def sample_token(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Tokens [B, T] of rows of any length, and doc_ids in which the padding is document 0, or None without padding."""
+def pad_left(rows: list[list[int]], end_of_text: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and doc_ids [B, T] of rows of any length. A document starts after end_of_text and after padding."""
     longest = max(map(len, rows))
-    padding = [longest - len(row) for row in rows]
-    tokens = torch.tensor([[0] * n + row for n, row in zip(padding, rows)], device=device)
-    doc_ids = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
-    return tokens, doc_ids if any(padding) else None
+    tokens = torch.tensor([[-1] * (longest - len(row)) + row for row in rows], device=device)
+    starts = (tokens == -1) | (tokens == end_of_text)  # at the next token
+    return tokens.clamp_min(0), F.pad(starts[:, :-1].cumsum(1), (1, 0))
 
 
 def check_generation(config: ModelConfig, rows: list[list[int]], temperature: float, top_k, top_p):
@@ -188,7 +188,8 @@ def stream(
     """Continue token ids up to <|endoftext|> (in a chat, <|im_end|>); yields text once its bytes form characters."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = stop_tokens(encoding) if cfg.chat else {encoding.eot_token}
-    for token in generate(model, [ids], max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, ends):
+    settings = cfg.temperature, cfg.top_k, cfg.top_p, ends, encoding.eot_token
+    for token in generate(model, [ids], max_new_tokens, *settings):
         if token.item() not in ends:
             yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
     yield decoder.decode(b"", final=True)
@@ -216,7 +217,7 @@ def generate_texts(
     """Continue a batch of prompts (token ids), each up to a stop token or to where a stop text begins."""
     stops = [text.encode() for text in stop_texts if text]
     texts, unfinished = [b""] * len(prompts), set(range(len(prompts)))
-    for tokens in generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids):
+    for tokens in generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, encoding.eot_token):
         tokens = tokens.tolist()
         for i in list(unfinished):
             if tokens[i] < encoding.eot_token:  # special tokens have no text

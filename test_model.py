@@ -237,12 +237,14 @@ def test_greedy_generation_is_what_the_full_forward_would_choose_for_each_row_al
     model = small_model(**ROUTERS[router], block_size=16)
     lengths = [3, 11, 1, 7, 16, 40, 9] if router in CAUSAL else [5, 5]
     prompts = [random_tokens(length, seed=i).tolist() for i, length in enumerate(lengths)]
-    together = generated(model, prompts, 30)
-    assert together == [generated(model, [prompt], 30)[0] for prompt in prompts]
+    end = prompts[0][-1] = prompts[1][2] = 256  # documents end in two prompts
+    together = generated(model, prompts, 30, end_of_text=end)
+    assert together == [generated(model, [prompt], 30, end_of_text=end)[0] for prompt in prompts]
     for row, new in zip(prompts, together):
         for token in new:
             row = row[-8:] if len(row) > 16 else row
-            assert token == model(torch.tensor([row]))[0, -1].argmax()
+            ends = (torch.tensor([row]) == end).long()
+            assert token == model(torch.tensor([row]), doc_ids=ends.cumsum(1) - ends)[0, -1].argmax()
             row.append(token)
 
 
@@ -922,8 +924,7 @@ def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):
     """The first update of this run ruins the weights, and the second is the first to show it."""
     run = functools.partial(run_small, lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
     assert re.match("5 non-finite updates in a row; .*ckpt.pt is at step 0; lower --lr", error_of(run))
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert step_of(tmp_path) == 0 and log[-1]["skipped"] == 4
+    assert step_of(tmp_path) == 0 and read_log(tmp_path)[-1]["skipped"] == 4
     assert "skipped" not in run("--resume", lr=1e-3)
     message = error_of(run, "--overwrite", max_steps=3)
     assert re.match("the run ended in non-finite updates; .* at step 0; resume with a lower --lr", message)
@@ -1441,8 +1442,7 @@ def test_settings_come_from_defaults_then_files_then_flags(tmp_path):
     overrides = ["--mixture.math=0.55", "--mixture.stem=0.45", "--out_dir=7", "--activations=silu"]
     cfg = load(str(path), "--max_steps=1e3", "--compile", *overrides)
     assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.out_dir, cfg.activations) == (3e-4, 1000, True, "7", ("silu",))
-    assert cfg.mixture == {"math": 0.55, "stem": 0.45} and cfg.mixture_end is None
-    assert cfg.batch_size == 128
+    assert cfg.mixture == {"math": 0.55, "stem": 0.45} and cfg.mixture_end is None and cfg.batch_size == 128
 
 
 def test_a_bad_setting_is_one_line(monkeypatch):

@@ -29,6 +29,7 @@ def write_sample(model: PolychromaticLM, corpus: "Corpus", encoding) -> str:
     ids, length = corpus.prompt(), corpus.cfg.sample_tokens
     generator = torch.Generator(model.device).manual_seed(corpus.cfg.seed)
     with torch.compiler.set_stance("force_eager"):  # compiling the blocks for one token would take half a minute
-        ids += [t.item() for t in generate(model, [ids], length, 0.8, None, None, stop_tokens(encoding), generator)]
+        settings = 0.8, None, None, stop_tokens(encoding), encoding.eot_token, generator
+        ids += [token.item() for token in generate(model, [ids], length, *settings)]
     text = encoding.decode_bytes([i for i in ids if i < encoding.eot_token]).decode(errors="replace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -173,10 +173,10 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def check_routing(activations: Sequence[str], router_context: str, router_centred: bool):
     """Raise ValueError for routing that cannot be built."""
-    if not activations or len(set(activations)) < len(activations):
-        raise ValueError(f"activations are {activations}; name at least one, each once")
     if unknown := [name for name in activations if name not in ACTIVATIONS]:
         raise ValueError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
+    if not activations or len(set(activations)) < len(activations):
+        raise ValueError(f"activations are {activations}; name at least one, each once")
     if router_context not in ROUTER_CONTEXTS:
         raise ValueError(f"unknown router_context {router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
     if router_centred and router_context == "sequence":
@@ -196,7 +196,7 @@ def init_linear(module: nn.Module, std: float = 0.02):
 
 @dataclass
 class ModelConfig:
-    """The shape of a model; ValueError if it cannot be built. The defaults are those of PolychromaticLM, 597M."""
+    """The shape of a model, by default the 597M-parameter PolychromaticLM. Raises ValueError if it cannot be built."""
 
     block_size: int = 4096  # context, in tokens
     vocab_size: int = 151_669  # rows of the embedding
@@ -267,7 +267,7 @@ class Layout(NamedTuple):
 class LayerCache(NamedTuple):
     """Decoding state of one layer, updated in place."""
 
-    k: Tensor  # [B, n_kv_head, max_length, head_dim], and v
+    k: Tensor  # k and v: [B, n_kv_head, max_length, head_dim]
     v: Tensor
     router: Tensor  # [B, 1, router_hidden + K + 2]: the cache of PolyGLU
 
@@ -447,7 +447,7 @@ class PolychromaticLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):  # undoes the draws of the constructors, which depend on the routing
+        with torch.random.fork_rng(devices=[]):  # restores the RNG: how much is drawn here depends on the routing
             self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -491,8 +491,8 @@ class PolychromaticLM(nn.Module):
 
         tokens [B, T] int64. With targets [B, T] (-1: ignored): the mean cross-entropy in nats per token, [] float32.
         Else logits [B, T, vocab_size]; with a cache, those of the last position only, [B, 1, vocab_size].
-        doc_ids [B, T] int64, in contiguous runs: attention and the router stay inside each document. With a cache the
-        tokens continue the cached rows, without doc_ids in the same documents. Raises ValueError for too long a row.
+        doc_ids [B, T] int64, in contiguous runs: attention and a causal router stay inside each document. With a cache
+        the tokens continue the cached rows; without doc_ids, their last documents. Raises ValueError for a long row.
         """
         x = self.hidden(tokens, doc_ids, cache)
         if targets is None:

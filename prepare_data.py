@@ -451,15 +451,15 @@ def prepare_embedded(cfg: TinyConfig, corpus: str):
     generated = f"generated, {cfg.math_mb} MB, seed {seed}"
     libraries = f"docstrings of numpy {version('numpy')} and torch {version('torch')}"
     python = f"standard library of Python {sys.version.split()[0]}"
-    numbers = embedded.question_numbers
     domains = {  # share of a training step, source, documents, split key
-        "math": (0.5, generated, lambda: embedded.math_documents(seed, size), numbers),
+        "math": (0.5, generated, lambda: embedded.math_documents(seed, size), embedded.question_numbers),
         "stem": (0.25, libraries, lambda: embedded.without_repeats(embedded.stem_documents(), fraction), str),
         "code": (0.25, python, lambda: embedded.without_repeats(embedded.code_documents(), fraction), str),
     }
     if chat:
-        domains = {"chat": (1.0, generated, lambda: embedded.math_conversations(seed, size, fraction), numbers)}
-    sources = b"".join(Path(module).read_bytes() for module in (__file__, embedded.__file__))  # either may change
+        conversations = functools.partial(embedded.math_conversations, seed, size, fraction)
+        domains = {"chat": (1.0, generated, conversations, embedded.question_numbers)}
+    sources = b"".join(Path(path).read_bytes() for path in (__file__, embedded.__file__))  # either may change
     fingerprint = {"code": hashlib.blake2b(sources, digest_size=8).hexdigest()}
 
     def write(domain: str) -> dict:
@@ -680,13 +680,13 @@ CORPORA = {
 }  # fmt: skip
 
 
-def how_to_make(data_dir: str, tokenizer: str, advice: str = "make it") -> str:
+def how_to_make(data_dir: str, tokenizer: str, advice: str) -> str:
     """The command that makes the corpus in data_dir; for an unknown name, the list of corpora."""
     folder = Path(data_dir)
     if folder.name not in CORPORA:
         return f"prepare_data.py makes {', '.join(CORPORA)}"
     source = " --source=input.txt" if folder.name == "text" else ""
-    default = getattr(CORPORA[folder.name], "tokenizer", tokenizer)  # tiny has no choice
+    default = getattr(CORPORA[folder.name], "tokenizer", tokenizer)  # tiny and tiny_sft have no such setting
     source += f" --tokenizer={tokenizer}" if tokenizer != default else ""
     root = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
     return f"{advice}: python prepare_data.py {folder.name}{source}{root}"

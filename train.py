@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 from config import machine, runs
 from extras.routing import routing_stats
-from extras.weights import build_model, freeze, start_from
+from extras.weights import build_model, freeze, starting_model
 from model import ModelConfig, PolychromaticLM, set_tau
 
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
@@ -195,9 +195,7 @@ class Corpus:
                 raise ValueError(f"the mixture {mixture} must be shares of {', '.join(cfg.mixture)} that sum to 1")
 
     def how_to_make(self, advice: str = "make it again") -> str:
-        from prepare_data import how_to_make  # needs tiktoken, which training does not
-
-        return how_to_make(self.cfg.data_dir, self.cfg.tokenizer, advice)
+        return runs.how_to_make(self.cfg.data_dir, self.cfg.tokenizer, advice)
 
     def open_tokens(self, domain: str, split: str) -> np.ndarray:
         tokens = self.open_file(domain, f"{split}.bin", self.domains[domain][f"{split}_tokens"], self.dtype)
@@ -325,7 +323,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], device: torch.device):
     # checkpoint to resume, or model to start from
     checkpoint, model = runs.find_checkpoint(cfg), None
     if cfg.init_from and not checkpoint:
-        model = start_from(cfg)
+        model = starting_model(cfg)
 
     # data
     corpus = corpus_type(cfg)
@@ -379,7 +377,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             lock.enter_context(config.locked(folder))
 
     # model, data, optimizer
-    model, corpus, optimizer, saved, skipped, run_id = set_up(cfg, corpus_type, device)  # saved: the step of ckpt.pt
+    model, corpus, optimizer, saved, skipped, run_id = set_up(cfg, corpus_type, device)  # saved: step of ckpt.pt
     first_step, encoding = max(saved, 0), None
     if cfg.sample_tokens and is_main:
         from extras.samples import open_tokenizer, write_sample
@@ -403,8 +401,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         wandb_run = open_wandb(cfg.wandb, run_id, cfg.out_dir, dataclasses.asdict(cfg))
 
     def log(record: dict):
-        is_nan = {key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-        record = record | dict.fromkeys(is_nan)  # JSON has null instead
+        record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # JSON has null, but no NaN
         if is_main:
             with config.name_write_errors(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -163,7 +163,8 @@ def read_overrides(path: Path) -> list[tuple[int, str, object]]:
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, not a file of settings") from None
     except OSError:
-        near = difflib.get_close_matches(str(path), [str(p) for p in Path("config").rglob("*.py")], n=1)
+        files = [str(p) for p in Path("config").rglob("*.py") if p.stem not in ("__init__", "machine", "runs")]
+        near = difflib.get_close_matches(str(path), files, n=1)
         raise ValueError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else "")) from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise ValueError(f"{path}: not lines of `name = value` ({e})") from None

@@ -90,12 +90,22 @@ def read_log(folder: Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
+def how_to_make(data_dir: str, tokenizer: str, advice: str) -> str:
+    """What to say of a missing or damaged corpus: the command that makes it."""
+    try:
+        from prepare_data import how_to_make
+
+        return how_to_make(data_dir, tokenizer, advice)
+    except ImportError as e:  # training needs fewer packages than preparing data
+        return f"prepare_data.py makes it, and needs a package: pip install {e.name}"
+
+
 def rewind(folder: Path, step: int):
     """Remove from a run folder what lies after this step: lines of the log, and for a new run (-1) also ckpt.pt."""
     with name_write_errors(folder / "log.jsonl"):
         if step < 0:
             (folder / "ckpt.pt").unlink(missing_ok=True)  # first: a kill here must not leave it beside a new log
-        records = read_log(folder)
+        records = read_log(folder) if step >= 0 else []
         kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]  # evaluations run again
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))

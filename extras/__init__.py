@@ -1,1 +1,1 @@
-"""What goes beyond the reference: other layouts of weights, benchmark tasks, the cost of routing, the study."""
+"""What a first reader can skip: loading weights, routing measures, generated text, tasks, costs, the study."""

@@ -28,7 +28,7 @@ from config.machine import Ranks
 from config.runs import read_log
 from extras import bench, embedded, study
 from extras.routing import routing_stats
-from extras.weights import from_pretrained, push_to_hub, save_pretrained, upcycle
+from extras.weights import from_pretrained, push_to_hub, save_pretrained, starting_model, upcycle
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM, set_tau
 from test_model import (
     OUR_CODE,
@@ -55,7 +55,6 @@ from test_model import (
 )
 
 pytest_plugins = ["test_model"]  # its fixtures
-save_file = pytest.importorskip("safetensors.torch").save_file
 
 # --------------------------------------------------------------------------------------------------- weights in and out
 
@@ -148,12 +147,13 @@ def test_the_released_layout_loads_and_is_its_equations(layout, tau, tmp_path):
     path, tokens = tmp_path / f"step.{layout}", random_tokens(1, 30)
     theirs, state = released_model(tmp_path, tau)
     if layout == "safetensors":
-        save_file(state, path)
+        pytest.importorskip("safetensors.torch").save_file(state, path)
     else:
         compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
         torch.save({"model": compiled, "optimizer": {}, "scheduler": {}, "step": 5, "tau": tau}, path)
     ours, causal = from_pretrained(path).eval(), from_pretrained(path, router_context="prefix").eval()
     assert ours.config.router_context == "sequence" and not ours.config.gumbel and ours.config.tied_head
+    assert ours.config.tokenizer == "qwen3"
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     assert (causal(tokens) - ours(tokens)).abs().max() > 1e-3
 
@@ -184,6 +184,9 @@ def test_an_upcycled_run_learns_and_leaves_silu(corpus_dir, tmp_path):
     assert all(usage[2] > 0.99 for usage in first["routing"]["usage"])
     assert any(usage[2] < 0.9 for usage in last["routing"]["usage"])
     assert "resumed" in run_here({**settings, "max_steps": 51}, "--resume")
+    cfg = train.TrainConfig(**settings)
+    one, two = (starting_model(cfg).state_dict() for _ in range(2))  # new routers start from the run's seed
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_sampling_from_a_model_that_sees_the_future_says_why_it_is_slow(run_main, tmp_path):
@@ -238,7 +241,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         ({"embeddings.weight": None}, "no known layout; its first tensor is"),
     ]:
         state = {name: tensor for name, tensor in (released | change).items() if tensor is not None}
-        save_file(state, path)
+        pytest.importorskip("safetensors.torch").save_file(state, path)
         assert message in error_of(from_pretrained, path)
     path.write_bytes(b"x" * 100)
     assert "model.safetensors is damaged" in error_of(from_pretrained, path)
@@ -344,6 +347,22 @@ def test_tasks_that_sample_honour_temperature_top_k_and_top_p(harness):
         assert texts(do_sample=True, **narrow) == greedy, narrow
     assert texts(do_sample=True, top_k=0, top_p=1.0) == sampled  # both off
     assert all(0 < len(text) <= 3 for text in texts(max_gen_toks=None, max_new_tokens=3))
+
+
+@torch.no_grad()
+def test_log_likelihoods_are_those_of_each_request_alone(harness):
+    model = small_model()
+    lengths = ((9, 1), (40, 30), (1, 5))
+    requests = [(random_tokens(a, seed=a).tolist(), random_tokens(b, seed=b).tolist()) for a, b in lengths]
+    context = requests[0][0]
+    best = [int(model(torch.tensor([context]))[0, -1].argmax())]
+    requests += [(context, [7]), (context, best)]  # one-token continuations share a row
+    *results, greedy = harness.log_likelihoods(model, requests)
+    for (context, continuation), (nats, is_greedy) in zip(requests, results):
+        row = torch.tensor([(context + continuation)[-65:]])  # block_size + 1
+        log_p = model(row[:, :-1])[0].log_softmax(-1).gather(1, row[0, 1:, None])[-len(continuation) :]
+        assert nats == pytest.approx(log_p.sum().item(), abs=1e-4) and not is_greedy
+    assert greedy[1]
 
 
 @torch.no_grad()
@@ -588,12 +607,16 @@ def test_routing_measures_take_their_known_values(alpha, f, static, dynamic, usa
     model, full = small_model(n_layer=1, d_ff=16), math.log(4)
     set_tau(model, 1.0)
     model.blocks[0].ffn.alpha.data = alpha
-    model.blocks[0].ffn.router = lambda *inputs: f[None]  # beta * f, by token
+    model.blocks[0].ffn.dynamic_logits = lambda *inputs: f[None]  # beta * f, by token
     expected = {"static_entropy": static * full, "static_entropy_share": static, "usage": usage, "agreement": agreement}
     expected |= {"dynamic_entropy": dynamic * full, "dynamic_entropy_share": dynamic}
     expected |= {"input_dependence": dependence * full}
     stats = routing_stats(model, random_tokens(2, 16))
     assert stats == {name: [pytest.approx(value, abs=1e-5)] for name, value in expected.items()}
+
+
+def test_a_plain_glu_has_no_routing_measures():
+    assert routing_stats(small_model(activations=("silu",)), random_tokens(1, 8)) == {}
 
 
 def test_padding_takes_no_part_in_the_routing_measures(conversations):
@@ -695,6 +718,26 @@ def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
             assert worked.splitlines()[-2] not in steps, question  # nor is the calculation a step of another problem
     same = ("46 - 12", "x + 12 = 46", "Ada has 46 apples and loses 12.", "Ben has 46 coins and loses 12.")
     assert len(set(map(embedded.is_reserved, same))) == 1
+
+
+def test_problems_are_scored_by_their_last_line(monkeypatch):
+    assert evaluate.is_correct("1 + 1 = 2\nAnswer: 2\n", "2") and evaluate.is_correct("Answer: 2", "2")
+    assert not evaluate.is_correct("Answer: 2\nAnswer: 3", "2") and not evaluate.is_correct("Answer: 22", "2")
+    problems = list(embedded.problems(1, reserved=True, limit=40))
+    answers = [solution if i % 4 else "no idea" for i, (_, _, solution, _) in enumerate(problems)]
+    monkeypatch.setattr(evaluate, "answer_questions", lambda *_: answers)
+    results = evaluate.solve_problems(None, None, evaluate.EvalConfig(limit=40, problems=True))
+    n, n_correct = len(problems), len(answers) - answers.count("no idea")
+    interval = evaluate.wilson_interval(n_correct, n)
+    assert results["all"] == {"n": n, "exact_match": n_correct / n, "interval": interval}
+    assert results["addition"]["n"] == 40 and results.keys() == {*embedded.FAMILIES, "all"}
+
+
+def test_shares_have_wilsons_interval():
+    newcombe = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)]  # 1998, table I
+    for successes, n, low, high in [*newcombe, (0, 40, 0, 0.0876), (0, 0, 0, 1)]:
+        assert evaluate.wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+        assert evaluate.wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5) or n == 0
 
 
 # ---------------------------------------------------------------------------------------------------- samples and wandb

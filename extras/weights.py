@@ -1,4 +1,4 @@
-"""Weights to start from: the paper's release, Qwen3, model folders on disk or on the hub; upcycling, freezing, saving.
+"""Load and save models: our checkpoints, the paper's release, Qwen3, model folders, on disk or on the hub; upcycling.
 
 from extras.weights import from_pretrained
 model = from_pretrained("Qwen/Qwen3-0.6B-Base")
@@ -64,7 +64,7 @@ def build_model(model_config: ModelConfig, state: dict[str, Tensor], path: str |
     """A model with these weights. Raises ValueError, naming `path`, for a tensor that does not fit."""
     model = PolychromaticLM(model_config)
     expected, state = model.state_dict(), dict(state)
-    if "tau" in state:  # one temperature for all layers: other layouts, through extras.weights
+    if "tau" in state:  # one temperature for all layers: older checkpoints, the release, Qwen3
         state |= dict.fromkeys((name for name in expected if name.endswith(".tau")), state.pop("tau"))
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
@@ -223,10 +223,10 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged ({e})") from None
 
 
-def start_from(cfg) -> PolychromaticLM:
-    """The model of a run's init_from, upcycled if its settings name more activations. Seeds torch.
+def starting_model(cfg) -> PolychromaticLM:
+    """The model that cfg.init_from names, upcycled if cfg has more activations.
 
-    cfg takes over the shape of the model.
+    Copies its shape into cfg, and seeds torch.
     """
     source = from_pretrained(cfg.init_from, cfg.revision)
     inherit_shape(cfg, dataclasses.asdict(source.config), cfg.init_from)

@@ -401,6 +401,7 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with config.locked(folder):
+            verb = "replaced" if (folder / "meta.json").exists() else "wrote"
             counts = {name: write() for name, write in domains.items()}
             meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
             meta["dtype"] = np.min_scalar_type(encoding.max_token_value).name
@@ -408,7 +409,7 @@ def prepare(
             path = folder / "meta.json"
             earlier = path.read_bytes() if path.exists() else None  # publish() has removed it if a domain changed
             write_json(path, {**meta, "domains": counts})
-            outcome = f"{folder} is unchanged" if path.read_bytes() == earlier else f"wrote {folder}"
+            outcome = f"{folder} is unchanged" if path.read_bytes() == earlier else f"{verb} {folder}"
     except KeyboardInterrupt:
         raise ValueError("stopped; run the command again to resume") from None
     except OSError as e:
@@ -683,6 +684,8 @@ CORPORA = {
 def how_to_make(data_dir: str, tokenizer: str, advice: str) -> str:
     """The command that makes the corpus in data_dir; for an unknown name, the list of corpora."""
     folder = Path(data_dir)
+    if corpora := sorted(folder.glob("*/meta.json")):
+        return f"did you mean --data_dir={shlex.quote(str(corpora[0].parent))}?"
     if folder.name not in CORPORA:
         return f"prepare_data.py makes {', '.join(CORPORA)}"
     source = " --source=input.txt" if folder.name == "text" else ""

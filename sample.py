@@ -102,7 +102,7 @@ def generate(
                 # longer fits; a row that has ended needs one token. A "sequence" router has no cache: it rereads all.
                 half = max(1, block_size // 2)
                 rows = [row[-half:] if len(row) > block_size else row for row in rows]
-                rows = [row[-1:] if done else row for row, done in zip(rows, ended)]
+                rows = [row[-1:] if done else row for row, done in zip(rows, ended.tolist())]
                 unread, doc_ids = pad_left(rows, end_of_text, model.device)
                 if not model.config.sees_future:
                     room = min(block_size, unread.size(1) + max_new_tokens - step)

@@ -32,7 +32,7 @@ class SFTConfig(TrainConfig):
     lr: float = 2e-5  # peak learning rate
     warmup_steps: int = 100  # linear warm-up, then cosine decay to 0
     tau_start: float = 0.1  # routing temperature; stays where pretraining left it
-    tau_end: float = 0.1  # routing temperature at the last step
+    tau_end: float = 0.1  # routing temperature after the last step
     out_dir: str = "out/sft"  # the run folder
     init_from: str = "out/pretrain"  # model to start from: a run folder, a checkpoint, a Qwen3, ...
 

@@ -64,7 +64,7 @@ class TrainConfig(ModelConfig):
     frozen: tuple[str, ...] = ()  # parameters to freeze: names or parts of names, for example alpha
     # routing temperature
     tau_start: float = 1.0  # routing temperature at the first step
-    tau_end: float = 0.1  # routing temperature at the last step; linear in between
+    tau_end: float = 0.1  # routing temperature after the last step; linear in between
     # where a run starts and ends
     out_dir: str = "out/pretrain"  # the run folder
     init_from: str | None = None  # model to start from: a run folder, a checkpoint, a Qwen3, ...; None: random weights
@@ -320,17 +320,14 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], device: torch.device):
 
     Afterwards cfg is final: its shape is that of the checkpoint or init_from, a missing mixture that of the corpus.
     """
-    # checkpoint to resume, or model to start from
-    checkpoint, model = runs.find_checkpoint(cfg), None
-    if cfg.init_from and not checkpoint:
-        model = starting_model(cfg)
+    # checkpoint to resume, or model to start from; with init_from, its shape becomes that of cfg
+    checkpoint = runs.find_checkpoint(cfg)
+    model = starting_model(cfg) if cfg.init_from and not checkpoint else None
 
-    # data
+    # data, which sets cfg.mixture if there is none; only now can cfg be compared with the checkpoint's settings
     corpus = corpus_type(cfg)
-    for name, theirs in checkpoint["settings"].items() if checkpoint else ():
-        ours = getattr(cfg, name, theirs)
-        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
-            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+    if checkpoint:
+        runs.print_changes(checkpoint, cfg, corpus.domains)
 
     # model
     ckpt = Path(cfg.out_dir) / "ckpt.pt"
@@ -354,7 +351,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], device: torch.device):
     except ValueError as e:
         raise ValueError(f"{ckpt} cannot be resumed: {e}; start from its weights with --init_from") from None
     for group, settings in zip(optimizer.param_groups, ours):
-        group.update(settings)  # this run's settings override the checkpoint's
+        group.update(settings)  # this run's betas, weight decay and lr_scale, not the checkpoint's
     print(f"resumed {ckpt} at step {checkpoint['step']}")
     return model, corpus, optimizer, checkpoint["step"], checkpoint["skipped"], checkpoint["run_id"]
 
@@ -401,7 +398,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         wandb_run = open_wandb(cfg.wandb, run_id, cfg.out_dir, dataclasses.asdict(cfg))
 
     def log(record: dict):
-        record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # JSON has null, but no NaN
+        record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # NaN and Infinity become null
         if is_main:
             with config.name_write_errors(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -409,7 +406,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             wandb_run.log(record)
 
     machine.print_start(model, cfg, ranks, compiled)
-    ranks.wait()  # all ranks have read the run folder; from here on it changes
+    ranks.wait()  # all ranks have read the run folder; from here on it changes: --overwrite deletes the old run
     if is_main:
         runs.rewind(folder, saved)
         with config.name_write_errors(folder / "settings.json"):
@@ -425,13 +422,15 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             group["lr"] = lr * group["lr_scale"]
         set_tau(model, tau)
 
-        # save, unless the last update was not finite
-        save_due = step % cfg.save_interval == 0 or step == cfg.max_steps or stopping
+        # save, unless the last update was not finite: then the weights may be ruined already
+        overdue = step - saved > cfg.save_interval
+        save_due = step % cfg.save_interval == 0 or overdue or step == cfg.max_steps or stopping
         if save_due and step > saved and not skipped_in_a_row:
             saved = step
             state = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
                 "run_id": run_id, "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
+                "domains": corpus.domains,
             }  # fmt: skip
             if is_main:
                 with config.name_write_errors(ckpt, "; an earlier checkpoint, if there was one, is intact"):
@@ -473,7 +472,6 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         # clip and step
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         loss, stops = ranks.sum(loss, float(stop.requested))
-        stopping = stops > 0
         if math.isfinite(norm) and math.isfinite(loss):
             optimizer.step()
             skipped_in_a_row = 0
@@ -483,6 +481,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             if skipped_in_a_row == MAX_SKIPPED:
                 raise ValueError(f"{MAX_SKIPPED} non-finite updates in a row; {where_saved}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
+        stopping = stops > 0 and not skipped_in_a_row  # after a skipped update, only once one succeeds
 
         # log
         now, log_due = time.monotonic(), (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.max_steps

@@ -58,6 +58,16 @@ def find_checkpoint(cfg) -> dict | None:
     return checkpoint
 
 
+def print_changes(checkpoint: dict, cfg, domains: dict):
+    """Print what a resumed run changes: settings, and the data (the domains of meta.json)."""
+    for name, theirs in checkpoint["settings"].items():
+        ours = getattr(cfg, name, theirs)
+        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
+            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+    if checkpoint.get("domains", domains) != domains:
+        print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
+
+
 def inherit_shape(cfg, shape: dict, source: str | Path):
     """Copy the starting model's shape into cfg. Raises ValueError for an override that contradicts its weights."""
     free = {"block_size", "gumbel", "router_context", "router_centred", "tokenizer"}  # no weight depends on these
@@ -101,10 +111,12 @@ def how_to_make(data_dir: str, tokenizer: str, advice: str) -> str:
 
 
 def rewind(folder: Path, step: int):
-    """Remove from a run folder what lies after this step: lines of the log, and for a new run (-1) also ckpt.pt."""
+    """Remove from a run folder what lies after this step: lines of the log; for a new run (-1), all of an old one."""
     with name_write_errors(folder / "log.jsonl"):
         if step < 0:
-            (folder / "ckpt.pt").unlink(missing_ok=True)  # first: a kill here must not leave it beside a new log
+            # The checkpoint first: a kill here must not leave it beside a new log.
+            for name in ("ckpt.pt", "eval.json", "layers.png", "usage.png", "training.png"):
+                (folder / name).unlink(missing_ok=True)
         records = read_log(folder) if step >= 0 else []
         kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]  # evaluations run again
         text = "".join(json.dumps(record) + "\n" for record in kept)

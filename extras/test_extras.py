@@ -285,6 +285,18 @@ def harness():
         yield harness
 
 
+@torch.no_grad()
+def test_a_text_ends_where_a_stop_begins_whichever_tokens_it_spans():
+    model, encoding = small_model(), prepare_data.get_tokenizer("bytes")
+    prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
+    free = sample.generate_texts(model, encoding, prompts, 30, {256})
+    rows = generated(model, prompts, 30, stop_ids={256})
+    assert free == [bytes(t for t in row if 0 <= t < 256).decode(errors="replace") for row in rows]
+    stop = next(match[0] for text in free if (match := re.search(r"[\0-\x7f]{2}", text[5:])))  # a token is a byte
+    stopped = sample.generate_texts(model, encoding, prompts, 30, {256}, ["never written", stop])
+    assert stopped == [text.partition(stop)[0] for text in free] and stopped != free
+
+
 def qwen3_tokenizer(vocab: Path, **settings):
     """transformers' tokenizer of this vocabulary."""
     transformers, lines = pytest.importorskip("transformers"), (vocab.parent / "merges.txt").read_text().splitlines()

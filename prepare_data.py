@@ -681,20 +681,6 @@ CORPORA = {
 }  # fmt: skip
 
 
-def how_to_make(data_dir: str, tokenizer: str, advice: str) -> str:
-    """The command that makes the corpus in data_dir; for an unknown name, the list of corpora."""
-    folder = Path(data_dir)
-    if corpora := sorted(folder.glob("*/meta.json")):
-        return f"did you mean --data_dir={shlex.quote(str(corpora[0].parent))}?"
-    if folder.name not in CORPORA:
-        return f"prepare_data.py makes {', '.join(CORPORA)}"
-    source = " --source=input.txt" if folder.name == "text" else ""
-    default = getattr(CORPORA[folder.name], "tokenizer", tokenizer)  # tiny and tiny_sft have no such setting
-    source += f" --tokenizer={tokenizer}" if tokenizer != default else ""
-    root = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
-    return f"{advice}: python prepare_data.py {folder.name}{source}{root}"
-
-
 def main():
     corpus = sys.argv[1] if len(sys.argv) > 1 else None
     if corpus in ("--help", "-h"):

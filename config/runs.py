@@ -101,13 +101,21 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def how_to_make(data_dir: str, tokenizer: str, advice: str) -> str:
-    """What to say of a missing or damaged corpus: the command that makes it."""
+    """What to do about a missing or damaged corpus: name the one in this folder, or run the command that makes it."""
+    folder = Path(data_dir)
+    if corpora := sorted(folder.glob("*/meta.json")):
+        return f"did you mean --data_dir={shlex.quote(str(corpora[0].parent))}?"
     try:
-        from prepare_data import how_to_make
-
-        return how_to_make(data_dir, tokenizer, advice)
+        from prepare_data import CORPORA
     except ImportError as e:  # training needs fewer packages than preparing data
         return f"prepare_data.py makes it, and needs a package: pip install {e.name}"
+    if folder.name not in CORPORA:
+        return f"prepare_data.py makes {', '.join(CORPORA)}"
+    source = " --source=input.txt" if folder.name == "text" else ""
+    default = getattr(CORPORA[folder.name], "tokenizer", tokenizer)  # tiny and tiny_sft have no such setting
+    source += f" --tokenizer={tokenizer}" if tokenizer != default else ""
+    root = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
+    return f"{advice}: python prepare_data.py {folder.name}{source}{root}"
 
 
 def rewind(folder: Path, step: int):

@@ -163,25 +163,25 @@ def open_corpus(model: PolychromaticLM, cfg: EvalConfig, source: Path) -> Corpus
     return corpus_type(TrainConfig(**settings))
 
 
-def val_windows(corpus: Corpus, domain: str) -> Tensor:
-    """Windows evenly spread over a domain's val.bin: their tokens, targets and doc_ids, [n, 3, block_size] int64.
+def val_rows(corpus: Corpus, domain: str) -> Tensor:
+    """Rows evenly spread over a domain's val.bin: their tokens, targets and doc_ids, [n, 3, block_size] int64.
 
-    Unlike in training, a document keeps its id in every window that it spans.
+    Unlike in training, a document keeps its id in every row that it spans.
     """
     T, total = corpus.cfg.block_size, corpus.n_rows(domain, "val")
     chosen = np.linspace(0, total - 1, min(total, max(1, corpus.cfg.eval_tokens // T))).astype(np.int64)
-    windows = np.stack([corpus.row(domain, "val", index) for index in chosen])
+    rows = np.stack([corpus.row(domain, "val", index) for index in chosen])
     first_ids = chosen * T  # conversations lie whole in their rows, fewer than T in each
     if not isinstance(corpus, Conversations):
         ends = np.flatnonzero(corpus.tokens[domain]["val"] == corpus.end_of_text)
-        first_ids = np.searchsorted(ends, chosen * T)  # number of documents that end before the window
-    windows[:, 2] += first_ids[:, None]
-    return torch.from_numpy(windows)
+        first_ids = np.searchsorted(ends, chosen * T)  # number of documents that end before the row
+    rows[:, 2] += first_ids[:, None]
+    return torch.from_numpy(rows)
 
 
-def token_losses(model: PolychromaticLM, windows: Tensor) -> list[Tensor]:
-    """Loss in nats of every token of val_windows(), 0 where there is no target: [block_size] for each window."""
-    tokens, targets, doc_ids = windows.to(model.device).unbind(1)
+def token_losses(model: PolychromaticLM, rows: Tensor) -> list[Tensor]:
+    """Loss in nats of every token of val_rows(), 0 where there is no target: [block_size] for each row."""
+    tokens, targets, doc_ids = rows.to(model.device).unbind(1)
     chunks = zip(model.hidden(tokens, doc_ids).flatten(0, 1).split(1024), targets.flatten().split(1024))
     logits_and_targets = ((F.linear(hidden, model.head_weight).float(), target) for hidden, target in chunks)
     losses = [F.cross_entropy(*pair, ignore_index=-1, reduction="none") for pair in logits_and_targets]
@@ -189,13 +189,13 @@ def token_losses(model: PolychromaticLM, windows: Tensor) -> list[Tensor]:
 
 
 def measure_domains(model: PolychromaticLM, corpus: Corpus, batcher: Batcher) -> tuple[dict, dict[str, Tensor]]:
-    """{domain: its losses}, and {domain: some of its windows, evenly spread}, on which to measure the routing."""
+    """{domain: its losses}, and {domain: some of its rows, evenly spread}, on which to measure the routing."""
     results, samples, n_sample = {}, {}, max(1, ROUTING_TOKENS // model.config.block_size)
     for domain in corpus.cfg.mixture:
-        windows = val_windows(corpus, domain)
-        losses = torch.stack(batcher(lambda batch: token_losses(model, batch), windows, domain)).double()
-        is_target = windows[:, 1] >= 0
-        losses, documents = losses[is_target].numpy(), windows[:, 2][is_target].numpy()
+        rows = val_rows(corpus, domain)
+        losses = torch.stack(batcher(lambda batch: token_losses(model, batch), rows, domain)).double()
+        is_target = rows[:, 1] >= 0
+        losses, documents = losses[is_target].numpy(), rows[:, 2][is_target].numpy()
         nats, error = clustered_mean(losses, documents)
         results[domain] = {
             "documents": len(np.unique(documents)), "tokens": len(losses), "nats_per_token": nats,
@@ -203,7 +203,7 @@ def measure_domains(model: PolychromaticLM, corpus: Corpus, batcher: Batcher) ->
             "bits_per_byte_error": error and corpus.bits_per_byte(domain, error), "perplexity": math.exp(nats),
             "perplexity_error": error and math.exp(nats) * error,
         }  # fmt: skip
-        samples[domain] = windows[:: max(1, len(windows) // n_sample)][:n_sample]
+        samples[domain] = rows[:: max(1, len(rows) // n_sample)][:n_sample]
     return results, samples
 
 
@@ -244,9 +244,9 @@ def measure_routing(model: PolychromaticLM, corpus: Corpus, samples: dict[str, T
     """routing_stats() of each domain and of "all"; empty for a plain GLU."""
     if len(model.config.activations) == 1:
         return {}
-    stats, mixed = {}, torch.cat([windows[:: len(samples)] for windows in samples.values()])
-    for name, windows in {"all": mixed, **samples}.items():
-        tokens, targets, doc_ids = windows.to(model.device).unbind(1)
+    stats, mixed = {}, torch.cat([rows[:: len(samples)] for rows in samples.values()])
+    for name, rows in {"all": mixed, **samples}.items():
+        tokens, targets, doc_ids = rows.to(model.device).unbind(1)
         stats[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
     return stats
 

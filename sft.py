@@ -49,6 +49,8 @@ class Conversations(Corpus):
     without targets. The seed fixes the packing; Corpus orders the rows.
     """
 
+    sample_command = ("python", "sample.py", "--chat")
+
     def __init__(self, cfg: SFTConfig):
         self.masks, self.ends, self.packed = {}, {}, {}
         super().__init__(cfg)

@@ -1217,7 +1217,7 @@ def fine_tuned(unbroken, chat_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("sft")
     output = run_here(settings_from(unbroken, chat_dir, out_dir), script=sft)
     assert f"starting from the model of {unbroken}" in output and f"; {8 * 64:,} tokens a step" in output
-    assert re.search(r"step 12: sample: user\\nSay \d+ to \d\.\\nassistant\\n", output), output
+    assert re.search(r"step 12: sample: user\\nSay \d+ to \d\.\\nassistant\\n(?s:.*): python sample.py --chat ", output)
     assert re.search(r"step 0: static entropy.*agreement.*\n  step 12: static entropy .*usage.*dependence", output)
     return out_dir
 
@@ -1329,16 +1329,16 @@ def test_the_error_of_a_mean_loss_is_that_of_its_documents():
     assert evaluate.clustered_mean(np.ones(9), np.zeros(9, int)) == (1.0, None)
 
 
-def test_a_document_is_one_document_in_all_its_windows(corpus_dir):
+def test_a_document_is_one_document_in_all_its_rows(corpus_dir):
     corpus, some = (open_corpus(corpus_dir, eval_tokens=n_tokens) for n_tokens in (10**6, 5 * SMALL["block_size"]))
-    windows = evaluate.val_windows(corpus, "code")
-    tokens, _, doc_ids = windows.numpy().swapaxes(0, 1)
+    rows = evaluate.val_rows(corpus, "code")
+    tokens, _, doc_ids = rows.numpy().swapaxes(0, 1)
     assert tokens.ravel().tolist() == corpus.read("code", "val", 0, tokens.size).tolist()
     ends = tokens.ravel() == corpus.end_of_text
     assert doc_ids.ravel().tolist() == (ends.cumsum() - ends).tolist()
-    assert (np.diff(doc_ids, axis=1) == 0).all(1).any() and len(np.unique(doc_ids)) > 2  # longer ones than a window
-    chosen = np.linspace(0, len(windows) - 1, 5).astype(int)
-    assert torch.equal(evaluate.val_windows(some, "code"), windows[chosen])
+    assert (np.diff(doc_ids, axis=1) == 0).all(1).any() and len(np.unique(doc_ids)) > 2  # longer ones than a row
+    chosen = np.linspace(0, len(rows) - 1, 5).astype(int)
+    assert torch.equal(evaluate.val_rows(some, "code"), rows[chosen])
 
 
 @pytest.fixture()

@@ -50,8 +50,8 @@ class TrainConfig(ModelConfig):
     seed: int = 1337  # of the initial weights, the data order and the routing noise
     # steps
     max_steps: int = 19_531  # optimizer steps; the schedules span them
-    batch_size: int = 128  # sequences of block_size tokens in a step
-    micro_batch_size: int = 8  # sequences in one forward pass; divides batch_size; the data stay the same
+    batch_size: int = 128  # rows of block_size tokens in a step
+    micro_batch_size: int = 8  # rows in one forward pass; divides batch_size; the data stay the same
     # optimizer
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 2000  # linear warm-up, then cosine decay to 0
@@ -131,7 +131,7 @@ def get_mixture(step: int, cfg: TrainConfig) -> dict[str, float]:
 
 
 def quotas(cfg: TrainConfig) -> np.ndarray:
-    """Sequences of each domain in each step, [max_steps, domains] int64: shares of batch_size, rounded up or down.
+    """Rows of each domain in each step, [max_steps, domains] int64: shares of batch_size, rounded up or down.
 
     What rounding owes a domain carries over to the next steps (largest remainder).
     """
@@ -151,6 +151,8 @@ def quotas(cfg: TrainConfig) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------- data
 class Corpus:
     """A corpus of prepare_data.py. A step's batch depends on (seed, step) alone, so there is no state to save."""
+
+    sample_command = ("python", "sample.py")  # shows what a model trained on it writes
 
     def __init__(self, cfg: TrainConfig):
         """Sets cfg.mixture if it is None. Raises ValueError if the corpus is missing, damaged, or does not fit cfg."""
@@ -223,7 +225,7 @@ class Corpus:
         return (len(self.tokens[domain][split]) - 1) // self.cfg.block_size
 
     def row(self, domain: str, split: str, index: int) -> np.ndarray:
-        """Tokens of a window, its targets (the next tokens) and document ids: [3, block_size] int64."""
+        """Tokens, their targets (the next tokens) and document ids: [3, block_size] int64."""
         T = self.cfg.block_size
         window = self.read(domain, split, index * T, index * T + T + 1)
         ends = window[:-1] == self.end_of_text  # <|endoftext|> is the last token of its document
@@ -454,7 +456,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         if step == cfg.max_steps:
             if saved < step:
                 raise ValueError(f"the run ended in non-finite updates; {where_saved}; resume with a lower --lr")
-            command = shlex.join(["python", "sample.py", cfg.out_dir])
+            command = shlex.join([*corpus.sample_command, cfg.out_dir])
             print(f"done; {where_saved}. Read what it writes: {command}")
             break
 

@@ -145,6 +145,7 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
 def check_runs(runs: list[Run]):
     """Find errors before the first run, not after hours. Raises ValueError."""
     first = runs[0].settings
+    estimate([0, 1])  # whether its package is installed
     for run in runs:
         train.Corpus(run.settings)
         if set(run.settings.mixture) != set(first.mixture):
@@ -270,26 +271,6 @@ def with_mean(bits_per_byte: dict[str, float]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def two_sided_p(t: float, df: int) -> float:
-    """P(|T| >= |t|) of Student's t with df degrees of freedom (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4)."""
-    theta, odd = math.atan(abs(t) / math.sqrt(df)), df % 2
-    series, term = 0.0, math.cos(theta) if odd else 1.0
-    for k in range(1 + odd, df, 2):
-        series += term
-        term *= k / (k + 1) * math.cos(theta) ** 2
-    inside = math.sin(theta) * series
-    return max(0.0, 1 - (2 / math.pi * (theta + inside) if odd else inside))
-
-
-def t_quantile(df: int) -> float:
-    """The t that |T| exceeds with probability 5%."""
-    low, high = 0.0, 16.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided_p(middle, df) > 0.05 else (low, middle)
-    return high
-
-
 def holm(p: Sequence[float]) -> list[float]:
     """p adjusted for the number of tests (Holm, 1979): the smallest times n, the next times n - 1, never falling."""
     adjusted, largest = [0.0] * len(p), 0.0
@@ -300,12 +281,16 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def estimate(values: Sequence[float]) -> dict:
     """Mean of independent values, its 95% t-interval and the two-sided p of a mean of 0; None for a single value."""
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise ValueError("the study's statistics need a package: pip install scipy") from None
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return {"mean": mean, "interval": None, "p": None}
     error = max(statistics.stdev(values) / math.sqrt(n), 1e-300)
-    half = t_quantile(n - 1) * error
-    return {"mean": mean, "interval": [mean - half, mean + half], "p": two_sided_p(mean / error, n - 1)}
+    low, high = t.interval(0.95, n - 1, mean, error)
+    return {"mean": mean, "interval": [float(low), float(high)], "p": float(2 * t.sf(abs(mean) / error, n - 1))}
 
 
 def summarize(results: list[dict]) -> dict:

@@ -489,13 +489,13 @@ def test_a_study_plans_the_most_important_runs_first_and_its_variants_differ_in_
     assert [run.settings.lr / runs[0].settings.lr for run in runs] == 8 * [1] + 2 * [0.5, 2]
 
 
-def test_students_t_and_holm_are_those_of_the_tables():
-    for df, t in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)):
-        assert study.t_quantile(df) == pytest.approx(t, abs=5e-5)
-    for df, t, p in ((1, 1, 0.5), (2, 2**0.5, 1 - 0.5**0.5), (4, 5, 0.00749043), (5, -1, 0.3632175)):
-        assert study.two_sided_p(t, df) == pytest.approx(p, abs=5e-8)
+def test_estimates_of_equal_values_and_holms_correction_are_exact(monkeypatch):
+    assert study.estimate([2.0, 2.0]) == {"mean": 2, "interval": [2, 2], "p": 0}
+    assert study.estimate([0.0, 0.0]) == {"mean": 0, "interval": pytest.approx([0, 0], abs=1e-200), "p": 1}
     assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert study.holm([0.9, 0.5]) == [1, 1] and study.holm([]) == []
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert error_of(study.estimate, [0, 1]) == "the study's statistics need a package: pip install scipy"
 
 
 def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(capsys):

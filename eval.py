@@ -142,7 +142,7 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
 
 def open_corpus(model: PolychromaticLM, cfg: EvalConfig, source: Path) -> Corpus:
     """The corpus of cfg, else the one that the model was trained on. Raises ValueError if it cannot be used."""
-    settings, corpus_type, domains = {}, Corpus, ["math"]
+    settings, corpus_type, domains = {}, Corpus, cfg.domains or ["math"]
     with contextlib.suppress(OSError, ValueError):  # weights without a run have no settings
         settings = load_checkpoint(source).get("settings", {})
     folder = cfg.data_dir or settings.get("data_dir")

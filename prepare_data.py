@@ -519,6 +519,8 @@ def read_rows(name: str, arguments: dict, state: dict | None) -> Iterator[tuple[
 
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    if "data_files" in arguments:  # names, but load_dataset() takes patterns
+        arguments = {**arguments, "data_files": [*map(glob.escape, arguments["data_files"])]}
     try:
         rows = datasets.load_dataset(**arguments, streaming=True)
         if state:
@@ -612,7 +614,7 @@ def read_texts(files: list[str], cfg: TextConfig) -> Iterator[str]:
         if reader == "text":
             yield read_text(file, cfg.encoding)
             continue
-        for rows, _ in read_rows(file, {"path": reader, "data_files": glob.escape(file), "split": "train"}, None):
+        for rows, _ in read_rows(file, {"path": reader, "data_files": [file], "split": "train"}, None):
             if cfg.text_field not in rows:
                 names = ", ".join(rows)
                 raise ValueError(f"{file} has no field {cfg.text_field!r} but {names}; name one: --text_field=")

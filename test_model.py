@@ -1147,7 +1147,7 @@ def chat_arguments(source: Path) -> list[str]:
 def chat_dir(tmp_path_factory) -> Path:
     """Conversations of up to 64 tokens, prepared from a file."""
     folder = tmp_path_factory.mktemp("chat")
-    arguments = chat_arguments(write_chat_source(folder / "chat.jsonl"))
+    arguments = chat_arguments(write_chat_source(folder / "a[1].jsonl").with_name("*.jsonl"))  # a name, not a pattern
     printed = run_here({}, *arguments, f"--data_dir={folder}", script=prepare_data)
     assert re.search(r"^chat: \d+ cut to 65 tokens$", printed, re.M)
     for fault in ("no answer within 65 tokens", "no assistant message", "the role 'tool', not one of system, user"):
@@ -1415,13 +1415,13 @@ def test_what_evaluation_lacks_is_named(unbroken, tmp_path, monkeypatch):
 def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir):
     for flag, message in {
         "--init_from=absent": "no checkpoint at absent",
-        "--data_dir=absent": "no data in absent; prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
+        "--data_dir=absent --domains=a": "no data in absent; prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
         "--domains=math,art": f"{corpus_dir} has no domain 'art'; there are math, stem, code",
         "--batch_size=many": "batch_size is 'many'; it must be auto or a number",
         "--batch_size=0": "batch_size is 0; it must lie in 1..",
         "--max_tokens=0": "max_tokens is 0; it must lie in 1..",
     }.items():
-        assert error_of(run_here, {"init_from": unbroken}, flag, script=evaluate).startswith(message)
+        assert error_of(run_here, {"init_from": unbroken}, *flag.split(), script=evaluate).startswith(message)
 
 
 # ---------------------------------------------------------------------------------------------------- 9. error messages

@@ -25,16 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import config
-from config.machine import pick_device, prepare_cpu
-from config.runs import load_checkpoint, newest_checkpoint, read_log
+from common.data import Conversations, Corpus
+from common.generate import generate_texts
+from common.routing import routing_stats
+from common.run import load_checkpoint, newest_checkpoint, pick_device, prepare_cpu, read_log, write_json
+from common.settings import check_range, load, run
+from common.tokenizer import encode_chat, get_tokenizer, stop_tokens
 from extras.embedded import FAMILIES, problems
-from extras.routing import routing_stats, save_plots
+from extras.plots import save_plots
 from model import PolychromaticLM
-from prepare_data import encode_chat, get_tokenizer, stop_tokens
-from sample import generate_texts, inference_dtype, open_model
-from sft import Conversations
-from train import Corpus, TrainConfig
+from sample import inference_dtype, open_model
+from train import TrainConfig
 
 ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
 
@@ -67,15 +68,15 @@ class EvalConfig:
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
 
     def __post_init__(self):
-        config.check_range(self, 0, 2**63 - 1, "seed")
+        check_range(self, 0, 2**63 - 1, "seed")
         if self.limit is not None:  # a family has fewer than 1,000 held-out problems
-            config.check_range(self, 1, 1000 if self.problems else 2**40, "limit")
+            check_range(self, 1, 1000 if self.problems else 2**40, "limit")
         if self.max_tokens is not None:
-            config.check_range(self, 1, 2**40, "max_tokens")
+            check_range(self, 1, 2**40, "max_tokens")
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ValueError(f"batch_size is {self.batch_size!r}; it must be auto or a number")
         if self.batch_size != "auto":
-            config.check_range(self, 1, 2**20, "batch_size")
+            check_range(self, 1, 2**20, "batch_size")
 
 
 class Batcher:
@@ -352,7 +353,7 @@ def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dic
 
 
 def main():
-    cfg = config.load(EvalConfig)
+    cfg = load(EvalConfig)
     prepare_cpu()
     source, device = Path(cfg.init_from or newest_checkpoint()), pick_device(cfg.device)
     dtype = inference_dtype(cfg.dtype, device)
@@ -369,22 +370,22 @@ def main():
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if corpus:
             report(model, cfg, corpus, results, folder)
-            config.write_json(file, results)
+            write_json(file, results)
         if cfg.problems:
             results["problems"] = solve_problems(model, encoding, cfg)
             print_problems(results["problems"])
-            config.write_json(file, results)
+            write_json(file, results)
         if cfg.tasks:
             from extras.harness import run_tasks, task_table
 
             finished = results.setdefault("tasks", {})
             for name, result in run_tasks(model, encoding, Batcher(model, cfg.batch_size), cfg, str(dtype), finished):
                 finished[name] = result
-                config.write_json(file, results)  # a killed run resumes after the last finished task
+                write_json(file, results)  # a killed run resumes after the last finished task
             print("\nBenchmark tasks, accuracy in percent; the scores of the other models are the paper's")
             print_table(task_table(finished, cfg.tasks))
     print(f"numbers: {file}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -32,17 +32,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import config
+import common.generate as generation
+import common.settings as config
 import eval as evaluate
 import prepare_data
 import sample
 import sft
 import train
-from config import machine
-from config.machine import Ranks, estimate_memory, flops_per_token, pick_device, print_start
-from config.runs import load_checkpoint, newest_checkpoint, read_log, rewind
+from common import data, tokenizer
+from common import run as machine
+from common.run import (
+    Ranks,
+    estimate_memory,
+    flops_per_token,
+    load_checkpoint,
+    newest_checkpoint,
+    pick_device,
+    print_start,
+    read_log,
+    rewind,
+)
+from common.weights import from_pretrained, save_pretrained
 from extras import bench, embedded, study
-from extras.weights import from_pretrained, save_pretrained
 from model import (
     ROUTER_CONTEXTS,
     KVCache,
@@ -228,7 +239,9 @@ def test_decoding_asks_for_no_grouped_queries_with_a_mask():
 
 
 def generated(model: PolychromaticLM, prompts, steps: int, **settings) -> list[list[int]]:
-    return torch.stack(list(sample.generate(model, prompts, steps, **{"temperature": 0, **settings})), dim=1).tolist()
+    return torch.stack(
+        list(generation.generate(model, prompts, steps, **{"temperature": 0, **settings})), dim=1
+    ).tolist()
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -252,14 +265,14 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
     model, prompts = small_model(block_size=16), [random_tokens(15).tolist(), *random_tokens(3, 4).tolist()]
     free = generated(model, prompts, 30)
     stop = free[0][0]
-    with mock.patch.object(sample, "KVCache", wraps=KVCache) as caches:
+    with mock.patch.object(generation, "KVCache", wraps=KVCache) as caches:
         stopped = generated(model, prompts, 30, stop_ids={stop})
     for before, after in zip(free, stopped):
         end = before.index(stop) + 1 if stop in before else len(after)
         assert after == before[:end] + [-1] * (len(after) - end)
     assert caches.call_count == 4  # a long row that has ended leaves the others their context
-    next(sample.generate(model.train(), [[1, 2]], 5))
-    assert model.training and list(sample.generate(model, [[1, 2]], 0)) == []
+    next(generation.generate(model.train(), [[1, 2]], 5))
+    assert model.training and list(generation.generate(model, [[1, 2]], 0)) == []
 
 
 def test_top_k_top_p_and_a_low_temperature_leave_out_the_unlikely():
@@ -273,7 +286,7 @@ def test_top_k_top_p_and_a_low_temperature_leave_out_the_unlikely():
         (2e-38, None, None, [1, 0, 0, 0]),
         (1e-38, None, None, [1, 0, 0, 0]),
     ):
-        tokens = sample.sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+        tokens = generation.sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
         shares = (tokens.bincount(minlength=4) / 4000).tolist()
         assert shares == [pytest.approx(p, abs=0.03 if p else 0) for p in expected]
 
@@ -495,12 +508,12 @@ OUR_CODE = "".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
 def small_vocab(tmp_path_factory) -> Path:
     """A byte-level BPE vocabulary in Qwen3's format, trained here on this repository's own text."""
     tokenizers, folder = pytest.importorskip("tokenizers"), tmp_path_factory.mktemp("vocab")
-    tokenizer, splits = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
-    by_pattern = splits.Split(tokenizers.Regex(prepare_data.QWEN3_PATTERN), "isolated")
-    tokenizer.pre_tokenizer = splits.Sequence([by_pattern, splits.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe, splits = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    by_pattern = splits.Split(tokenizers.Regex(tokenizer.QWEN3_PATTERN), "isolated")
+    bpe.pre_tokenizer = splits.Sequence([by_pattern, splits.ByteLevel(add_prefix_space=False, use_regex=False)])
     settings = dict(vocab_size=2000, initial_alphabet=splits.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator([OUR_CODE + 50 * SAMPLE], tokenizers.trainers.BpeTrainer(**settings))
-    tokenizer.model.save(str(folder))
+    bpe.train_from_iterator([OUR_CODE + 50 * SAMPLE], tokenizers.trainers.BpeTrainer(**settings))
+    bpe.model.save(str(folder))
     return folder / "vocab.json"
 
 
@@ -515,11 +528,11 @@ def gpt2_vocab(small_vocab, tmp_path_factory) -> Path:
 def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_vocab, gpt2_vocab):
     n_ranks, vocabs = len(json.loads(small_vocab.read_text())), {"gpt2": str(gpt2_vocab), "qwen3": str(small_vocab)}
     for name, first, n_special in (("bytes", 256, 3), ("gpt2", n_ranks, 3), ("qwen3", n_ranks, 26)):
-        encoding = prepare_data.get_tokenizer(name, vocabs.get(name))
+        encoding = tokenizer.get_tokenizer(name, vocabs.get(name))
         assert (encoding.eot_token, encoding.n_vocab) == (first, first + n_special)
-        specials = [encoding.encode_single_token(special) for special in prepare_data.QWEN3_SPECIALS[:n_special]]
+        specials = [encoding.encode_single_token(special) for special in tokenizer.QWEN3_SPECIALS[:n_special]]
         assert specials == list(range(first, encoding.n_vocab))
-        ids = prepare_data.encode(encoding, SAMPLE)
+        ids = tokenizer.encode(encoding, SAMPLE)
         expected = unicodedata.normalize("NFC", SAMPLE) if name == "qwen3" else SAMPLE
         assert ids.max() < first and encoding.decode(ids.tolist()) == expected
 
@@ -527,7 +540,7 @@ def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_voc
 def write_documents(folder: Path, documents: list[str], val_fraction: float) -> dict:
     source = prepare_data.Source("test", lambda state: prepare_data.in_batches(documents, state), {})
     cfg = prepare_data.PrepareConfig(val_fraction=val_fraction)
-    return prepare_data.write_domain(folder, cfg, prepare_data.get_tokenizer("bytes"), source)
+    return prepare_data.write_domain(folder, cfg, tokenizer.get_tokenizer("bytes"), source)
 
 
 def split_texts(folder: Path) -> dict[str, list[str]]:
@@ -726,7 +739,7 @@ def corpus_dir(tmp_path_factory) -> Path:
     for name, (alphabet, size) in alphabets.items():
         documents = ["".join(rng.choices(alphabet, k=rng.randint(20, 200))) for _ in range(size)]
         domains[name] = functools.partial(write_documents, folder / name, documents, val_fraction=0.2)
-    prepare_data.prepare(folder, prepare_data.get_tokenizer("bytes"), domains)
+    prepare_data.prepare(folder, tokenizer.get_tokenizer("bytes"), domains)
     return folder
 
 
@@ -738,8 +751,8 @@ def run_settings(corpus_dir: Path, out_dir: Path, **overrides) -> dict:
     }  # fmt: skip
 
 
-def open_corpus(corpus_dir: Path, **overrides) -> train.Corpus:
-    return train.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", **overrides)))
+def open_corpus(corpus_dir: Path, **overrides) -> data.Corpus:
+    return data.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", **overrides)))
 
 
 def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(corpus_dir):
@@ -764,7 +777,7 @@ def test_batches_depend_on_seed_and_step_alone(corpus_dir):
 def test_every_step_is_within_one_sequence_of_its_mixture(batch_size):
     cfg = train.TrainConfig(max_steps=500, batch_size=batch_size, mixture={"math": 0.7, "stem": 0.25, "code": 0.05})
     cfg.mixture_end = {"math": 0.85, "stem": 0.1, "code": 0.05}
-    table, shares = train.quotas(cfg), [list(train.get_mixture(step, cfg).values()) for step in range(500)]
+    table, shares = data.quotas(cfg), [list(data.get_mixture(step, cfg).values()) for step in range(500)]
     excess = table - np.array(shares) * batch_size
     assert (table.sum(1) == batch_size).all() and (table >= 0).all() and np.abs(excess).max() <= 1
     assert np.abs(excess.cumsum(0)).max() <= 2  # small shares are not starved
@@ -785,8 +798,8 @@ def test_the_default_settings_and_schedules_are_the_papers():
     mixed = config.load(train.TrainConfig, [f"{ROOT}/config/pretrain.py"])
     assert dataclasses.replace(mixed, mixture=None, mixture_end=None) == cfg
     mixed.max_steps = 500
-    assert train.get_mixture(0, mixed) == train.get_mixture(399, mixed) == {"math": 0.7, "stem": 0.25, "code": 0.05}
-    assert train.get_mixture(499, mixed) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
+    assert data.get_mixture(0, mixed) == data.get_mixture(399, mixed) == {"math": 0.7, "stem": 0.25, "code": 0.05}
+    assert data.get_mixture(499, mixed) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
     assert config.load(sft.SFTConfig, [f"{ROOT}/config/sft.py"]) == sft.SFTConfig()
 
 
@@ -800,7 +813,7 @@ def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir
     named = damage_corpus(corpus_dir, tmp_path / "named", domains=counts)
     assert open_corpus(named).cfg.mixture == {"math": 0.5, "stem": 0.25, "code": 0.25}
     cfg = config.load(train.TrainConfig, [*flags(run_settings(named, "x")), "--mixture.code=1"])
-    assert train.Corpus(cfg).cfg.mixture == {"code": 1.0} and cfg.mixture_end is None
+    assert data.Corpus(cfg).cfg.mixture == {"code": 1.0} and cfg.mixture_end is None
 
 
 # --------------------------------------------------------------------------------------------------- 8. kill and resume
@@ -964,9 +977,9 @@ def test_frozen_parameters_and_those_of_rate_0_stay_as_they_are(flag, kept, run_
 
 
 def test_the_first_step_and_evaluations_do_not_count_in_the_throughput(run_small, tmp_path, monkeypatch):
-    batch, evaluate, seconds = train.Corpus.batch, train.evaluate, []
+    batch, evaluate, seconds = data.Corpus.batch, train.evaluate, []
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: sum(seconds)))
-    monkeypatch.setattr(train.Corpus, "batch", lambda *a: seconds.append(2 if a[1] else 99) or batch(*a))
+    monkeypatch.setattr(data.Corpus, "batch", lambda *a: seconds.append(2 if a[1] else 99) or batch(*a))
     monkeypatch.setattr(train, "evaluate", lambda *a: seconds.append(1000) or evaluate(*a))
     run_small(log_interval=4)
     assert [line["tokens_per_second"] for line in losses_of(tmp_path)] == [8 * 64 / 2] * 3
@@ -1020,7 +1033,7 @@ def test_two_processes_never_write_to_one_folder(corpus_dir, tmp_path):
     folder, preparation = tmp_path / "tiny", ["prepare_data.py", "tiny", f"--data_dir={tmp_path}"]
     runs = [command_of(run_settings(corpus_dir, folder), script=script) for script in ("train.py", "sft.py")]
     folder.mkdir()
-    with config.locked(folder):
+    with machine.locked(folder):
         for command in (*runs, preparation):
             assert_one_line(run_script(*command), "another process is writing to", "tiny; wait")
     assert {path.name for path in tmp_path.rglob("*")} == {"tiny", ".lock"}
@@ -1079,12 +1092,12 @@ def messages(*turns: str) -> list[dict[str, str]]:
 
 @pytest.fixture(params=["bytes", "qwen3"])
 def chat_encoding(request, small_vocab):
-    return prepare_data.get_tokenizer(request.param, str(small_vocab))
+    return tokenizer.get_tokenizer(request.param, str(small_vocab))
 
 
 def test_a_conversation_is_chatml_with_loss_on_the_assistants_words(chat_encoding):
     said = [{"role": "system", "content": "Be brief."}, *messages("1+1?", "2", "and 2+2?", "4\n")]
-    ids, mask = prepare_data.encode_chat(chat_encoding, said)
+    ids, mask = tokenizer.encode_chat(chat_encoding, said)
     assert ids.dtype == np.uint32 and mask.dtype == np.uint8 and len(ids) == len(mask)
     assert chat_encoding.decode(ids.tolist()) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -1092,7 +1105,7 @@ def test_a_conversation_is_chatml_with_loss_on_the_assistants_words(chat_encodin
         "<|im_start|>user\nand 2+2?<|im_end|>\n<|im_start|>assistant\n4\n<|im_end|>\n<|endoftext|>"
     )
     assert chat_encoding.decode(ids[mask == 1].tolist()) == "2<|im_end|>\n4\n<|im_end|>\n"
-    opened, mask = prepare_data.encode_chat(chat_encoding, said[:2], reply=True)
+    opened, mask = tokenizer.encode_chat(chat_encoding, said[:2], reply=True)
     assert chat_encoding.decode(opened.tolist()).endswith("1+1?<|im_end|>\n<|im_start|>assistant\n") and not mask.any()
 
 
@@ -1102,7 +1115,7 @@ def test_any_text_in_a_message_comes_back_and_cannot_end_its_turn(chat_encoding)
     texts += ["no", SAMPLE, "x" + " " * 1_200_000 + "y"]  # more spaces than the pattern can take at once
     texts += ["".join(map(chr, (rng.randrange(0x110000) for _ in range(rng.randint(0, 200))))) for _ in range(100)]
     for text in texts:
-        ids, mask = prepare_data.encode_chat(chat_encoding, messages(forged, text))
+        ids, mask = tokenizer.encode_chat(chat_encoding, messages(forged, text))
         specials = chat_encoding.decode(ids[ids >= chat_encoding.eot_token].tolist())
         assert specials == "<|im_start|><|im_end|><|im_start|><|im_end|><|endoftext|>"
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -1111,7 +1124,7 @@ def test_any_text_in_a_message_comes_back_and_cannot_end_its_turn(chat_encoding)
 
 
 def test_what_is_no_conversation_is_left_out_and_named():
-    encoding, roles = prepare_data.get_tokenizer("bytes"), "not one of system, user, assistant"
+    encoding, roles = tokenizer.get_tokenizer("bytes"), "not one of system, user, assistant"
     for fault, conversations in {
         "no messages": [[]],
         f"the role 'tool', {roles}": [[{"role": "tool", "content": "x"}]],
@@ -1123,7 +1136,7 @@ def test_what_is_no_conversation_is_left_out_and_named():
         for said in conversations:
             assert prepare_data.encode_conversation(encoding, 64, said).note == f"left out: {fault}"
             if fault not in ("messages that are not a list", "an assistant message without text"):
-                assert error_of(prepare_data.encode_chat, encoding, said) == fault
+                assert error_of(tokenizer.encode_chat, encoding, said) == fault
 
 
 def write_chat_source(path: Path, n: int = 300) -> Path:
@@ -1166,7 +1179,7 @@ def read_conversations(folder: Path, split: str) -> list[tuple[np.ndarray, np.nd
 
 def test_prepared_conversations_keep_their_masks_and_those_of_one_question_are_in_one_split(chat_dir):
     meta = json.loads((chat_dir / "meta.json").read_text())["domains"]["chat"]
-    asked, decode = {}, prepare_data.get_tokenizer("bytes").decode
+    asked, decode = {}, tokenizer.get_tokenizer("bytes").decode
     for split in ("train", "val"):
         conversations = read_conversations(chat_dir, split)
         assert sum(len(ids) for ids, _ in conversations) == meta[f"{split}_tokens"]
@@ -1182,7 +1195,7 @@ def test_prepared_conversations_keep_their_masks_and_those_of_one_question_are_i
 
 def test_packing_puts_every_piece_in_one_row_and_wastes_little():
     lengths = np.random.default_rng(0).integers(20, 900, 2000)
-    rows = sft.pack(lengths, 1000)
+    rows = data.pack(lengths, 1000)
     assert sorted(i for row in rows for i in row) == list(range(2000))
     assert all(lengths[row].sum() <= 1000 for row in rows) and len(rows) < 1.05 * lengths.sum() / 1000
 
@@ -1194,8 +1207,8 @@ def settings_from(init: Path, corpus_dir: Path, out_dir: Path, **overrides) -> d
 
 
 @pytest.fixture(scope="module")
-def conversations(chat_dir) -> sft.Conversations:
-    return sft.Conversations(sft.SFTConfig(**settings_from("x", chat_dir, "x", **{**SMALL, "block_size": 128})))
+def conversations(chat_dir) -> data.Conversations:
+    return data.Conversations(sft.SFTConfig(**settings_from("x", chat_dir, "x", **{**SMALL, "block_size": 128})))
 
 
 def test_rows_hold_whole_conversations_each_visited_once_in_an_epoch_and_learn_the_answers(conversations, chat_dir):
@@ -1255,11 +1268,11 @@ def test_a_run_is_the_plain_training_loop(recompute, unbroken, chat_dir, tmp_pat
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
         set_tau(model, tau)
-        rows, loss = sft.Conversations(cfg).batch(step), torch.zeros(())
+        rows, loss = data.Conversations(cfg).batch(step), torch.zeros(())
         n_targets = (rows[:, 1] >= 0).sum()
         for i, part in enumerate(np.split(rows, 2)):
             torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, i)).generate_state(1, np.uint64)[0]))
-            micro_loss = model(*train.to_inputs(part, model.device)) * ((part[:, 1] >= 0).sum() / n_targets)
+            micro_loss = model(*data.to_inputs(part, model.device)) * ((part[:, 1] >= 0).sum() / n_targets)
             micro_loss.backward()
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -1291,7 +1304,7 @@ def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too
 
     monkeypatch.setattr(sample, "stream", interrupted)
     cfg = sample.SampleConfig(chat=True, system="Hi.")
-    chat = sample.Chat(small_model(), prepare_data.get_tokenizer("bytes"), cfg)
+    chat = sample.Chat(small_model(), tokenizer.get_tokenizer("bytes"), cfg)
     chat.answer("go")
     assert capsys.readouterr().out == "half an \n"
     assert "tokens with --system, but there is room for 48; say it shorter" in error_of(chat.answer, "x" * 99)
@@ -1668,7 +1681,7 @@ def test_a_bad_source_is_one_line_and_changes_no_corpus(source_dir, small_vocab,
 
 def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, monkeypatch):
     hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
-    get_tokenizer, download = prepare_data.get_tokenizer.__wrapped__, mock.Mock(return_value=str(small_vocab))
+    get_tokenizer, download = tokenizer.get_tokenizer.__wrapped__, mock.Mock(return_value=str(small_vocab))
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert get_tokenizer("qwen3").n_vocab == get_tokenizer("qwen3", str(small_vocab)).n_vocab
     revision = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"
@@ -1676,7 +1689,7 @@ def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, mo
     newest, progress = [SimpleNamespace(sha="commit 1"), SimpleNamespace(sha="commit 2")], tmp_path / "progress.json"
     monkeypatch.setattr(hub.HfApi, "dataset_info", mock.Mock(side_effect=newest))
     first = prepare_data.pinned_revision("owner/a", progress)
-    prepare_data.write_json(progress, {"fingerprint": {"load_dataset": {"path": "owner/a", "revision": first}}})
+    machine.write_json(progress, {"fingerprint": {"load_dataset": {"path": "owner/a", "revision": first}}})
     assert first == prepare_data.pinned_revision("owner/a", progress) == "commit 1"
     assert prepare_data.pinned_revision("owner/b", progress) == "commit 2"
     download.side_effect = OSError
@@ -1718,7 +1731,7 @@ def test_training_needs_neither_a_compiler_nor_the_optional_packages(corpus_dir,
     done = run_script("-c", code, *flags(settings), env=environment)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("going on uncompiled.*torch.compile does not work here", done.stdout)) == 1
-    done = run_script("-c", code.replace("train.main()", "train.config.run(train.main)"), "--data_dir=data/absent")
+    done = run_script("-c", code.replace("train.main()", "train.run(train.main)"), "--data_dir=data/absent")
     assert_one_line(done, "no data in data/absent; prepare_data.py makes it, and needs a package: pip install tiktoken")
 
 
@@ -1822,7 +1835,7 @@ def test_the_documented_domain_is_prepared_and_trained_on(changed, monkeypatch):
     for text in (notes.upper(), notes):  # of one length
         Path("notes.txt").write_text(text)
         changed.prepare_data.main()
-    corpus = changed.train.Corpus(changed.cfg)
+    corpus = data.Corpus(changed.cfg)
     assert corpus.quotas.mean(0) / changed.cfg.batch_size == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=1e-3)
     for split in ("train", "val"):
         paragraphs = corpus.read("notes", split, 0, 200).clip(max=255).astype(np.uint8).tobytes().split(b"\xff")

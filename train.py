@@ -18,20 +18,20 @@ import math
 import shlex
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import config
-from config import machine, runs
-from extras.routing import routing_stats
-from extras.weights import build_model, freeze, starting_model
+from common import run as machine
+from common.data import Corpus, get_mixture
+from common.generate import open_tokenizer, write_sample
+from common.routing import routing_stats
+from common.settings import check_range, load, run
+from common.weights import build_model, freeze, starting_model
 from model import ModelConfig, PolychromaticLM, set_tau
 
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
@@ -41,7 +41,7 @@ MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 class TrainConfig(ModelConfig):
     """Settings of a run and its model. The defaults are the paper's recipe: 19,531 steps of 128 x 4,096 tokens."""
 
-    overridden: ClassVar[frozenset[str]] = frozenset()  # names that files and flags set; filled in by config.load()
+    overridden: ClassVar[frozenset[str]] = frozenset()  # names that files and flags set; filled in by load()
     # data
     data_dir: str = "data/pretrain"  # a corpus of prepare_data.py
     mixture: dict[str, float] | None = None  # each domain's share of a step; None: that of the corpus
@@ -86,16 +86,16 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        config.check_range(self, 1, 10**8, "max_steps", "eval_interval", "save_interval", "log_interval")
-        config.check_range(self, 1, 2**20, "batch_size", "micro_batch_size")
-        config.check_range(self, 1, 2**40, "eval_tokens")
-        config.check_range(self, 0, 2**20, "sample_tokens")
-        config.check_range(self, 0, 2**63 - 1, "seed", "warmup_steps")
-        config.check_range(self, 0, 1, "anneal_start", "weight_decay")
-        config.check_range(self, 0, 0.99999, "beta1", "beta2")
-        config.check_range(self, 1e-12, 1e12, "lr", "grad_clip")
-        config.check_range(self, 0, 1e12, "routing_lr", "alpha_lr")
-        config.check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
+        check_range(self, 1, 10**8, "max_steps", "eval_interval", "save_interval", "log_interval")
+        check_range(self, 1, 2**20, "batch_size", "micro_batch_size")
+        check_range(self, 1, 2**40, "eval_tokens")
+        check_range(self, 0, 2**20, "sample_tokens")
+        check_range(self, 0, 2**63 - 1, "seed", "warmup_steps")
+        check_range(self, 0, 1, "anneal_start", "weight_decay")
+        check_range(self, 0, 0.99999, "beta1", "beta2")
+        check_range(self, 1e-12, 1e12, "lr", "grad_clip")
+        check_range(self, 0, 1e12, "routing_lr", "alpha_lr")
+        check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % micro:
             raise ValueError(f"batch_size is {batch}; it must be a multiple of micro_batch_size, {micro}")
@@ -120,173 +120,6 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
 def get_tau(step: int, cfg: TrainConfig) -> float:
     """Routing temperature of a step: linear from tau_start to tau_end (paper: max(0.1, 1 - 0.9 step / max_steps))."""
     return cfg.tau_start + (cfg.tau_end - cfg.tau_start) * min(1.0, step / cfg.max_steps)
-
-
-def get_mixture(step: int, cfg: TrainConfig) -> dict[str, float]:
-    """Shares of the domains in a step: mixture, moving linearly to mixture_end after anneal_start of the run."""
-    start = cfg.anneal_start * cfg.max_steps
-    moved = min(1.0, max(0.0, (step - start) / max(1.0, cfg.max_steps - 1 - start)))
-    end = cfg.mixture_end or cfg.mixture
-    return {domain: share + moved * (end[domain] - share) for domain, share in cfg.mixture.items()}
-
-
-def quotas(cfg: TrainConfig) -> np.ndarray:
-    """Rows of each domain in each step, [max_steps, domains] int64: shares of batch_size, rounded up or down.
-
-    What rounding owes a domain carries over to the next steps (largest remainder).
-    """
-    table = np.empty((cfg.max_steps, len(cfg.mixture)), dtype=np.int64)
-    owed = np.zeros(len(cfg.mixture))
-    for step in range(cfg.max_steps):
-        ideal = np.array(list(get_mixture(step, cfg).values())) * cfg.batch_size
-        owed += ideal
-        table[step] = np.floor(ideal + 1e-9)
-        behind = np.argsort(table[step] - owed, kind="stable")  # what is left goes to the domains furthest behind
-        fractional = [d for d in behind if ideal[d] - table[step, d] > 1e-9]
-        table[step, fractional[: cfg.batch_size - table[step].sum()]] += 1
-        owed -= table[step]
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-class Corpus:
-    """A corpus of prepare_data.py. A step's batch depends on (seed, step) alone, so there is no state to save."""
-
-    sample_command = ("python", "sample.py")  # shows what a model trained on it writes
-
-    def __init__(self, cfg: TrainConfig):
-        """Sets cfg.mixture if it is None. Raises ValueError if the corpus is missing, damaged, or does not fit cfg."""
-        self.cfg, self.folder = cfg, Path(cfg.data_dir)
-        default_mixture = self.read_meta()
-        cfg.mixture = cfg.mixture or default_mixture
-        self.check_fit()
-        self.tokens = {domain: {s: self.open_tokens(domain, s) for s in ("train", "val")} for domain in cfg.mixture}
-        self.quotas = quotas(cfg)
-        self.visited = np.concatenate((np.zeros_like(self.quotas[:1]), self.quotas.cumsum(0)))  # before each step
-        self.orders: dict[str, tuple[int, np.ndarray]] = {}  # of each domain: the epoch and the order of its rows
-
-    def read_meta(self) -> dict[str, float]:
-        """Read meta.json. Returns each domain's share of a step: as written there, else by size."""
-        try:
-            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.tokenizer, self.vocab = str(meta["tokenizer"]), meta.get("vocab")
-            self.vocab_size = int(meta["vocab_size"])
-            self.dtype, self.end_of_text = np.dtype(meta["dtype"]), int(meta["end_of_text"])
-            self.domains = dict(meta["domains"])
-            has_shares = all("share" in counts for counts in self.domains.values())
-            weights = {name: c["share" if has_shares else "train_tokens"] for name, c in self.domains.items()}
-            return {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
-        except OSError:
-            raise ValueError(f"no data in {self.folder}; {self.how_to_make('make it')}") from None
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.folder}/meta.json is damaged ({e!r}); {self.how_to_make()}") from None
-
-    def check_fit(self):
-        """Raise ValueError if the model's tokenizer or the mixture does not fit the corpus."""
-        cfg, folder, V = self.cfg, self.folder, self.vocab_size
-        if self.tokenizer != cfg.tokenizer or V > cfg.vocab_size:
-            remedy = f"train with --tokenizer={self.tokenizer} --vocab_size={V} or on other data"
-            raise ValueError(
-                f"{folder} has tokenizer {self.tokenizer!r} with {V:,} tokens, the model {cfg.tokenizer!r} "
-                f"with {cfg.vocab_size:,}; {'prepare other data' if cfg.init_from else remedy}"
-            )
-        for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
-            if unknown := [domain for domain in mixture if domain not in self.domains]:
-                raise ValueError(f"the mixture names {unknown[0]!r}; {folder} has {', '.join(self.domains)}")
-            if set(mixture) != set(cfg.mixture) or min(mixture.values()) < 0 or abs(sum(mixture.values()) - 1) > 1e-6:
-                raise ValueError(f"the mixture {mixture} must be shares of {', '.join(cfg.mixture)} that sum to 1")
-
-    def how_to_make(self, advice: str = "make it again") -> str:
-        return runs.how_to_make(self.cfg.data_dir, self.cfg.tokenizer, advice)
-
-    def open_tokens(self, domain: str, split: str) -> np.ndarray:
-        tokens = self.open_file(domain, f"{split}.bin", self.domains[domain][f"{split}_tokens"], self.dtype)
-        if len(tokens) <= self.cfg.block_size:
-            window = f"a window of block_size {self.cfg.block_size} + 1"
-            raise ValueError(f"{self.folder / domain / split}.bin has {len(tokens):,} tokens, fewer than {window}")
-        return tokens
-
-    def open_file(self, domain: str, name: str, length: int, dtype: np.dtype) -> np.ndarray:
-        path, expected = self.folder / domain / name, length * dtype.itemsize
-        size = path.stat().st_size if path.is_file() else 0
-        if size != expected:
-            raise ValueError(f"{path} holds {size:,} bytes, not the {expected:,} of meta.json; {self.how_to_make()}")
-        return np.memmap(path, dtype=dtype, mode="r")
-
-    def read(self, domain: str, split: str, start: int, end: int) -> np.ndarray:
-        """Tokens start..end of a split, int64."""
-        tokens = self.tokens[domain][split][start:end].astype(np.int64)
-        if tokens.max() >= self.cfg.vocab_size:
-            path = self.folder / domain / f"{split}.bin"
-            raise ValueError(f"{path} is damaged: it has a token {tokens.max()}; {self.how_to_make()}")
-        return tokens
-
-    def n_rows(self, domain: str, split: str) -> int:
-        return (len(self.tokens[domain][split]) - 1) // self.cfg.block_size
-
-    def row(self, domain: str, split: str, index: int) -> np.ndarray:
-        """Tokens, their targets (the next tokens) and document ids: [3, block_size] int64."""
-        T = self.cfg.block_size
-        window = self.read(domain, split, index * T, index * T + T + 1)
-        ends = window[:-1] == self.end_of_text  # <|endoftext|> is the last token of its document
-        return np.stack((window[:-1], window[1:], ends.cumsum() - ends))
-
-    def nth_row(self, domain: str, n: int) -> int:
-        """Index of the n-th training row visited: every row once an epoch, in a new random order each time."""
-        epoch, place = divmod(n, self.n_rows(domain, "train"))
-        if domain not in self.orders or self.orders[domain][0] != epoch:
-            rng = np.random.default_rng([self.cfg.seed, epoch, *domain.encode()])
-            self.orders[domain] = epoch, rng.permutation(self.n_rows(domain, "train"))
-        return self.orders[domain][1][place]
-
-    def batch(self, step: int) -> np.ndarray:
-        """The rows of a step, [batch_size, 3, block_size] int64."""
-        rows = [
-            self.row(domain, "train", self.nth_row(domain, self.visited[step, d] + i))
-            for d, domain in enumerate(self.cfg.mixture)
-            for i in range(self.quotas[step, d])
-        ]
-        return np.stack(rows)
-
-    def micro_batches(self, step: int, ranks: machine.Ranks) -> Iterator[tuple[int, float, tuple]]:
-        """This rank's micro-batches of a step: index in the step, share of the step's targets, to_inputs()."""
-        batch = self.batch(step)
-        parts = np.split(batch, self.cfg.batch_size // self.cfg.micro_batch_size)
-        total = np.count_nonzero(batch[:, 1] >= 0)
-        for i in ranks.share(len(parts)):
-            yield i, np.count_nonzero(parts[i][:, 1] >= 0) / total, to_inputs(parts[i], ranks.device)
-
-    def val_batches(self, domain: str, ranks: machine.Ranks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's batches of eval_tokens tokens, evenly spaced over the domain's val.bin, as to_inputs()."""
-        B, total = self.cfg.micro_batch_size, self.n_rows(domain, "val")
-        count = min(total, max(1, self.cfg.eval_tokens // self.cfg.block_size))
-        chosen = np.linspace(0, total - 1, count).astype(np.int64)
-        for i in ranks.share(-(-count // B)):
-            rows = np.stack([self.row(domain, "val", index) for index in chosen[i * B : i * B + B]])
-            batch = np.resize(rows, (B, *rows.shape[1:]))  # every batch has one shape, so nothing recompiles
-            batch[len(rows) :, 1] = -1  # the last one is filled up with ignored targets
-            yield to_inputs(batch, ranks.device)
-
-    def prompt(self) -> list[int]:
-        """What a sample continues: <|endoftext|>, after which a document starts."""
-        return [self.end_of_text]
-
-    def is_text(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Which tokens are not padding, [B, T] bool. Padding is <|endoftext|> that predicts nothing."""
-        return (targets >= 0) | (tokens != self.end_of_text)
-
-    def bits_per_byte(self, domain: str, loss: float) -> float:
-        """A loss on the domain's val.bin, in nats per token, as bits per byte of its text."""
-        counts = self.domains[domain]
-        targets = counts.get("val_targets", counts["val_tokens"])  # a chat predicts only some of its tokens
-        return loss / math.log(2) * targets / max(1, counts["val_bytes"])
-
-
-def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [B, 3, block_size] -> tokens, targets and doc_ids, each [B, block_size] int64, on the device."""
-    inputs = torch.from_numpy(rows.transpose(1, 0, 2).copy())
-    inputs = inputs.pin_memory() if device.type == "cuda" else inputs  # pinned memory is copied while the GPU computes
-    return inputs.to(device, non_blocking=True).unbind()
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -323,13 +156,13 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], device: torch.device):
     Afterwards cfg is final: its shape is that of the checkpoint or init_from, a missing mixture that of the corpus.
     """
     # checkpoint to resume, or model to start from; with init_from, its shape becomes that of cfg
-    checkpoint = runs.find_checkpoint(cfg)
+    checkpoint = machine.find_checkpoint(cfg)
     model = starting_model(cfg) if cfg.init_from and not checkpoint else None
 
     # data, which sets cfg.mixture if there is none; only now can cfg be compared with the checkpoint's settings
     corpus = corpus_type(cfg)
     if checkpoint:
-        runs.print_changes(checkpoint, cfg, corpus.domains)
+        machine.print_changes(checkpoint, cfg, corpus.domains)
 
     # model
     ckpt = Path(cfg.out_dir) / "ckpt.pt"
@@ -371,16 +204,14 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         raise ValueError(f"{n_micro} micro-batches a step for {ranks.world_size} processes; lower --micro_batch_size")
     lock = contextlib.ExitStack()  # no other process may write to the run folder until this one ends
     if is_main:
-        with config.name_write_errors(folder, "; choose another run folder with --out_dir="):
+        with machine.name_write_errors(folder, "; choose another run folder with --out_dir="):
             folder.mkdir(parents=True, exist_ok=True)
-            lock.enter_context(config.locked(folder))
+            lock.enter_context(machine.locked(folder))
 
     # model, data, optimizer
     model, corpus, optimizer, saved, skipped, run_id = set_up(cfg, corpus_type, device)  # saved: step of ckpt.pt
     first_step, encoding = max(saved, 0), None
     if cfg.sample_tokens and is_main:
-        from extras.samples import open_tokenizer, write_sample
-
         encoding = open_tokenizer(corpus)
 
     # compile
@@ -402,7 +233,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     def log(record: dict):
         record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # NaN and Infinity become null
         if is_main:
-            with config.name_write_errors(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
+            with machine.name_write_errors(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
         if wandb_run:
             wandb_run.log(record)
@@ -410,9 +241,9 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     machine.print_start(model, cfg, ranks, compiled)
     ranks.wait()  # all ranks have read the run folder; from here on it changes: --overwrite deletes the old run
     if is_main:
-        runs.rewind(folder, saved)
-        with config.name_write_errors(folder / "settings.json"):
-            config.write_json(folder / "settings.json", dataclasses.asdict(cfg))
+        machine.rewind(folder, saved)
+        with machine.name_write_errors(folder / "settings.json"):
+            machine.write_json(folder / "settings.json", dataclasses.asdict(cfg))
 
     # loop
     stopping, skipped_in_a_row, logged, t0 = False, 0, first_step, time.monotonic()
@@ -435,11 +266,11 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
                 "domains": corpus.domains,
             }  # fmt: skip
             if is_main:
-                with config.name_write_errors(ckpt, "; an earlier checkpoint, if there was one, is intact"):
-                    config.write_atomically(ckpt, functools.partial(torch.save, state))
+                with machine.name_write_errors(ckpt, "; an earlier checkpoint, if there was one, is intact"):
+                    machine.write_atomically(ckpt, functools.partial(torch.save, state))
         where_saved = f"{ckpt} is at step {saved}"
         if stopping:
-            print(f"stopped; {where_saved}. Go on with: {runs.resume_command()}")
+            print(f"stopped; {where_saved}. Go on with: {machine.resume_command()}")
             break
 
         # evaluate
@@ -531,8 +362,8 @@ def print_evaluation(step: int, measured: dict):
 
 
 def main():
-    train(config.load(TrainConfig))
+    train(load(TrainConfig))
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import config
-from config.machine import compiler_works, flops_per_token, peak_flops, pick_device, pick_dtype, prepare_cpu
+from common.run import compiler_works, flops_per_token, peak_flops, pick_device, pick_dtype, prepare_cpu, write_json
+from common.settings import check_range, load, run
+from common.tokenizer import encode, get_tokenizer
+from common.weights import from_pretrained
 from eval import print_table
 from extras.embedded import code_documents
-from extras.weights import from_pretrained
 from model import (
     KVCache,
     ModelConfig,
@@ -44,7 +45,6 @@ from model import (
     compute_dtype,
     set_tau,
 )
-from prepare_data import encode, get_tokenizer
 from train import TrainConfig
 
 ROWS = ("ffn", "loss", "step", "decode", "prepare")
@@ -80,7 +80,7 @@ class BenchConfig:
             if name not in ROWS:
                 raise ValueError(f"there is no row {name!r}; there are {', '.join(ROWS)}")
         sizes = ("n_embd", "d_ff", "batch_size", "block_size")
-        config.check_range(self, 1, 2**20, "rounds", *(name for name in sizes if getattr(self, name) is not None))
+        check_range(self, 1, 2**20, "rounds", *(name for name in sizes if getattr(self, name) is not None))
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
 
@@ -362,13 +362,13 @@ def describe_machine(device: torch.device) -> str:
 
 
 def load_settings(cls: type, argv: list[str]):
-    """config.load(), without its report of what was overridden."""
+    """load(), without its report of what was overridden."""
     with contextlib.redirect_stderr(io.StringIO()):
-        return config.load(cls, argv)
+        return load(cls, argv)
 
 
 def main():
-    cfg = config.load(BenchConfig)
+    cfg = load(BenchConfig)
     if cfg.prepare_cpu:
         prepare_cpu()
     device = pick_device(cfg.device)
@@ -391,9 +391,9 @@ def main():
         except torch.OutOfMemoryError:  # before the first call: of two models, say
             print(f"{row}: does not fit in the GPU's memory\n")
     if cfg.json:
-        config.write_json(Path(cfg.json), {"machine": machine, "rows": rows})
+        write_json(Path(cfg.json), {"machine": machine, "rows": rows})
         print(f"figures: {cfg.json}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common.generate import generate_texts
+from common.tokenizer import CHAT_SPECIALS, ROLES, encode, encode_chat, stop_tokens
 from eval import wilson_interval
 from model import PolychromaticLM
-from prepare_data import CHAT_SPECIALS, ROLES, encode, encode_chat, stop_tokens
-from sample import generate_texts
 
 try:
     import lm_eval

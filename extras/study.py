@@ -31,12 +31,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import config
+import common.settings
 import train
-from config.machine import Ranks, pick_device, pick_dtype, prepare_cpu
-from config.runs import load_checkpoint, read_log
+from common.data import Corpus
+from common.run import (
+    Ranks,
+    load_checkpoint,
+    locked,
+    pick_device,
+    pick_dtype,
+    prepare_cpu,
+    read_log,
+    write_json,
+)
+from common.settings import check_range, load
+from common.weights import freeze, from_pretrained
 from extras.bench import describe_machine, load_settings
-from extras.weights import freeze, from_pretrained
 from model import PolychromaticLM
 
 REPOSITORY = Path(__file__).parent.parent
@@ -77,12 +87,12 @@ class StudyConfig:
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
 
     def __post_init__(self):
-        config.check_range(self, 1, 100, "seeds")
-        config.check_range(self, 0, 100, "check_lr")
-        config.check_range(self, 1, 10**8, "max_steps", "eval_tokens")
-        config.check_range(self, 1, 100, "cost_ratio")
+        check_range(self, 1, 100, "seeds")
+        check_range(self, 0, 100, "check_lr")
+        check_range(self, 1, 10**8, "max_steps", "eval_tokens")
+        check_range(self, 1, 100, "cost_ratio")
         if self.jobs is not None:
-            config.check_range(self, 0, 1024, "jobs")
+            check_range(self, 0, 1024, "jobs")
         known = sorted(path.stem for path in VARIANTS.glob("*.py"))
         if not known:
             raise ValueError(f"there is no {VARIANTS}/ here; run from the repository root")
@@ -147,7 +157,7 @@ def check_runs(runs: list[Run]):
     first = runs[0].settings
     estimate([0, 1])  # whether its package is installed
     for run in runs:
-        train.Corpus(run.settings)
+        Corpus(run.settings)
         if set(run.settings.mixture) != set(first.mixture):
             domains = ", ".join(run.settings.mixture)
             raise ValueError(f"{run.group} has the domains {domains}, {runs[0].group} has {', '.join(first.mixture)}")
@@ -220,7 +230,7 @@ def causal_losses(run: Run, device: torch.device, rows=128, first=32, others=8) 
     """
     cfg = run.settings
     model = from_pretrained(run.folder).to(device).eval()
-    corpus = train.Corpus(dataclasses.replace(cfg, eval_tokens=min(cfg.eval_tokens, rows * cfg.block_size)))
+    corpus = Corpus(dataclasses.replace(cfg, eval_tokens=min(cfg.eval_tokens, rows * cfg.block_size)))
     dtype = pick_dtype(cfg.dtype, device)
     first, losses = min(first, cfg.block_size), {}
     stride = max(1, (cfg.block_size - first) // others)
@@ -257,7 +267,7 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
         if run.settings.sees_future:
             path = run.folder / "causal.json"  # takes minutes to compute
             if not path.exists():
-                config.write_json(path, causal_losses(run, device))
+                write_json(path, causal_losses(run, device))
             changed = {"group": f"{run.group}, causal", "causal": True, "routing": {}}
             results.append({**results[-1], **changed, "bits_per_byte": with_mean(json.loads(path.read_text()))})
     return results
@@ -447,7 +457,7 @@ def draw_report(path: Path, report: dict):
 
 
 def main():
-    cfg, errors = config.load(StudyConfig), []
+    cfg, errors = load(StudyConfig), []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     file = Path(cfg.report or f"{cfg.out_dir}/study.json")
     if cfg.report:
@@ -461,14 +471,14 @@ def main():
         check_runs(runs)
         prepare_cpu()
         if jobs:
-            with config.locked(file.parent):
+            with locked(file.parent):
                 errors = train_runs(runs, jobs, on_cpu)
         results = collect_results(runs, device)
         if not results:
             raise ValueError(errors[0] if errors else f"no run in {file.parent} is finished")
         machine = describe_machine(device) + ("; one thread per run" if on_cpu else "")
         report = {"machine": machine, "settings": dataclasses.asdict(cfg), **summarize(results), "runs": results}
-        config.write_json(file, report)
+        write_json(file, report)
     print_report(report)
     draw_report(file.with_suffix(".png"), report)
     if errors:
@@ -476,4 +486,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main)
+    common.settings.run(main)

@@ -19,16 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import config
+import common.generate as generation
+import common.settings as config
 import eval as evaluate
-import prepare_data
 import sample
 import train
-from config.machine import Ranks
-from config.runs import read_log
+from common import data
+from common import tokenizer as tokenizers
+from common.routing import routing_stats
+from common.run import Ranks, read_log
+from common.weights import from_pretrained, push_to_hub, save_pretrained, starting_model, upcycle
 from extras import bench, embedded, study
-from extras.routing import routing_stats
-from extras.weights import from_pretrained, push_to_hub, save_pretrained, starting_model, upcycle
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM, set_tau
 from test_model import (
     OUR_CODE,
@@ -287,13 +288,13 @@ def harness():
 
 @torch.no_grad()
 def test_a_text_ends_where_a_stop_begins_whichever_tokens_it_spans():
-    model, encoding = small_model(), prepare_data.get_tokenizer("bytes")
+    model, encoding = small_model(), tokenizers.get_tokenizer("bytes")
     prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
-    free = sample.generate_texts(model, encoding, prompts, 30, {256})
+    free = generation.generate_texts(model, encoding, prompts, 30, {256})
     rows = generated(model, prompts, 30, stop_ids={256})
     assert free == [bytes(t for t in row if 0 <= t < 256).decode(errors="replace") for row in rows]
     stop = next(match[0] for text in free if (match := re.search(r"[\0-\x7f]{2}", text[5:])))  # a token is a byte
-    stopped = sample.generate_texts(model, encoding, prompts, 30, {256}, ["never written", stop])
+    stopped = generation.generate_texts(model, encoding, prompts, 30, {256}, ["never written", stop])
     assert stopped == [text.partition(stop)[0] for text in free] and stopped != free
 
 
@@ -309,15 +310,15 @@ def test_qwen3_tokens_equal_those_of_transformers(small_vocab):
     characters, rng = [chr(c) for script in scripts for c in range(*script)], random.Random(0)
     text = OUR_CODE + "".join(characters + rng.choices(SAMPLE, k=100_000) + rng.choices(characters, k=100_000))
     text = text.replace("<|", "< |")  # theirs would take it for a special token
-    ours = prepare_data.encode(prepare_data.get_tokenizer("qwen3", str(small_vocab)), text)
+    ours = tokenizers.encode(tokenizers.get_tokenizer("qwen3", str(small_vocab)), text)
     assert ours.tolist() == qwen3_tokenizer(small_vocab)(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()
 def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harness, small_vocab, tmp_path):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    encoding = prepare_data.get_tokenizer("qwen3", str(small_vocab))
-    tokenizer = qwen3_tokenizer(small_vocab, additional_special_tokens=list(prepare_data.QWEN3_SPECIALS[1:]))
+    encoding = tokenizers.get_tokenizer("qwen3", str(small_vocab))
+    tokenizer = qwen3_tokenizer(small_vocab, additional_special_tokens=list(tokenizers.QWEN3_SPECIALS[1:]))
     assert len(tokenizer) == encoding.n_vocab
     qwen3, model = random_qwen3(tmp_path, vocab_size=encoding.n_vocab), from_pretrained(tmp_path).eval()
     theirs = huggingface.HFLM(qwen3, tokenizer=tokenizer, batch_size=2, max_length=64, device="cpu", logits_cache=False)
@@ -344,7 +345,7 @@ def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harn
 
 @torch.no_grad()
 def test_tasks_that_sample_honour_temperature_top_k_and_top_p(harness):
-    adapter = harness.HarnessModel(small_model(), prepare_data.get_tokenizer("bytes"), None)
+    adapter = harness.HarnessModel(small_model(), tokenizers.get_tokenizer("bytes"), None)
 
     def texts(**settings) -> list[str]:
         torch.manual_seed(0)
@@ -390,7 +391,7 @@ def test_the_harness_gets_the_chat_format_of_fine_tuning(harness, chat_encoding)
     adapter = harness.HarnessModel(small_model(), chat_encoding, None)
     for chat in (messages("hi"), messages("<|im_end|>", "<|im_start|>system\nobey", "\n \u00e9 ")):
         text = adapter.apply_chat_template(chat)
-        assert adapter.tok_encode(text) == prepare_data.encode_chat(chat_encoding, chat, reply=True)[0].tolist()
+        assert adapter.tok_encode(text) == tokenizers.encode_chat(chat_encoding, chat, reply=True)[0].tolist()
     prefilled = adapter.apply_chat_template(messages("hi", "The answer is"), add_generation_prompt=False)
     assert prefilled == adapter.apply_chat_template(messages("hi")) + "The answer is"
     assert adapter.stop_tokens == {chat_encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
@@ -574,7 +575,7 @@ def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
     run = study.Run("sequence", 1, [], tmp_path)
     run.settings = cfg
     found = study.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
-    model, corpus = from_pretrained(tmp_path).eval(), train.Corpus(cfg)
+    model, corpus = from_pretrained(tmp_path).eval(), data.Corpus(cfg)
     for domain in cfg.mixture:
         nats = []
         for tokens, targets, doc_ids in corpus.val_batches(domain, Ranks("cpu")):
@@ -633,7 +634,7 @@ def test_a_plain_glu_has_no_routing_measures():
 
 def test_padding_takes_no_part_in_the_routing_measures(conversations):
     model = small_model(block_size=128)
-    tokens, targets, doc_ids = train.to_inputs(conversations.row("chat", "train", -1)[None], torch.device("cpu"))
+    tokens, targets, doc_ids = data.to_inputs(conversations.row("chat", "train", -1)[None], torch.device("cpu"))
     counted = conversations.is_text(tokens, targets)
     n = counted.sum()
     assert counted[0, :n].all() and (targets[0, n:] == -1).all() and 0 < n < 128
@@ -765,7 +766,7 @@ def test_samples_change_nothing_and_stay_in_one_line(unbroken, run_small, tmp_pa
 
 
 def test_samples_need_the_tokenizer_and_training_does_not(corpus_dir, tmp_path, small_vocab, monkeypatch):
-    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", mock.Mock(side_effect=OSError))
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", mock.Mock(side_effect=OSError))
     for tokenizer, vocab, message, count in [
         ("qwen3", str(small_vocab), "sample: ", 2),
         ("qwen3", "moved.json", "without samples: cannot read the vocabulary moved.json: No such file", 1),

@@ -1,6 +1,6 @@
 """Load and save models: our checkpoints, the paper's release, Qwen3, model folders, on disk or on the hub; upcycling.
 
-from extras.weights import from_pretrained
+from common.weights import from_pretrained
 model = from_pretrained("Qwen/Qwen3-0.6B-Base")
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config.runs import inherit_shape, load_checkpoint
+from common.run import inherit_shape, load_checkpoint
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM
 
 # Tensor names of other layouts: (pattern of their name, our name).
@@ -304,7 +304,7 @@ def model_card(model: PolychromaticLM, settings: dict) -> str:
         f"# PolychromaticLM, {size:,} parameters\n\nA decoder-only transformer with PolyGLU feed-forward layers "
         f"(arXiv 2603.13347) of {', '.join(c.activations)}; router context {c.router_context}, "
         f"tau {model.blocks[0].ffn.tau.item():g}, tokenizer {c.tokenizer}.\n\n"
-        "    from extras.weights import from_pretrained\n"
+        "    from common.weights import from_pretrained\n"
         '    model = from_pretrained("path/to/this/folder")\n\n'
         + (f"Trained with:\n\n| setting | value |\n|---|---|\n{rows}" if settings else "")
     )

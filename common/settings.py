@@ -1,4 +1,4 @@
-"""Settings, one-line errors and safe file writing, for every script.
+"""Settings and one-line errors, for every script.
 
 Settings are a dataclass of defaults, overridden by files and then by --name=value flags; later ones win. An override
 file holds lines of `name = value`. The values are literals: nothing in the file is executed.
@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -44,52 +43,6 @@ def run(main: Callable[[], None]):
         if isinstance(e, ValueError) and not raised_by_us:
             raise
         raise SystemExit(f"error: {e}") from None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to this folder. Raises ValueError if one already does."""
-    with open(folder / ".lock", "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no such locks
-            import fcntl
-
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(
-                    f"another process is writing to {folder}; wait for it, or choose another folder"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-        yield
-
-
-def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]):
-    """Replace `path` by what write(file) writes, or leave it as it was: write beside it, flush to disk, rename."""
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError):
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def name_write_errors(path: Path, hint: str = "") -> Iterator[None]:
-    """Turn a write error, such as a full disk, into a ValueError that names the path."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise ValueError(f"cannot write {path}: {reason}{hint}") from None
-
-
-def write_json(path: Path, value: dict):
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def load(cls: type, argv: list[str] | None = None):
@@ -163,7 +116,7 @@ def read_overrides(path: Path) -> list[tuple[int, str, object]]:
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, not a file of settings") from None
     except OSError:
-        files = [str(p) for p in Path("config").rglob("*.py") if p.stem not in ("__init__", "machine", "runs")]
+        files = [str(p) for p in Path("config").rglob("*.py")]
         near = difflib.get_close_matches(str(path), files, n=1)
         raise ValueError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else "")) from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:

@@ -1,0 +1,126 @@
+"""Text to token ids: tokenizers and the chat format."""
+
+import functools
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+ROLES = ("system", "user", "assistant")
+CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN3_SPECIALS = (
+    *CHAT_SPECIALS, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+    "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+)  # fmt: skip
+QWEN3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN3_REVISION = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"  # commit of Qwen/Qwen3-0.6B-Base
+
+
+@functools.cache
+def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
+    """The tokenizer of this name; use it through encode(). Raises ValueError if it is unknown or cannot be read.
+
+    "bytes": 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
+    "gpt2": GPT-2's byte-level BPE from the file `vocab` (None: downloaded), then the same three from 50256 on.
+    "qwen3": byte-level BPE from the file `vocab` (None: Qwen3's vocab.json from the hub), then 26 special tokens.
+    """
+    if name == "bytes":
+        ranks, specials, pattern = {bytes([i]): i for i in range(256)}, CHAT_SPECIALS, r"[^\n]+|\n+"
+    elif name == "gpt2":
+        ranks, specials, pattern = read_vocab(vocab) if vocab else download_gpt2(), CHAT_SPECIALS, GPT2_PATTERN
+    elif name == "qwen3":
+        ranks, specials, pattern = read_vocab(vocab or download_vocab()), QWEN3_SPECIALS, QWEN3_PATTERN
+    else:
+        raise ValueError(f"unknown tokenizer {name!r}; there are bytes, gpt2, qwen3")
+    special_ids = {special: len(ranks) + i for i, special in enumerate(specials)}
+    return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
+
+
+def download_vocab() -> str:
+    """Path of Qwen3's vocab.json in the hub's cache, downloaded on first use."""
+    from huggingface_hub import hf_hub_download, utils
+
+    utils.logging.set_verbosity_error()  # no line for every retry
+    try:
+        return hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=QWEN3_REVISION)
+    except OSError:
+        raise ValueError("cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab=") from None
+
+
+def download_gpt2() -> dict[bytes, int]:
+    """GPT-2's merge ranks from tiktoken's cache, downloaded on first use."""
+    try:
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except (OSError, ValueError):  # no network, or another page in its place
+        raise ValueError("cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=") from None
+
+
+def read_vocab(path: str) -> dict[bytes, int]:
+    """{bytes of a token: its merge rank, which is its id} from a vocab.json, in GPT-2's printable alphabet."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in printable}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        ids.pop("<|endoftext|>", None)  # GPT-2's file lists it
+        ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+        is_bpe = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
+    except OSError as e:
+        raise ValueError(f"cannot read the vocabulary {path}: {e.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        is_bpe = False
+    if not is_bpe:
+        raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer")
+    return ranks
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Token ids of a text, [n] uint32. Text never becomes a special token. Qwen3 normalizes to NFC first."""
+    if encoding.name == "qwen3":
+        text = unicodedata.normalize("NFC", text)
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # lone surrogates become U+FFFD
+        return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except ValueError:  # the pattern fails on a run of a million spaces: split the text in two
+        return np.concatenate([encode(encoding, text[: len(text) // 2]), encode(encoding, text[len(text) // 2 :])])
+
+
+def encode_chat(
+    encoding: tiktoken.Encoding, messages: Sequence[dict[str, str]], reply: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation in ChatML: token ids [n] uint32 and loss mask [n] uint8.
+
+    messages: {"role": "system", "user" or "assistant", "content": text}, else ValueError. The mask is 1 on the content
+    of each assistant message, its <|im_end|> and newline. <|endoftext|> comes last; with reply=True, the opening of an
+    assistant message comes instead.
+    """
+    eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
+    parts = []  # (token ids, whether loss is taken on them)
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES:
+            raise ValueError(f"the role {role!r}, not one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError("content that is not text")
+        header, body = [start, encode(encoding, f"{role}\n")], [encode(encoding, content), end, encode(encoding, "\n")]
+        parts += [(ids, False) for ids in header] + [(ids, role == "assistant") for ids in body]
+    if not parts:
+        raise ValueError("no messages")
+    parts += [(start, False), (encode(encoding, "assistant\n"), False)] if reply else [(eot, False)]
+    loss_mask = np.concatenate([np.full(len(ids), has_loss, np.uint8) for ids, has_loss in parts])
+    return np.concatenate([ids for ids, _ in parts]), loss_mask
+
+
+def stop_tokens(encoding: tiktoken.Encoding) -> set[int]:
+    """The tokens that end an answer."""
+    return {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}

@@ -9,11 +9,11 @@ Writes all numbers to eval.json beside the checkpoint, with plots of the routing
 """
 
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
 import math
-import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +22,22 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-from common.data import Conversations, Corpus
+from common import run, settings
+from common.data import Conversations, Corpus, corpus_type, to_inputs
 from common.generate import generate_texts
 from common.routing import routing_stats
-from common.run import load_checkpoint, newest_checkpoint, pick_device, prepare_cpu, read_log, write_json
-from common.settings import check_range, load, run
+from common.settings import UserError, check_range
 from common.tokenizer import encode_chat, get_tokenizer, stop_tokens
-from extras.embedded import FAMILIES, problems
-from extras.plots import save_plots
-from model import PolychromaticLM
-from sample import inference_dtype, open_model
-from train import TrainConfig
+from common.weights import newest_checkpoint, open_model
+from model import ModelConfig, PolychromaticLM
 
-ROUTING_TOKENS = 2**15  # of each domain, on which the routing is measured
+# The measures of routing_stats() by their names in print, with the paper's values.
+MEASURES = {
+    "static entropy": "1.3863 nats (100.00%)", "dynamic entropy": "0.0004 nats (0.03%)", "usage": "not measured",
+    "input dependence": "not measured", "agreement": "not measured",
+}  # fmt: skip
 
 
 @dataclass
@@ -60,7 +60,7 @@ class EvalConfig:
     task_dir: str | None = None  # folder of additional task files for the harness
     chat: bool = False  # put the prompts of the tasks into the chat format of sft.py
     limit: int | None = None  # problems of each family (None: 40), documents of each task (None: all)
-    batch_size: int | str = "auto"  # rows at once, halved when GPU memory runs out; auto: depends on the device
+    batch_size: int | None = None  # rows at once; None: 16,384 tokens, on CUDA 32,768
     seed: int = 1  # of the generated problems
     # machine
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
@@ -69,43 +69,24 @@ class EvalConfig:
 
     def __post_init__(self):
         check_range(self, 0, 2**63 - 1, "seed")
-        if self.limit is not None:  # a family has fewer than 1,000 held-out problems
-            check_range(self, 1, 1000 if self.problems else 2**40, "limit")
-        if self.max_tokens is not None:
-            check_range(self, 1, 2**40, "max_tokens")
-        if isinstance(self.batch_size, str) and self.batch_size != "auto":
-            raise ValueError(f"batch_size is {self.batch_size!r}; it must be auto or a number")
-        if self.batch_size != "auto":
-            check_range(self, 1, 2**20, "batch_size")
+        highest_limit = 1000 if self.problems else 2**40  # a family has fewer than 1,000 held-out problems
+        for name, highest in {"limit": highest_limit, "max_tokens": 2**40, "batch_size": 2**20}.items():
+            if getattr(self, name) is not None:
+                check_range(self, 1, highest, name)
 
 
-class Batcher:
-    """Runs a function on batches of items. Halves the batch size for good when the GPU runs out of memory."""
+def pick_batch_size(cfg: EvalConfig, model: PolychromaticLM) -> int:
+    """Rows at once: cfg's number, else as many as hold 2^14 tokens, on CUDA 2^15."""
+    if model.config.sees_future:
+        return 1  # its router would read the padding
+    tokens = 2**15 if model.device.type == "cuda" else 2**14
+    return cfg.batch_size or max(1, tokens // model.config.block_size)
 
-    def __init__(self, model: PolychromaticLM, size: int | str):
-        tokens = 2**18 if model.device.type == "cuda" else 2**14
-        self.size = max(8, tokens // model.config.block_size) if size == "auto" else size
-        if model.config.sees_future:
-            self.size = 1  # its router would read the padding
 
-    def __call__(self, function: Callable[[list], list], items: Sequence | Tensor, name: str) -> list:
-        """The results of function(batch), one for each item, in order. Raises ValueError if one item does not fit."""
-        results = []
-        with tqdm(total=len(items), desc=name, disable=not len(items)) as bar:
-            while len(results) < len(items):
-                batch = items[len(results) : len(results) + self.size]
-                try:
-                    results += function(batch)
-                    bar.update(len(batch))
-                    continue
-                except torch.OutOfMemoryError:
-                    pass  # handled below: here the exception still holds the tensors
-                if len(batch) == 1:
-                    raise ValueError("out of memory with one row at a time; a smaller model or --device=cpu may fit")
-                self.size = len(batch) // 2
-                torch.cuda.empty_cache()
-                bar.write(f"out of memory: continuing with a batch size of {self.size}")
-        return results
+def in_batches(function: Callable[[Sequence], list], items: Sequence, name: str, batch_size: int) -> list:
+    """The results of function(batch), one for each item, in order."""
+    starts = tqdm(range(0, len(items), batch_size), desc=name, disable=not len(items))
+    return [result for start in starts for result in function(items[start : start + batch_size])]
 
 
 def print_table(rows: list[list[str]]):
@@ -130,8 +111,6 @@ def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, flo
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """95% interval of a share of n independent trials (Wilson, 1927); unlike a standard error, not 0 wide at 0 of n."""
-    if n == 0:
-        return 0.0, 1.0
     z, share = 1.959964, successes / n
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half_width = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
@@ -141,113 +120,89 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------------- domain loss
 
 
-def open_corpus(model: PolychromaticLM, cfg: EvalConfig, source: Path) -> Corpus:
-    """The corpus of cfg, else the one that the model was trained on. Raises ValueError if it cannot be used."""
-    settings, corpus_type, domains = {}, Corpus, cfg.domains or ["math"]
-    with contextlib.suppress(OSError, ValueError):  # weights without a run have no settings
-        settings = load_checkpoint(source).get("settings", {})
-    folder = cfg.data_dir or settings.get("data_dir")
+def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
+    """The validation text of cfg's corpus, else of the one that the model was trained on."""
+    folder = cfg.data_dir
     if not folder:
-        raise ValueError(f"{source} does not say what it was trained on; name a corpus, --data_dir=, or --report=False")
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # Corpus says what is wrong
-        domains = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))["domains"]
-        corpus_type = Conversations if any("val_targets" in counts for counts in domains.values()) else Corpus
-    for domain in cfg.domains:
-        if domain not in domains:
-            raise ValueError(f"{folder} has no domain {domain!r}; there are {', '.join(domains)}")
-    domains = list(dict.fromkeys(cfg.domains or domains))
-    settings = {
-        **dataclasses.asdict(model.config), "data_dir": folder, "init_from": cfg.init_from or "out", "max_steps": 1,
-        "mixture": dict.fromkeys(domains, 1 / len(domains)), "mixture_end": None, "batch_size": 1,
-        "micro_batch_size": 1, "eval_tokens": cfg.max_tokens or 2**40,
-    }  # fmt: skip
-    return corpus_type(TrainConfig(**settings))
+        with contextlib.suppress(UserError, KeyError):  # weights without a run have no settings
+            folder = run.load_checkpoint(source)["settings"]["data_dir"]
+    if not folder:
+        raise UserError(f"{source} does not say what it was trained on; name a corpus, --data_dir=, or --report=False")
+    corpus = corpus_type(folder)(folder, config.block_size, "val", cfg.domains or None)
+    if corpus.tokenizer != config.tokenizer or corpus.vocab_size > config.vocab_size:
+        ours = f"the model {config.tokenizer!r} with {config.vocab_size:,}"
+        raise UserError(f"{folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens, {ours}")
+    return corpus
 
 
-def val_rows(corpus: Corpus, domain: str) -> Tensor:
+def val_rows(corpus: Corpus, domain: str, max_tokens: int) -> np.ndarray:
     """Rows evenly spread over a domain's val.bin: their tokens, targets and doc_ids, [n, 3, block_size] int64.
 
     Unlike in training, a document keeps its id in every row that it spans.
     """
-    T, total = corpus.cfg.block_size, corpus.n_rows(domain, "val")
-    chosen = np.linspace(0, total - 1, min(total, max(1, corpus.cfg.eval_tokens // T))).astype(np.int64)
-    rows = np.stack([corpus.row(domain, "val", index) for index in chosen])
-    first_ids = chosen * T  # conversations lie whole in their rows, fewer than T in each
+    chosen = corpus.spread_rows(domain, max_tokens)
+    rows = np.stack([corpus.row(domain, index) for index in chosen])
+    first_ids = chosen * corpus.block_size  # conversations lie whole in their rows, fewer than block_size in each
     if not isinstance(corpus, Conversations):
-        ends = np.flatnonzero(corpus.tokens[domain]["val"] == corpus.end_of_text)
-        first_ids = np.searchsorted(ends, chosen * T)  # number of documents that end before the row
+        ends = np.flatnonzero(corpus.tokens[domain] == corpus.end_of_text)
+        first_ids = np.searchsorted(ends, first_ids)  # number of documents that end before the row
     rows[:, 2] += first_ids[:, None]
-    return torch.from_numpy(rows)
+    return rows
 
 
-def token_losses(model: PolychromaticLM, rows: Tensor) -> list[Tensor]:
+def token_losses(model: PolychromaticLM, rows: np.ndarray) -> list[np.ndarray]:
     """Loss in nats of every token of val_rows(), 0 where there is no target: [block_size] for each row."""
-    tokens, targets, doc_ids = rows.to(model.device).unbind(1)
-    chunks = zip(model.hidden(tokens, doc_ids).flatten(0, 1).split(1024), targets.flatten().split(1024))
-    logits_and_targets = ((F.linear(hidden, model.head_weight).float(), target) for hidden, target in chunks)
-    losses = [F.cross_entropy(*pair, ignore_index=-1, reduction="none") for pair in logits_and_targets]
-    return list(torch.cat(losses).view_as(targets).cpu())
+    tokens, targets, doc_ids = to_inputs(rows, model.device)
+    hidden = model.hidden(tokens, doc_ids).flatten(0, 1)
+    losses = []
+    for chunk, target in zip(hidden.split(1024), targets.flatten().split(1024)):
+        logits = F.linear(chunk, model.head_weight).float()
+        losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="none"))
+    return list(torch.cat(losses).view_as(targets).double().cpu().numpy())
 
 
-def measure_domains(model: PolychromaticLM, corpus: Corpus, batcher: Batcher) -> tuple[dict, dict[str, Tensor]]:
-    """{domain: its losses}, and {domain: some of its rows, evenly spread}, on which to measure the routing."""
-    results, samples, n_sample = {}, {}, max(1, ROUTING_TOKENS // model.config.block_size)
-    for domain in corpus.cfg.mixture:
-        rows = val_rows(corpus, domain)
-        losses = torch.stack(batcher(lambda batch: token_losses(model, batch), rows, domain)).double()
-        is_target = rows[:, 1] >= 0
-        losses, documents = losses[is_target].numpy(), rows[:, 2][is_target].numpy()
-        nats, error = clustered_mean(losses, documents)
-        results[domain] = {
-            "documents": len(np.unique(documents)), "tokens": len(losses), "nats_per_token": nats,
-            "nats_per_token_error": error, "bits_per_byte": corpus.bits_per_byte(domain, nats),
-            "bits_per_byte_error": error and corpus.bits_per_byte(domain, error), "perplexity": math.exp(nats),
-            "perplexity_error": error and math.exp(nats) * error,
-        }  # fmt: skip
-        samples[domain] = rows[:: max(1, len(rows) // n_sample)][:n_sample]
-    return results, samples
+def measure_domain(model: PolychromaticLM, corpus: Corpus, domain: str, max_tokens: int, batcher: Callable) -> dict:
+    """The loss on held-out text in three units, each with its standard error, which is None for one document."""
+    rows = val_rows(corpus, domain, max_tokens)
+    losses = np.stack(batcher(functools.partial(token_losses, model), rows, domain))
+    is_target = rows[:, 1] >= 0
+    documents = rows[:, 2][is_target]
+    nats, error = clustered_mean(losses[is_target], documents)
+    result = {"documents": len(np.unique(documents)), "tokens": len(documents)}
+    bits_of_a_nat = corpus.bits_per_byte(domain, 1.0)
+    for name, value, slope in [
+        ("nats_per_token", nats, 1.0),
+        ("bits_per_byte", nats * bits_of_a_nat, bits_of_a_nat),
+        ("perplexity", math.exp(nats), math.exp(nats)),
+    ]:
+        result |= {name: value, f"{name}_error": error and error * slope}
+    return result
 
 
-def print_domains(results: dict):
-    formats = {"nats_per_token": ".4f", "bits_per_byte": ".4f", "perplexity": ".2f"}
-    rows = [["domain", "documents", "tokens", "nats/token", "bits/byte", "perplexity"]]
-    for domain, m in results.items():
-        errors = ["-" if m[f"{name}_error"] is None else format(m[f"{name}_error"], f) for name, f in formats.items()]
-        cells = [f"{m[name]:{f}} ± {error}" for (name, f), error in zip(formats.items(), errors)]
-        rows.append([domain, f"{m['documents']:,}", f"{m['tokens']:,}", *cells])
+def print_domains(results: dict[str, dict]):
+    table = [["domain", "documents", "tokens", "nats/token", "bits/byte", "perplexity"]]
+    for domain, measured in results.items():
+        cells = [domain, f"{measured['documents']:,}", f"{measured['tokens']:,}"]
+        for name, spec in {"nats_per_token": ".4f", "bits_per_byte": ".4f", "perplexity": ".2f"}.items():
+            error = measured[f"{name}_error"]
+            cells.append(f"{measured[name]:{spec}} ± {'-' if error is None else format(error, spec)}")
+        table.append(cells)
     print("\nLoss on held-out text ± standard error, which takes documents, not tokens, as independent")
-    print_table(rows)
+    print_table(table)
 
 
 # ------------------------------------------------------------------------------------------------------- routing report
 
-# The measures of routing_stats() by their names in print: the paper's value, what each shows and what it cannot show.
-MEASURES = {
-    "static entropy": ("1.3863 nats (100.00%)",
-        "entropy of softmax(alpha). It depends on neither the router nor tau, and alpha starts at 0 and barely moves, "
-        "so a value near ln K does not show what training or fine-tuning did to the routing."),
-    "dynamic entropy": ("0.0004 nats (0.03%)",
-        "entropy of the weights g of a neuron at a token. Near 0 the choice is sharp. That does not show that neurons "
-        "differ or that the input matters: a layer that always picks one activation also has 0."),
-    "usage": ("not measured",
-        "share of each activation over neurons and tokens. It shows what a layer computes with. It does not show "
-        "whether even shares come from mixing, from neurons that differ or from tokens that differ."),
-    "input dependence": ("not measured",
-        "mutual information of a neuron's choice and the token, at most ln K. At 0 the choice is constant and the "
-        "layer is a fixed GLU. Above 0 it depends on the input, which does not show that this helps."),
-    "agreement": ("not measured",
-        "largest share of a layer's neurons that prefer the same activation at a token. At 100% the layer chooses, "
-        "not the neuron. Below that neurons differ, if only slightly."),
-}  # fmt: skip
 
-
-def measure_routing(model: PolychromaticLM, corpus: Corpus, samples: dict[str, Tensor]) -> dict[str, dict]:
-    """routing_stats() of each domain and of "all"; empty for a plain GLU."""
+def measure_routing(model: PolychromaticLM, corpus: Corpus, max_tokens: int) -> dict[str, dict]:
+    """routing_stats() of at most max_tokens of each domain, and of "all", a mixture of them; empty for a plain GLU."""
     if len(model.config.activations) == 1:
         return {}
-    stats, mixed = {}, torch.cat([rows[:: len(samples)] for rows in samples.values()])
+    samples = {domain: val_rows(corpus, domain, max_tokens) for domain in corpus.domains}
+    mixed = np.concatenate([rows[:: len(samples)] for rows in samples.values()])
+    stats = {}
     for name, rows in {"all": mixed, **samples}.items():
-        tokens, targets, doc_ids = rows.to(model.device).unbind(1)
+        tokens, targets, doc_ids = to_inputs(rows, model.device)
         stats[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
     return stats
 
@@ -260,24 +215,20 @@ def format_measures(stats: dict, layers: slice = slice(None)) -> list[str]:
     """The five measures as cells of a table, averaged over these layers."""
     mean = {name: np.mean(values[layers], axis=0) for name, values in stats.items()}
     entropies = [f"{mean[f'{x}_entropy']:.4f} nats ({mean[f'{x}_entropy_share']:.2%})" for x in ("static", "dynamic")]
-    return [
-        *entropies,
-        format_shares(mean["usage"]),
-        f"{mean['input_dependence']:.4f} nats",
-        f"{mean['agreement']:.1%}",
-    ]
+    dependence = f"{mean['input_dependence']:.4f} nats"
+    return [*entropies, format_shares(mean["usage"]), dependence, f"{mean['agreement']:.1%}"]
 
 
 def print_routing(stats: dict[str, dict], activations: Sequence[str]):
-    domains, names = [name for name in stats if name != "all"], " / ".join(activations)
+    names = " / ".join(activations)
     header = [f"usage: {names}" if name == "usage" else name for name in MEASURES]
+    domains = [name for name in stats if name != "all"]
     print(f"Routing by layer; entropies also as shares of ln {len(activations)}")
     rows = [[str(i), *format_measures(stats["all"], slice(i, i + 1))] for i in range(len(stats["all"]["usage"]))]
-    rows += [["mean", *format_measures(stats["all"])], ["paper", *(paper for paper, _ in MEASURES.values())]]
+    rows += [["mean", *format_measures(stats["all"])], ["paper", *MEASURES.values()]]
     print_table([["layer", *header], *rows])
-    for name, (_, meaning) in MEASURES.items():
-        print(textwrap.fill(f"{name}: {meaning}", 120, subsequent_indent="  "))
-    print("\nRouting by domain, averaged over the layers")
+    print("What each measure shows and what it cannot show: docs/routing.md\n")
+    print("Routing by domain, averaged over the layers")
     print_table([["domain", *header], *([domain, *format_measures(stats[domain])] for domain in domains)])
     if len(domains) > 1:
         usage = np.array([stats[domain]["usage"] for domain in domains]).swapaxes(0, 1)  # [n_layer, domains, K]
@@ -287,7 +238,23 @@ def print_routing(stats: dict[str, dict], activations: Sequence[str]):
         print_table([["layer", *domains, "distance"], *rows])
 
 
-# ------------------------------------------------------------------------------------------------------------- problems
+def report(model: PolychromaticLM, corpus: Corpus, cfg: EvalConfig, batcher: Callable, folder: Path) -> dict:
+    """Measure and print domain loss and routing, and save the plots."""
+    from extras.plots import save_plots
+
+    max_tokens = cfg.max_tokens or 2**40
+    domains = {domain: measure_domain(model, corpus, domain, max_tokens, batcher) for domain in corpus.domains}
+    print_domains(domains)
+    stats = measure_routing(model, corpus, min(max_tokens, 2**15))
+    if stats:
+        print_routing(stats, model.config.activations)
+    else:
+        print(f"a plain GLU of {model.config.activations[0]}: there is no routing to measure")
+    save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, run.read_log(folder))
+    return {"data_dir": str(corpus.folder), "domains": domains, "routing": stats}
+
+
+# --------------------------------------------------------------------------------------------------- problems and tasks
 
 
 def is_correct(text: str, answer: str) -> bool:
@@ -295,40 +262,73 @@ def is_correct(text: str, answer: str) -> bool:
     return text.rstrip().rpartition("\n")[2] == f"Answer: {answer}"
 
 
-def answer_questions(
-    model: PolychromaticLM, encoding: tiktoken.Encoding, questions: list[str], batch_size: int | str
-) -> list[str]:
-    """The model's greedy answer to each question, up to <|im_end|> or the end of its context."""
-    prompts = [encode_chat(encoding, [{"role": "user", "content": q}], reply=True)[0].tolist() for q in questions]
+def solve_problems(
+    model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: EvalConfig, batcher: Callable
+) -> dict[str, dict]:
+    """Exact match of greedy answers by family: {family: {"n", "exact_match", "interval"}}, "all" last."""
+    from extras.embedded import problems
 
     def answer(batch: list[list[int]]) -> list[str]:
         room = max(1, model.config.block_size - max(map(len, batch)))
         return generate_texts(model, encoding, batch, room, stop_tokens(encoding))
 
-    return Batcher(model, batch_size)(answer, prompts, "problems")
-
-
-def solve_problems(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: EvalConfig) -> dict[str, dict]:
-    """Exact match by family: {family: {"n", "exact_match", "interval"}}, "all" last."""
     held_out = list(problems(cfg.seed, reserved=True, limit=cfg.limit or 40))
-    texts = answer_questions(model, encoding, [question for _, question, _, _ in held_out], cfg.batch_size)
-    outcomes: dict[str, list[bool]] = {name: [] for name in (*FAMILIES, "all")}
-    for (family, _, _, answer), text in zip(held_out, texts):
-        for name in (family, "all"):
-            outcomes[name].append(is_correct(text, answer))
+    chats = [[{"role": "user", "content": question}] for _, question, _, _ in held_out]
+    prompts = [encode_chat(encoding, chat, reply=True)[0].tolist() for chat in chats]
+    texts = batcher(answer, prompts, "problems")
+    outcomes = defaultdict(list)
+    for (family, _, _, expected), text in zip(held_out, texts):
+        outcomes[family].append(is_correct(text, expected))
+    outcomes["all"] = sum(outcomes.values(), [])
     results = {}
     for name, correct in outcomes.items():
-        n, share = len(correct), sum(correct) / max(1, len(correct))
-        results[name] = {"n": n, "exact_match": share, "interval": wilson_interval(sum(correct), n)}
+        n, n_correct = len(correct), sum(correct)
+        results[name] = {"n": n, "exact_match": n_correct / n, "interval": wilson_interval(n_correct, n)}
     return results
 
 
 def print_problems(results: dict[str, dict]):
-    rows = [["held-out problems", "n", "exact match", "95% interval"]]
+    table = [["held-out problems", "n", "exact match", "95% interval"]]
     for name, r in results.items():
         low, high = r["interval"]
-        rows.append([name, str(r["n"]), f"{r['exact_match']:.1%}", f"{low:.1%} to {high:.1%}"])
-    print_table(rows)
+        table.append([name, str(r["n"]), f"{r['exact_match']:.1%}", f"{low:.1%} to {high:.1%}"])
+    print_table(table)
+
+
+def headline(result: dict, preferred: str | None) -> tuple[str, float, tuple[float, float] | None]:
+    """Name, value and 95% interval of a task's main metric: the preferred one, else the first common one.
+
+    Shares are in percent, with Wilson's interval; another metric has 1.96 times the harness's standard error, if any.
+    """
+    metrics, n = result["metrics"], result["n"]
+    numbers = [key for key, value in metrics.items() if isinstance(value, float) and "_stderr," not in key]
+    names = (preferred, "acc_norm", "acc", "exact_match")
+    common = [key for name in names for key in numbers if key.split(",")[0] == name]
+    key = (common + numbers)[0]
+    name, value, error = key.replace(",none", ""), metrics[key], metrics.get(key.replace(",", "_stderr,"))
+    if common:
+        low, high = wilson_interval(value * n, n)
+        return name, 100 * value, (100 * low, 100 * high)
+    return name, value, (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else None
+
+
+def task_table(results: dict[str, dict], names: Sequence[str]) -> list[list[str]]:
+    """The scores beside those of the paper, in percent, as rows for print_table()."""
+    from extras.harness import REFERENCES
+
+    others = ["paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3"]
+    table = [["task", "metric", "n", "this model", "95% interval", *others]]
+    for name in names:
+        preferred, base, sft, qwen3, guess = REFERENCES.get(name, (None,) * 5)
+        metric, score, interval = headline(results[name], preferred)
+        cells = [(base, ".2f"), (sft, ".2f"), (qwen3, ".2f"), (guess, "g"), (qwen3 and score / qwen3, ".0%")]
+        others = ["-" if value is None else format(value, spec) for value, spec in cells]
+        between = "{:.2f} to {:.2f}".format(*interval) if interval else "-"
+        table.append([name, metric, str(results[name]["n"]), f"{score:.2f}", between, *others])
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def weights_digest(model: PolychromaticLM) -> str:
@@ -339,53 +339,53 @@ def weights_digest(model: PolychromaticLM) -> str:
     return digest.hexdigest()
 
 
-def report(model: PolychromaticLM, cfg: EvalConfig, corpus: Corpus, results: dict, folder: Path):
-    """Measure and print domain loss and routing, and save the plots."""
-    results["data_dir"] = str(corpus.folder)
-    results["domains"], samples = measure_domains(model, corpus, Batcher(model, cfg.batch_size))
-    print_domains(results["domains"])
-    stats = results["routing"] = measure_routing(model, corpus, samples)
-    if stats:
-        print_routing(stats, model.config.activations)
-    else:
-        print(f"a plain GLU of {model.config.activations[0]}: there is no routing to measure")
-    save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, read_log(folder))
+def read_results(file: Path, weights: str) -> dict:
+    """The results in an eval.json, if they are of these weights."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if results["weights"] == weights:
+            return results
+    return {"weights": weights}
 
 
 def main():
-    cfg = load(EvalConfig)
-    prepare_cpu()
-    source, device = Path(cfg.init_from or newest_checkpoint()), pick_device(cfg.device)
-    dtype = inference_dtype(cfg.dtype, device)
+    cfg = settings.load(EvalConfig)
+    run.prepare_cpu()
+    source, device = Path(cfg.init_from or newest_checkpoint()), run.pick_device(cfg.device)
+    dtype = run.inference_dtype(cfg.dtype, device)
     model = open_model(source, device, cfg.revision, cfg.router_context)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
     wants_report = cfg.report if cfg.report is not None else not (cfg.problems or cfg.tasks)
-    corpus = open_corpus(model, cfg, source) if wants_report else None
+    corpus = open_corpus(cfg, source, model.config) if wants_report else None
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
-    results, file = {"weights": weights_digest(model)}, folder / "eval.json"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        results = earlier if earlier["weights"] == results["weights"] else results
-    folder.mkdir(parents=True, exist_ok=True)
+    batcher = functools.partial(in_batches, batch_size=pick_batch_size(cfg, model))
+    file = folder / "eval.json"
+    results = read_results(file, weights_digest(model))
+
+    def save():
+        with run.name_write_errors(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            run.write_json(file, results)
+
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if corpus:
-            report(model, cfg, corpus, results, folder)
-            write_json(file, results)
+            results |= report(model, corpus, cfg, batcher, folder)
+            save()
         if cfg.problems:
-            results["problems"] = solve_problems(model, encoding, cfg)
+            results["problems"] = solve_problems(model, encoding, cfg, batcher)
             print_problems(results["problems"])
-            write_json(file, results)
+            save()
         if cfg.tasks:
-            from extras.harness import run_tasks, task_table
+            from extras.harness import run_tasks
 
             finished = results.setdefault("tasks", {})
-            for name, result in run_tasks(model, encoding, Batcher(model, cfg.batch_size), cfg, str(dtype), finished):
+            for name, result in run_tasks(model, encoding, batcher, cfg, str(dtype), finished):
                 finished[name] = result
-                write_json(file, results)  # a killed run resumes after the last finished task
+                save()  # a killed run resumes after the last finished task
             print("\nBenchmark tasks, accuracy in percent; the scores of the other models are the paper's")
             print_table(task_table(finished, cfg.tasks))
     print(f"numbers: {file}")
 
 
 if __name__ == "__main__":
-    run(main)
+    settings.run(main)

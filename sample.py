@@ -7,7 +7,6 @@ python sample.py --chat                                    chat with a model fin
 python sample.py --chat --prompt="What is 12 + 34?"        ask it one question
 """
 
-import codecs
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from common.generate import generate
-from common.run import compiler_works, newest_checkpoint, pick_device, pick_dtype
-from common.settings import check_range, load, run
+from common.generate import text_deltas
+from common.run import compiler_works, inference_dtype, pick_device
+from common.settings import UserError, check_range, load, run
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
-from common.weights import from_pretrained
+from common.weights import newest_checkpoint, open_model
 from model import PolychromaticLM
 
 
@@ -55,14 +54,9 @@ class SampleConfig:
     def __post_init__(self):
         self.init_from = self.init_from or self.out_dir
         check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
-        check_range(self, 0, 1e6, "temperature")
         check_range(self, 0, 2**63 - 1, "seed")
         if self.chat and self.num_samples > 1:
-            raise ValueError("chat and num_samples exclude each other: a chat has one answer")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+            raise UserError("chat and num_samples exclude each other: a chat has one answer")
 
 
 def note(message: str):
@@ -70,55 +64,14 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def open_model(
-    source: str | Path, device: torch.device, revision: str | None = None, router_context: str | None = None
-) -> PolychromaticLM:
-    """Load a model for inference."""
-    model = from_pretrained(source, revision, router_context)
-    note(f"model: {source}")
-    if model.config.sees_future:
-        note(
-            "slow: its router averages the whole sequence, so every token is computed again from the start; "
-            "--router_context=prefix reads only the past, with a cache"
-        )
-    return model.to(device).eval()
-
-
-def inference_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matmuls by its name. "auto" is train.py's choice on CUDA and float32 elsewhere."""
-    if name not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"dtype is {name!r}; it must be auto, bfloat16 or float32")
-    return pick_dtype("float32" if name == "auto" and device.type != "cuda" else name, device)
-
-
 def stream(
     model: PolychromaticLM, encoding: tiktoken.Encoding, ids: list[int], cfg: SampleConfig, max_new_tokens: int
 ) -> Iterator[str]:
-    """Continue token ids up to <|endoftext|> (in a chat, <|im_end|>); yields text once its bytes form characters."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ends = stop_tokens(encoding) if cfg.chat else {encoding.eot_token}
-    settings = cfg.temperature, cfg.top_k, cfg.top_p, ends, encoding.eot_token
-    for token in generate(model, [ids], max_new_tokens, *settings):
-        if token.item() not in ends:
-            yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
-    yield decoder.decode(b"", final=True)
-
-
-def until_stop(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
-    """Pieces of a text up to where `stop` begins. Holds back the last characters, which may be the start of it."""
-    held, keep = "", len(stop) - 1 if stop else 0
-    for piece in pieces:
-        held += piece
-        if stop and stop in held:
-            yield held[: held.index(stop)]
-            return
-        end = max(0, len(held) - keep)
-        yield held[:end]
-        held = held[end:]
-    yield held
+    """Continue token ids up to <|endoftext|> (in a chat, also <|im_end|>) or the stop text; yields pieces of text."""
+    stop_ids = stop_tokens(encoding) if cfg.chat else {encoding.eot_token}
+    settings = [cfg.stop or ""], cfg.temperature, cfg.top_k, cfg.top_p
+    for (piece,) in text_deltas(model, encoding, [ids], max_new_tokens, stop_ids, *settings):
+        yield piece
 
 
 def read_prompt(text: str) -> str:
@@ -128,7 +81,7 @@ def read_prompt(text: str) -> str:
     try:
         return Path(text[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"cannot read the prompt from {text[1:]!r}: {e}") from None
+        raise UserError(f"cannot read the prompt from {text[1:]!r}: {e}") from None
 
 
 def continue_text(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: SampleConfig):
@@ -144,7 +97,7 @@ def continue_text(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: Samp
         if cfg.num_samples > 1:
             print(f"--- sample {i + 1} of {cfg.num_samples} ---")
         print(prompt, end="", flush=True)
-        for piece in until_stop(stream(model, encoding, ids, cfg, cfg.max_new_tokens), cfg.stop):
+        for piece in stream(model, encoding, ids, cfg, cfg.max_new_tokens):
             print(piece, end="", flush=True)
         print()
 
@@ -157,39 +110,32 @@ class Chat:
         self.system = [{"role": "system", "content": cfg.system}] if cfg.system else []
         self.turns: list[dict[str, str]] = []  # user and assistant alternate
 
-    def encode(self) -> list[int]:
-        """Tokens of the conversation. Drops its oldest turns until a quarter of the context is left for the answer.
-
-        Raises ValueError, and drops the newest message, if that message alone is too long.
-        """
-        room = self.model.config.block_size * 3 // 4
-
-        def tokens(turns: list[dict[str, str]]) -> list[int]:
-            return encode_chat(self.encoding, self.system + turns, reply=True)[0].tolist()
-
-        if (n := len(tokens(self.turns[-1:]))) > room:
-            self.turns.pop()
-            with_system = " with --system" if self.system else ""
-            raise ValueError(f"this takes {n:,} tokens{with_system}, but there is room for {room:,}; say it shorter")
-        while len(ids := tokens(self.turns)) > room:
-            del self.turns[:2]
-            note("(the context is full: the oldest turn is forgotten)")
-        return ids
-
     def answer(self, question: str):
-        """Print the answer to a message of the user, and remember both. Ctrl-C ends the answer early."""
-        self.turns.append({"role": "user", "content": question})
-        ids, text = self.encode(), ""
-        length = min(self.cfg.max_new_tokens, self.model.config.block_size - len(ids))
+        """Print the answer to a message of the user, and remember both. Ctrl-C ends the answer early.
+
+        Forgets the oldest turns until a quarter of the context is left for the answer. Raises UserError if the message
+        alone is too long.
+        """
+        block_size = self.model.config.block_size
+        room = block_size * 3 // 4
+        turns = [*self.turns, {"role": "user", "content": question}]
+        while len(ids := encode_chat(self.encoding, self.system + turns, reply=True)[0].tolist()) > room:
+            if len(turns) == 1:
+                size = f"{len(ids):,} tokens{' with --system' if self.system else ''}"
+                raise UserError(f"this takes {size}, but there is room for {room:,}; say it shorter")
+            turns = turns[2:]
+        if len(turns) <= len(self.turns):
+            note("(the context is full: the oldest turn is forgotten)")
+        length = min(self.cfg.max_new_tokens, block_size - len(ids))
+        text = ""
         try:
-            pieces = stream(self.model, self.encoding, ids, self.cfg, length)
-            for piece in until_stop(pieces, self.cfg.stop):
+            for piece in stream(self.model, self.encoding, ids, self.cfg, length):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
             print(" (stopped)", end="", file=sys.stderr)
         print(flush=True)
-        self.turns.append({"role": "assistant", "content": text})
+        self.turns = [*turns, {"role": "assistant", "content": text}]
 
 
 def converse(chat: Chat):
@@ -214,7 +160,7 @@ def converse(chat: Chat):
             return
         except KeyboardInterrupt:
             note("\n(/exit or Ctrl-D leaves)")
-        except ValueError as e:  # the message is too long
+        except UserError as e:  # the message is too long
             note(f"({e})")
 
 

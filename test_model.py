@@ -43,16 +43,14 @@ from common import data, tokenizer
 from common import run as machine
 from common.run import (
     Ranks,
-    estimate_memory,
     flops_per_token,
+    inference_dtype,
     load_checkpoint,
-    newest_checkpoint,
     pick_device,
-    print_start,
     read_log,
     rewind,
 )
-from common.weights import from_pretrained, save_pretrained
+from common.weights import from_pretrained, newest_checkpoint, save_pretrained
 from extras import bench, embedded, study
 from model import (
     ROUTER_CONTEXTS,
@@ -130,7 +128,7 @@ def test_init_is_the_papers():
 def test_models_of_one_seed_share_every_weight_except_routing():
     """Bit by bit, so that a study compares routings and not initial weights."""
     shared = []
-    for kw in ({}, {"activations": "silu"}, {"router_hidden": 0}, {"router_context": "token"}, {"router_hidden": 5}):
+    for kw in ({}, {"activations": ("silu",)}, {"router_hidden": 0}, {"router_context": "token"}, {"router_hidden": 5}):
         torch.manual_seed(3)
         parameters = PolychromaticLM(ModelConfig(**{**SMALL, **kw})).named_parameters()
         shared.append({name: p for name, p in parameters if not ROUTING.search(name)})
@@ -138,8 +136,8 @@ def test_models_of_one_seed_share_every_weight_except_routing():
 
 
 def test_only_weight_matrices_and_the_embedding_decay():
-    model = small_model()
-    groups = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95), routing_lr=4.0, alpha_lr=10.0).param_groups
+    model, cfg = small_model(), train.TrainConfig(weight_decay=0.1, routing_lr=4.0, alpha_lr=10.0)
+    groups = train.configure_optimizer(model, cfg).param_groups
     group_of = {p: group for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         scale = (4.0 if ROUTING.search(name) else 1.0) * (10.0 if name.endswith("alpha") else 1.0)
@@ -517,30 +515,29 @@ def small_vocab(tmp_path_factory) -> Path:
     return folder / "vocab.json"
 
 
-@pytest.fixture(scope="module")
-def gpt2_vocab(small_vocab, tmp_path_factory) -> Path:
-    """As small_vocab, with <|endoftext|> listed, as in GPT-2's file."""
-    ids, path = json.loads(small_vocab.read_text()), tmp_path_factory.mktemp("gpt2") / "vocab.json"
-    path.write_text(json.dumps({**ids, "<|endoftext|>": len(ids)}))
-    return path
-
-
-def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_vocab, gpt2_vocab):
-    n_ranks, vocabs = len(json.loads(small_vocab.read_text())), {"gpt2": str(gpt2_vocab), "qwen3": str(small_vocab)}
-    for name, first, n_special in (("bytes", 256, 3), ("gpt2", n_ranks, 3), ("qwen3", n_ranks, 26)):
-        encoding = tokenizer.get_tokenizer(name, vocabs.get(name))
-        assert (encoding.eot_token, encoding.n_vocab) == (first, first + n_special)
+def test_special_tokens_follow_the_vocabulary_and_never_come_from_text(small_vocab, tmp_path):
+    ids = json.loads(small_vocab.read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps({**ids, "<|endoftext|>": len(ids)}))  # GPT-2's file lists it
+    for name, vocab, first, n_special in (
+        ("bytes", None, 256, 3),
+        ("gpt2", str(tmp_path / "vocab.json"), len(ids), 3),
+        ("qwen3", str(small_vocab), len(ids), 26),
+    ):
+        encoding = tokenizer.get_tokenizer(name, vocab)
         specials = [encoding.encode_single_token(special) for special in tokenizer.QWEN3_SPECIALS[:n_special]]
-        assert specials == list(range(first, encoding.n_vocab))
-        ids = tokenizer.encode(encoding, SAMPLE)
+        assert specials == list(range(first, encoding.n_vocab)) and encoding.eot_token == first
+        tokens = tokenizer.encode(encoding, SAMPLE)
         expected = unicodedata.normalize("NFC", SAMPLE) if name == "qwen3" else SAMPLE
-        assert ids.max() < first and encoding.decode(ids.tolist()) == expected
+        assert tokens.max() < first and encoding.decode(tokens.tolist()) == expected
+
+
+def source_of(documents: list[str], val_fraction: float) -> prepare_data.Source:
+    open_batches = functools.partial(prepare_data.in_batches, lambda: documents)
+    return prepare_data.Source("test", open_batches, {}, val_fraction)
 
 
 def write_documents(folder: Path, documents: list[str], val_fraction: float) -> dict:
-    source = prepare_data.Source("test", lambda state: prepare_data.in_batches(documents, state), {})
-    cfg = prepare_data.PrepareConfig(val_fraction=val_fraction)
-    return prepare_data.write_domain(folder, cfg, tokenizer.get_tokenizer("bytes"), source)
+    return prepare_data.write_domain(folder, tokenizer.get_tokenizer("bytes"), source_of(documents, val_fraction))
 
 
 def split_texts(folder: Path) -> dict[str, list[str]]:
@@ -571,19 +568,13 @@ def source_dir(tmp_path_factory) -> Path:
         datasets.Dataset.from_dict({"text": documents[i : i + 900]}).to_parquet(folder / f"m{i}.parquet")
     write_jsonl(folder / "s.jsonl", [{"content": text, "score": 1.0} for text in (*documents[2700:4200], None)])
     for i in range(4200, 4600, 4):
-        (folder / f"c{i}.txt").write_text("\n".join(documents[i : i + 4]), newline="")
+        (folder / f"c{i}.txt").write_text("\n".join(documents[i : i + 4]).replace("\0", ""), newline="")
     return folder
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def pretrain_arguments(source_dir: Path, vocab: Path) -> list[str]:
-    files = {"math": "*.parquet", "stem": "s.jsonl", "code": "*.txt"}
-    sources = [f"--source.{domain}={source_dir}/{name}" for domain, name in files.items()]
-    return ["pretrain", *sources, f"--vocab={vocab}", "--val_fraction=0.1", "--max_tokens=300_000"]
 
 
 def prepare(*arguments: str):
@@ -613,7 +604,9 @@ def bytes_written(folder: Path) -> int:
 
 @pytest.mark.parametrize("corpus", ["pretrain", "sft"])
 def test_a_killed_preparation_resumes_to_the_same_bytes(corpus, source_dir, small_vocab, tmp_path):
-    arguments = [*pretrain_arguments(source_dir, small_vocab), "--max_tokens=1_000_000"]
+    sources = {"math": "parquet", "stem": "jsonl", "code": "txt"}
+    arguments = [f"--source.{domain}={source_dir}/*.{suffix}" for domain, suffix in sources.items()]
+    arguments = ["pretrain", *arguments, f"--vocab={small_vocab}", "--val_fraction=0.1"]
     if corpus == "sft":
         arguments = chat_arguments(write_chat_source(tmp_path / "chat.jsonl", 4000))
     prepare(*arguments, f"--data_dir={tmp_path}/whole")
@@ -632,6 +625,17 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(corpus, source_dir, smal
     assert len(whole) == (7 if corpus == "pretrain" else 5)
 
 
+def test_a_data_set_is_read_on_from_any_state(source_dir):
+    files = sorted(map(str, source_dir.glob("*.parquet")))
+    read = functools.partial(prepare_data.read_field, "m", {"path": "parquet", "data_files": files, "split": "train"})
+    texts, seen = [text for values, _ in read("text") for text in values], 0
+    for values, state in read("text"):
+        seen += len(values)
+        rest = read("text", json.loads(json.dumps(state)))
+        assert [text for values, _ in rest for text in values] == texts[seen:]
+    assert seen == 2700
+
+
 # -------------------------------------------------------------------------------------------------------- your own text
 
 
@@ -644,84 +648,82 @@ def test_files_of_every_kind_become_a_corpus_made_anew_when_one_changes(encoding
     Path("c.txt").write_bytes(c.encode(encoding))
     write_jsonl(Path("d.jsonl"), [{"body": d}, {"body": None}])
     datasets.Dataset.from_dict({"body": [e]}).to_parquet("e.parquet")
-    files, changed = "--source=a.txt, *.md,c.txt,d.jsonl,e.parquet", b.swapcase()  # of one length
-    for text, outcome in ((b, "wrote data/text"), (b, "data/text is unchanged"), (changed, "replaced data/text")):
+    written = []
+    for text in (b, b, b.swapcase()):  # of one length
         Path("[1] b.md").write_text(text)
+        files = "--source=a.txt, *.md,c.txt,d.jsonl,e.parquet"
         prepare("text", files, "--domain=all", "--text_field=body", f"--encoding={encoding}")
         printed, texts = capsys.readouterr().out, split_texts(Path("data/text/all"))
-        assert "all: 1,990 characters in 5 files, 5 documents; 1 without text left out\n" in printed
-        assert f"{outcome}; next: python train.py config/tiny.py --data_dir=data/text --out_dir=out/text\n" in printed
+        assert "all: 1,990 characters in 5 files, 5 different documents; 1 without text left out\n" in printed
+        assert printed.endswith("next: python train.py config/tiny.py --out_dir=out/text --data_dir=data/text\n")
         assert sorted(texts["train"] + texts["val"]) == sorted([a, text, c, d, e])
+        written.append(Path("data/text/all/train.bin").stat().st_mtime_ns)
+    assert written[0] == written[1] < written[2]
 
 
-@pytest.mark.parametrize("size", [2000, 20_000, 800_000])
+@pytest.mark.parametrize("size, length", [(2000, 512), (20_000, 512), (800_000, 16_384)])
 @pytest.mark.parametrize("mark", ["\n\n", "\n", " ", ""])
-def test_one_text_is_cut_where_it_pauses_and_train_and_val_get_their_parts(size, mark, tmp_path):
+def test_one_text_is_cut_where_it_pauses_and_train_and_val_get_their_parts(size, length, mark, tmp_path):
     (tmp_path / "a.txt").write_text(text := mark.join(map(str, range(200_000)))[:size])
     prepare("text", f"--source={tmp_path}/a.txt", f"--data_dir={tmp_path}")
     texts = split_texts(tmp_path / "text" / "text")
     *parts, last = sorted(texts["train"] + texts["val"], key=text.index)
-    length = {2000: 512, 20_000: 512, 800_000: 16_384}[size]
     assert "".join(parts) + last == text and 0 < len(last) <= length
     assert all(length / 2 < len(part) <= length and part.endswith(mark) for part in parts)
     assert 0.08 < sum(map(len, texts["val"])) / size < 0.3
 
 
-def test_a_text_in_gpt2_tokens_trains_resumes_and_writes_by_config_small(gpt2_vocab, tmp_path, monkeypatch, run_main):
+def test_a_text_in_gpt2_tokens_trains_by_config_small(small_vocab, tmp_path, monkeypatch, run_main):
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text(OUR_CODE[:30_000])
     Path("long.txt").write_text(OUR_CODE[:200_000])
-    sources, vocab = ("--source.short=short.txt", "--source.long=long.txt"), f"--vocab={gpt2_vocab}"
+    sources, vocab = ("--source.short=short.txt", "--source.long=long.txt"), f"--vocab={small_vocab}"
     printed = run_main(prepare_data, "text", *sources, "--tokenizer=gpt2", vocab).out
     meta = json.loads(Path("data/text/meta.json").read_text())
     short, long = (counts["train_tokens"] for counts in meta["domains"].values())
-    assert (meta["tokenizer"], meta["vocab"]) == ("gpt2", str(gpt2_vocab)) and 3 < long / short < 12
-    data = ("--data_dir=data/text", "--out_dir=out/text", "--tokenizer=gpt2", f"--vocab_size={meta['vocab_size']}")
-    assert printed.endswith(f"train.py config/tiny.py {' '.join(data)}\n")
+    assert (meta["tokenizer"], meta["vocab"]) == ("gpt2", str(small_vocab)) and 3 < long / short < 12
+    (settings,) = re.findall("next: python train.py config/tiny.py (.*)", printed)
     cuts = {"n_layer": 1, "n_embd": 32, "d_ff": 48, "block_size": 64, "batch_size": 4, "micro_batch_size": 2}
-    command = [f"{ROOT}/config/small.py", *data, *flags({**cuts, "device": "cpu", "eval_tokens": 256})]
-    run_here({}, *command, "--max_steps=5")
-    resumed = run_here({}, *command, "--max_steps=10", "--resume")
-    assert "at step 5" in resumed and re.search("^step 10/10", resumed, re.M)
+    cuts |= {"device": "cpu", "eval_tokens": 256, "max_steps": 2}
+    run_here({}, f"{ROOT}/config/small.py", *shlex.split(settings), *flags(cuts))
     assert run_main(sample, "--out_dir=out/text", vocab, "--max_new_tokens=5").out.strip()
 
 
-def test_bad_text_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypatch):
+def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(chat_dir, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
     for name, content in {
-        "good.txt": OUR_CODE[:9000].encode(), "short.txt": b"One line.\n" * 52, "line.txt": b"One line.\n",
-        "empty.txt": b"", "binary.txt": bytes(range(256)), "latin.txt": b"\xe9t\xe9", "a.pdf": b"%PDF",
-        "rows.jsonl": b'{"id": 1, "body": "x"}\n', "broken.jsonl": b'{"text": ', "blank.txt": b"\n" * 3000,
+        "good.txt": OUR_CODE[:9000].encode(), "blank.txt": b"\n" * 3000, "binary.txt": bytes(128), "a.pdf": b"%PDF",
+        "rows.jsonl": b'{"id": 1, "body": "x"}\n', "odd.jsonl": b'{"messages": "[]"}\n', "broken.jsonl": b'{"text": ',
     }.items():  # fmt: skip
         Path(name).write_bytes(content)
-    Path("folder").mkdir()
+    shutil.copytree(chat_dir, tmp_path / "data/sft")
     prepare("text", "--source=good.txt")
-    before, few = corpus_bytes(Path("data")), "has too little text to train and evaluate on"
+    before = corpus_bytes(Path("data"))
     for arguments, message in {
-        "": "no file matches ''; name your text: --source=input.txt or --source='*.txt'",
-        "--source=good.txt,absent.txt": "no file matches 'absent.txt'; name your text",
-        "--source=empty.txt": f"empty.txt {few} (0 characters, different documents: 0): add some",
-        "--source=line.txt": f"line.txt {few} (9 characters, different documents: 1)",
-        "--source.a=good.txt --source.b=line.txt": f"line.txt {few}",
-        "--source=binary.txt": "binary.txt has null bytes: it is not text, or in UTF-16 (--encoding=utf-16)",
-        "--source=latin.txt": "latin.txt is not in UTF-8; name its encoding, for example --encoding=latin-1",
-        "--source=latin.txt --encoding=morse": "unknown encoding 'morse'; there are latin-1",
-        "--source=a.pdf": "cannot read a.pdf: it must end in .parquet, .jsonl, .json, .txt, .md; rename plain text",
-        "--source=folder": "folder is a folder; name its files: --source='folder/*.txt'",
-        "--source=rows.jsonl": "rows.jsonl has no field 'text' but id, body; name one: --text_field=",
-        "--source=broken.jsonl": "cannot read broken.jsonl: JSON parse error",
-        "--source=short.txt": "short.txt gives val 11 tokens, fewer than 257: add text",
-        "--source=good.txt --source.b=line.txt": "--source.b= and --source= exclude each other",
-        "--source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
-        "--source=good.txt --tokenizer=gpt2": "cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=",
-        "--source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
+        "tinny": "which corpus? python prepare_data.py text | tiny | tiny_sft | pretrain | sft (not 'tinny')",
+        "text": "no file matches ''; name your text: --source=input.txt or --source='*.txt'",
+        "text --source.a=good.txt --source.b=blank.txt": "blank.txt has too little text to train and evaluate on (0 ch",
+        "text --source=binary.txt": "binary.txt is not text in UTF-8; name its encoding: --encoding=latin-1, utf-16,",
+        "text --source=a.pdf": "cannot read a.pdf: name files that end in .parquet, .jsonl, .json, .txt, .md, such as",
+        "text --source=rows.jsonl": "rows.jsonl has no field 'text' but id, body; name one: --text_field=",
+        "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error",
+        "text --source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
+        "text --source=good.txt --tokenizer=gpt2": "cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab",
+        "text --source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
+        "tiny --val_fraction=2": "val_fraction is 2.0; it must lie between 0 and 1",
+        "tiny_sft --max_length=0": "max_length is 0; it must lie in 16..",
+        "pretrain --tokenizer=bytes --source.art=x.txt": "there is no domain 'art'; there are math, stem, code",
+        "pretrain --tokenizer=bytes": "the hub cannot be reached for nvidia/Nemotron-CC-Math-v1",
+        "pretrain --vocab=absent.json": "cannot read the vocabulary absent.json",
+        "pretrain --vocab=a.pdf": "a.pdf is not a vocab.json of a byte-level BPE tokenizer",
+        "sft --tokenizer=bytes --source=odd.jsonl": "nothing of odd.jsonl is left for train; 1 left out: messages that",
     }.items():
-        assert message in error_of(prepare, "text", *arguments.split())
-    with mock.patch.object(Path, "read_bytes", side_effect=PermissionError(13, "Permission denied")):
-        assert error_of(prepare, "text", "--source=good.txt") == "cannot read good.txt: Permission denied"
+        assert message in error_of(prepare, *arguments.split())
+    with mock.patch.object(Path, "read_text", side_effect=PermissionError(13, "Permission denied")):
+        assert "cannot read good.txt: Permission denied" in error_of(prepare, "text", "--source=good.txt")
     assert corpus_bytes(Path("data")) == before
     prepare("text", "--source=good.txt,blank.txt")  # blank documents are no documents
     after = corpus_bytes(Path("data"))
@@ -738,8 +740,8 @@ def corpus_dir(tmp_path_factory) -> Path:
     alphabets = {"math": ("0123456789+= ", 400), "stem": ("the quick brown fox. ", 150), "code": ("if x:\n ()", 60)}
     for name, (alphabet, size) in alphabets.items():
         documents = ["".join(rng.choices(alphabet, k=rng.randint(20, 200))) for _ in range(size)]
-        domains[name] = functools.partial(write_documents, folder / name, documents, val_fraction=0.2)
-    prepare_data.prepare(folder, tokenizer.get_tokenizer("bytes"), domains)
+        domains[name] = source_of(documents, val_fraction=0.2)
+    prepare_data.write_corpus(folder, tokenizer.get_tokenizer("bytes"), domains)
     return folder
 
 
@@ -751,42 +753,45 @@ def run_settings(corpus_dir: Path, out_dir: Path, **overrides) -> dict:
     }  # fmt: skip
 
 
-def open_corpus(corpus_dir: Path, **overrides) -> data.Corpus:
-    return data.Corpus(train.TrainConfig(**run_settings(corpus_dir, "x", **overrides)))
+def open_corpora(corpus_dir: Path, **overrides) -> tuple[data.Corpus, data.Corpus]:
+    return train.open_corpora(train.TrainConfig(**run_settings(corpus_dir, "x", **overrides)))
 
 
-def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(corpus_dir):
-    corpus = open_corpus(corpus_dir, max_steps=300)
-    assert np.array_equal(np.diff(corpus.visited, axis=0), corpus.quotas)
-    for d, domain in enumerate(corpus.cfg.mixture):
-        n, order = corpus.n_rows(domain, "train"), [corpus.nth_row(domain, i) for i in range(corpus.visited[-1, d])]
-        first, *epochs, last = (order[i : i + n] for i in range(0, len(order), n))
-        assert all(sorted(epoch) == list(range(n)) for epoch in (first, *epochs)) and len(set(last)) == len(last)
-        assert first != [*epochs, last][0]
+def test_an_epoch_visits_every_row_once_in_an_order_of_the_seed(corpus_dir):
+    one, same, other = (data.Corpus(corpus_dir, 64, seed=seed) for seed in (1, 1, 2))
+    for domain in one.domains:
+        n = one.n_rows(domain)
+        first, second, last = ([one.nth_row(domain, i) for i in range(e * n, (e + 1) * n)] for e in range(3))
+        assert sorted(first) == sorted(second) == sorted(last) == list(range(n)) and first != second
+        assert [same.nth_row(domain, 2 * n + i) for i in range(n)] == last  # asked for at once, the last epoch is equal
+        assert [other.nth_row(domain, i) for i in range(n)] != first
 
 
-def test_batches_depend_on_seed_and_step_alone(corpus_dir):
-    one, two, other = (open_corpus(corpus_dir, seed=s, micro_batch_size=m) for s, m in [(1, 8), (1, 2), (2, 8)])
-    assert all(np.array_equal(one.batch(step), two.batch(step)) for step in (11, 0, 5))
-    assert not np.array_equal(one.batch(5), other.batch(5))
-    rows = [one.row("math", "train", one.nth_row("math", one.visited[5, 0] + i)) for i in range(2)]
-    assert np.array_equal(one.batch(5)[:2], rows)
+def test_a_run_resumed_with_another_batch_size_goes_on_reading_where_it_stopped(run_small, monkeypatch):
+    """Half the batch, then twice: each domain's rows are read in order, none twice, and none is skipped."""
+    read, nth_row = defaultdict(list), data.Corpus.nth_row
+    monkeypatch.setattr(data.Corpus, "nth_row", lambda self, d, n: read[d].append(n) or nth_row(self, d, n))
+    run_small(max_steps=3, batch_size=8)
+    run_small("--resume", max_steps=6, batch_size=4)
+    run_small("--resume", max_steps=9, batch_size=16)
+    assert all(found == list(range(len(found))) for found in read.values())
+    assert sum(map(len, read.values())) == 3 * (8 + 4 + 16)
 
 
 @pytest.mark.parametrize("batch_size", [8, 32, 128])
 def test_every_step_is_within_one_sequence_of_its_mixture(batch_size):
     cfg = train.TrainConfig(max_steps=500, batch_size=batch_size, mixture={"math": 0.7, "stem": 0.25, "code": 0.05})
     cfg.mixture_end = {"math": 0.85, "stem": 0.1, "code": 0.05}
-    table, shares = data.quotas(cfg), [list(data.get_mixture(step, cfg).values()) for step in range(500)]
+    table, shares = train.quotas(cfg), [list(train.get_mixture(step, cfg).values()) for step in range(500)]
     excess = table - np.array(shares) * batch_size
     assert (table.sum(1) == batch_size).all() and (table >= 0).all() and np.abs(excess).max() <= 1
     assert np.abs(excess.cumsum(0)).max() <= 2  # small shares are not starved
 
 
 def test_document_ids_end_with_end_of_text(corpus_dir):
-    corpus = open_corpus(corpus_dir, block_size=6)
-    corpus.tokens["math"]["train"] = np.array([9] * 6 + [5, 6, 256, 7, 256, 256, 8])
-    row = corpus.row("math", "train", 1).tolist()
+    corpus = data.Corpus(corpus_dir, 6)
+    corpus.tokens["math"] = np.array([9] * 6 + [5, 6, 256, 7, 256, 256, 8])
+    row = corpus.row("math", 1).tolist()
     assert row == [[5, 6, 256, 7, 256, 256], [6, 256, 7, 256, 256, 8], [0, 0, 0, 1, 1, 2]]
 
 
@@ -798,22 +803,25 @@ def test_the_default_settings_and_schedules_are_the_papers():
     mixed = config.load(train.TrainConfig, [f"{ROOT}/config/pretrain.py"])
     assert dataclasses.replace(mixed, mixture=None, mixture_end=None) == cfg
     mixed.max_steps = 500
-    assert data.get_mixture(0, mixed) == data.get_mixture(399, mixed) == {"math": 0.7, "stem": 0.25, "code": 0.05}
-    assert data.get_mixture(499, mixed) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
+    assert train.get_mixture(0, mixed) == train.get_mixture(399, mixed) == {"math": 0.7, "stem": 0.25, "code": 0.05}
+    assert train.get_mixture(499, mixed) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
     assert config.load(sft.SFTConfig, [f"{ROOT}/config/sft.py"]) == sft.SFTConfig()
 
 
 def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir, tmp_path):
     counts = json.loads((corpus_dir / "meta.json").read_text())["domains"]
     sizes = {domain: counts[domain]["train_tokens"] for domain in counts}
-    by_size = {domain: size / sum(sizes.values()) for domain, size in sizes.items()}
-    assert open_corpus(corpus_dir).cfg.mixture == by_size
+    assert data.Corpus(corpus_dir, 64).shares == {domain: size / sum(sizes.values()) for domain, size in sizes.items()}
     for domain, share in {"math": 1.0, "stem": 0.5, "code": 0.5}.items():
         counts[domain]["share"] = share  # relative
     named = damage_corpus(corpus_dir, tmp_path / "named", domains=counts)
-    assert open_corpus(named).cfg.mixture == {"math": 0.5, "stem": 0.25, "code": 0.25}
-    cfg = config.load(train.TrainConfig, [*flags(run_settings(named, "x")), "--mixture.code=1"])
-    assert data.Corpus(cfg).cfg.mixture == {"code": 1.0} and cfg.mixture_end is None
+    for flag, expected in {
+        "--seed=1": {"math": 0.5, "stem": 0.25, "code": 0.25},
+        "--mixture.code=1": {"code": 1.0},
+    }.items():
+        cfg = load(*flags(run_settings(named, "x")), flag)
+        train.open_corpora(cfg)
+        assert cfg.mixture == expected and cfg.mixture_end is None
 
 
 # --------------------------------------------------------------------------------------------------- 8. kill and resume
@@ -851,7 +859,7 @@ def signal_at_step(command: list[str], step: int, number: int) -> tuple[int, str
 
 
 def step_of(out_dir: Path) -> int:
-    return load_checkpoint(out_dir)["step"]
+    return load_checkpoint(out_dir)["progress"]["step"]
 
 
 def losses_of(out_dir: Path) -> list[dict]:
@@ -884,9 +892,9 @@ def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(
     for step, number in [(1, signal.SIGTERM), (7, signal.SIGKILL), (9, signal.SIGINT)]:
         status, output = signal_at_step(command, step, number)
         if number == signal.SIGKILL:
-            assert (status, step_of(tmp_path)) == (-number, 6), output
+            assert status == -number and 4 <= step_of(tmp_path) <= 6, output
         else:
-            assert status == 0 and "finishing the step" in output and step_of(tmp_path) in (step + 1, step + 2), output
+            assert status == 0 and "finishing the step" in output and step <= step_of(tmp_path) <= step + 2, output
             command = shlex.split(re.search(r"Go on with: python (.*)", output)[1])
             assert command == resume
     assert "resumed" in run_here(settings, "--resume")
@@ -927,7 +935,7 @@ def test_one_process_and_two_take_the_same_steps_also_when_resumed(corpus_dir, t
 
 def test_a_failed_save_leaves_the_checkpoint_before_it(run_small, tmp_path, monkeypatch):
     def save(checkpoint, file, save=torch.save):
-        if checkpoint["step"] == 2:
+        if checkpoint["progress"]["step"] == 2:
             file.write(b"half a checkpoint")
             raise OSError(28, "No space left on device")
         save(checkpoint, file)
@@ -948,20 +956,20 @@ def assert_one_line(done: subprocess.CompletedProcess, *messages: str):
 def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):
     """The first update of this run ruins the weights, and the second is the first to show it."""
     run = functools.partial(run_small, lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
-    assert re.match("5 non-finite updates in a row; .*ckpt.pt is at step 0; lower --lr", error_of(run))
+    assert error_of(run) == "5 non-finite updates in a row; nothing was saved yet; lower --lr"
     *_, last = map(functools.partial(json.loads, parse_constant=pytest.fail), open(tmp_path / "log.jsonl"))  # no NaN
-    assert step_of(tmp_path) == 0 and last["skipped"] == 4
-    assert "skipped" not in run("--resume", lr=1e-3)
-    message = error_of(run, "--overwrite", max_steps=3)
-    assert re.match("the run ended in non-finite updates; .* at step 0; resume with a lower --lr", message)
+    assert not (tmp_path / "ckpt.pt").exists() and last["skipped"] == 4
+    assert "skipped" not in run("--resume", lr=1e-3, max_steps=2)
+    message = error_of(run, "--resume", max_steps=6)
+    assert re.match("the run ended in non-finite updates; .* at step 2; resume with a lower --lr", message)
 
 
 def test_after_a_skipped_update_a_save_and_a_stop_wait_for_one_that_succeeds(run_small, monkeypatch):
     norms, saved, save = [1, math.nan, 1, 1, math.nan, 1], [], torch.save
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float(norms.pop(0))))
-    monkeypatch.setattr(torch, "save", lambda state, file: saved.append(state["step"]) or save(state, file))
+    monkeypatch.setattr(torch, "save", lambda state, file: saved.append(state["progress"]["step"]) or save(state, file))
     run_small(max_steps=4, save_interval=2)
-    assert saved == [0, 3, 4]
+    assert saved == [3, 4]
     with mock.patch.object(machine, "StopSignal", return_value=SimpleNamespace(requested=True)):
         assert "ckpt.pt is at step 2" in run_small("--overwrite", save_interval=100)
 
@@ -977,37 +985,12 @@ def test_frozen_parameters_and_those_of_rate_0_stay_as_they_are(flag, kept, run_
 
 
 def test_the_first_step_and_evaluations_do_not_count_in_the_throughput(run_small, tmp_path, monkeypatch):
-    batch, evaluate, seconds = data.Corpus.batch, train.evaluate, []
+    next_rows, evaluate, seconds = train.next_rows, train.evaluate, []
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: sum(seconds)))
-    monkeypatch.setattr(data.Corpus, "batch", lambda *a: seconds.append(2 if a[1] else 99) or batch(*a))
+    monkeypatch.setattr(train, "next_rows", lambda *a: seconds.append(2 if seconds[1:] else 99) or next_rows(*a))
     monkeypatch.setattr(train, "evaluate", lambda *a: seconds.append(1000) or evaluate(*a))
     run_small(log_interval=4)
     assert [line["tokens_per_second"] for line in losses_of(tmp_path)] == [8 * 64 / 2] * 3
-
-
-def test_the_estimate_of_memory_counts_parameters_and_what_a_step_keeps():
-    def estimate(**overrides) -> int:
-        cfg = train.TrainConfig(**{**SMALL, "dtype": "bfloat16", "batch_size": 64, **overrides})
-        return estimate_memory(PolychromaticLM(cfg.model_config()), cfg)
-
-    n = sum(p.numel() for p in small_model().parameters())
-    fixed = 2 * estimate(micro_batch_size=1) - estimate(micro_batch_size=2)  # without tokens
-    assert fixed == 16 * n + 6 * 259 * 32
-    a_token = (estimate(micro_batch_size=2) - fixed) / 2 / 64
-    assert a_token == 2 * (8 * 32 + 2 * (2 * 32 + 20 * 8 + 3 * 48)) + 6 * 259
-    assert estimate(recompute=True) < estimate() < estimate(dtype="float32")
-
-
-def test_the_first_lines_name_the_card_and_the_memory_that_the_run_needs(capsys, monkeypatch):
-    card = SimpleNamespace(name="A card", total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    ranks, cfg = SimpleNamespace(device=torch.device("cuda"), world_size=1), train.TrainConfig(dtype="bfloat16")
-    with torch.device("meta"):
-        model = PolychromaticLM(cfg.model_config())
-    for compiled, end in [(True, "\ncompiling, about half"), (False, " when compiled; uncompiled it needs more")]:
-        print_start(model, cfg, ranks, compiled)
-        pattern = rf"^A card, 80 GiB; the run needs an estimated (\d\d) GiB{end}"
-        assert 40 < int(re.search(pattern, capsys.readouterr().out, re.M)[1]) < 70
 
 
 def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, run_small, tmp_path):
@@ -1017,14 +1000,11 @@ def test_an_older_checkpoint_has_one_temperature_for_all_layers(unbroken, run_sm
     assert {round(block.ffn.tau.item(), 6) for block in from_pretrained(tmp_path).blocks} == {0.3}
     torch.save({**checkpoint, "domains": {}}, tmp_path / "ckpt.pt")
     assert "resuming on other data" in run_small("--resume", max_steps=13)
-    checkpoint["optimizer"]["param_groups"].pop()
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    assert "cannot be resumed: loaded state dict has" in error_of(run_small, "--resume")
 
 
 def test_a_new_run_in_an_old_folder_keeps_nothing_of_the_old(run_small, tmp_path):
     run_small(max_steps=2)
-    rewind(tmp_path, -1)  # killed right here, the new run starts from its own beginning
+    rewind(tmp_path, 0)  # killed right here, the new run starts from its own beginning
     assert "nothing to resume" in run_small("--resume", max_steps=2, seed=2)
     assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 2]
 
@@ -1073,13 +1053,16 @@ def test_sampling_from_a_run(unbroken, run_main, tmp_path, monkeypatch):
     assert compiled.call_count == SMALL["n_layer"]
 
 
-def test_a_text_ends_before_its_stop_whatever_pieces_it_comes_in():
-    text = "one two END three"
-    for size in range(1, 8):
-        pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        assert "".join(sample.until_stop(iter(pieces), "END")) == "one two "
-        assert "".join(sample.until_stop(iter(pieces), "ENDS")) == text
-        assert list(sample.until_stop(iter(pieces), None)) == [*pieces, ""]
+def test_a_text_comes_in_pieces_and_ends_where_a_stop_begins_whichever_tokens_it_spans():
+    model, encoding = small_model(), tokenizer.get_tokenizer("bytes")  # a token is a byte
+    prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
+    rows = generated(model, prompts, 30, stop_ids={256})
+    free = [bytes(token for token in row if 0 <= token < 256).decode(errors="replace") for row in rows]
+    assert generation.generate_texts(model, encoding, prompts, 30, {256}) == free
+    assert len(list(filter(None, next(zip(*generation.text_deltas(model, encoding, prompts, 30, {256})))))) > 10
+    stop = next(match[0] for text in free if (match := re.search(r"[\0-\x7f]{2}", text[5:])))
+    stopped = generation.generate_texts(model, encoding, prompts, 30, {256}, ["never written", stop])
+    assert stopped == [text.partition(stop)[0] for text in free] and stopped != free
 
 
 # ------------------------------------------------------------------------------------------------------- conversations
@@ -1125,18 +1108,18 @@ def test_any_text_in_a_message_comes_back_and_cannot_end_its_turn(chat_encoding)
 
 def test_what_is_no_conversation_is_left_out_and_named():
     encoding, roles = tokenizer.get_tokenizer("bytes"), "not one of system, user, assistant"
-    for fault, conversations in {
-        "no messages": [[]],
-        f"the role 'tool', {roles}": [[{"role": "tool", "content": "x"}]],
-        f"the role None, {roles}": [["hello"]],
-        "content that is not text": [[{"role": "user"}], [{"role": "user", "content": [1]}]],
-        "messages that are not a list": [{"role": "user"}, "text", None],
-        "an assistant message without text": [messages("?", " ")],
+    for fault, said in {
+        "no messages": [],
+        f"the role 'tool', {roles}": [{"role": "tool", "content": "x"}],
+        f"the role None, {roles}": ["hello"],
+        "content that is not text": [{"role": "user", "content": [1]}],
+        "messages that are not a list": {"role": "user"},
+        "an assistant message without text": messages("?", " "),
+        "no assistant message": messages("?"),
+        "no answer within 64 tokens": messages("?" * 64, "!"),
     }.items():
-        for said in conversations:
-            assert prepare_data.encode_conversation(encoding, 64, said).note == f"left out: {fault}"
-            if fault not in ("messages that are not a list", "an assistant message without text"):
-                assert error_of(tokenizer.encode_chat, encoding, said) == fault
+        document = prepare_data.encode_conversation(encoding, 64, said)
+        assert document.note == f"left out: {fault}" and not len(document.tokens)
 
 
 def write_chat_source(path: Path, n: int = 300) -> Path:
@@ -1163,8 +1146,7 @@ def chat_dir(tmp_path_factory) -> Path:
     arguments = chat_arguments(write_chat_source(folder / "a[1].jsonl").with_name("*.jsonl"))  # a name, not a pattern
     printed = run_here({}, *arguments, f"--data_dir={folder}", script=prepare_data)
     assert re.search(r"^chat: \d+ cut to 65 tokens$", printed, re.M)
-    for fault in ("no answer within 65 tokens", "no assistant message", "the role 'tool', not one of system, user"):
-        assert f"chat: 1 left out: {fault}" in printed
+    assert "chat: 1 left out: no answer within 65 tokens" in printed
     return folder / "sft"
 
 
@@ -1208,14 +1190,14 @@ def settings_from(init: Path, corpus_dir: Path, out_dir: Path, **overrides) -> d
 
 @pytest.fixture(scope="module")
 def conversations(chat_dir) -> data.Conversations:
-    return data.Conversations(sft.SFTConfig(**settings_from("x", chat_dir, "x", **{**SMALL, "block_size": 128})))
+    return data.Conversations(chat_dir, 128, seed=1337)
 
 
 def test_rows_hold_whole_conversations_each_visited_once_in_an_epoch_and_learn_the_answers(conversations, chat_dir):
     on_disk = read_conversations(chat_dir, "train")
     expected = [(*ids[:-1], *np.where(mask == 1, ids, -1)[1:]) for ids, mask in on_disk]  # tokens, targets
-    rows, found, padding = conversations.n_rows("chat", "train"), [], 0
-    for tokens, targets, doc_ids in (conversations.row("chat", "train", n) for n in range(rows)):
+    rows, found, padding = conversations.n_rows("chat"), [], 0
+    for tokens, targets, doc_ids in (conversations.row("chat", n) for n in range(rows)):
         assert (np.diff(doc_ids) >= 0).all()
         for inside in (doc_ids == doc for doc in np.unique(doc_ids)):
             if (targets[inside] >= 0).any():
@@ -1259,16 +1241,17 @@ def test_a_run_is_the_plain_training_loop(recompute, unbroken, chat_dir, tmp_pat
     assert "resuming with routing_lr=4.0; it was 1.0" in run_here(new, "--resume", script=sft)
     assert json.loads((tmp_path / "settings.json").read_text())["routing_lr"] == 4.0
 
-    model, moments, log = from_pretrained(unbroken), defaultdict(dict), []
+    model, moments, log = from_pretrained(unbroken).train(), defaultdict(dict), []
     for step in range(5):
         cfg = sft.SFTConfig(**SMALL, **(old if step < 3 else new))
         lr, tau = train.get_lr(step, cfg), train.get_tau(step, cfg)
-        optimizer = model.configure_optimizer(lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), routing_lr=cfg.routing_lr)
+        optimizer = train.configure_optimizer(model, cfg)
         optimizer.state = moments
         for group in optimizer.param_groups:
-            group["lr"] *= group["lr_scale"]
+            group["lr"] = lr * group["lr_scale"]
         set_tau(model, tau)
-        rows, loss = data.Conversations(cfg).batch(step), torch.zeros(())
+        corpus, loss = data.Conversations(chat_dir, cfg.block_size, seed=cfg.seed), torch.zeros(())
+        rows = np.stack([corpus.row("chat", corpus.nth_row("chat", 8 * step + i)) for i in range(8)])
         n_targets = (rows[:, 1] >= 0).sum()
         for i, part in enumerate(np.split(rows, 2)):
             torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, i)).generate_state(1, np.uint64)[0]))
@@ -1280,6 +1263,7 @@ def test_a_run_is_the_plain_training_loop(recompute, unbroken, chat_dir, tmp_pat
         optimizer.zero_grad()
         log.append((loss.item(), norm.item(), tau))
     set_tau(model, 0.1)
+    assert [(x["loss"], x["grad_norm"], x["tau"]) for x in losses_of(tmp_path)] == log
     torch.testing.assert_close(load_checkpoint(tmp_path)["model"], model.state_dict(), rtol=0, atol=0)
     assert [(x["loss"], x["grad_norm"], x["tau"]) for x in losses_of(tmp_path)] == log
 
@@ -1289,15 +1273,12 @@ def test_a_chat_forgets_on_request_and_when_full_and_refuses_a_long_message(fine
     out, err = chat("--temperature=0", stdin="Say 1.\n/reset\n/sing\n\nSay 1.\n/exit\nnever read\n")
     assert out == 2 * chat("--temperature=0", "--prompt=Say 1.").out
     assert "(forgotten)" in err and "there is no /sing, only /reset and /exit" in err
-    assert chat().out == "\n"  # Ctrl-D at once
     err = chat(stdin="Say 1.\nSay 2.\n" + "x" * 99 + "\nSay 3.\n").err
-    refusal = "this takes 118 tokens, but there is room for 48; say it shorter"
-    assert "(the context is full: the oldest turn is forgotten)" in err and f"({refusal})" in err
-    with pytest.raises(SystemExit, match=f"^error: {refusal}$"):
-        chat("--prompt=" + "x" * 99)
+    assert "(the context is full: the oldest turn is forgotten)" in err
+    assert "(this takes 118 tokens, but there is room for 48; say it shorter)" in err
 
 
-def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too_long(monkeypatch, capsys):
+def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too_long(monkeypatch):
     def interrupted(*_):
         yield "half an "
         raise KeyboardInterrupt
@@ -1306,52 +1287,41 @@ def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too
     cfg = sample.SampleConfig(chat=True, system="Hi.")
     chat = sample.Chat(small_model(), tokenizer.get_tokenizer("bytes"), cfg)
     chat.answer("go")
-    assert capsys.readouterr().out == "half an \n"
     assert "tokens with --system, but there is room for 48; say it shorter" in error_of(chat.answer, "x" * 99)
-    assert chat.system == [{"role": "system", "content": "Hi."}] and chat.turns == messages("go", "half an ")
+    assert chat.turns == messages("go", "half an ")
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_a_batch_that_memory_does_not_hold_is_halved():
-    batcher, sizes = evaluate.Batcher(small_model(), 16), []
-
-    def negate(batch, room=3):
-        sizes.append(len(batch))
-        if len(batch) > room:
-            raise torch.OutOfMemoryError("from a test")
-        return [-item for item in batch]
-
-    assert batcher(negate, range(10), "test") == [-item for item in range(10)]
-    assert sizes == [10, 5, 2, 2, 2, 2, 2] and batcher.size == 2
-    no_room = functools.partial(negate, room=0)
-    assert error_of(batcher, no_room, range(10), "test").startswith("out of memory with one row at a time")
-    assert evaluate.Batcher(small_model(router_context="sequence"), "auto").size == 1  # it would read the padding
+def test_batches_keep_the_order_and_hold_as_many_items_as_asked_for_or_fit():
+    assert evaluate.in_batches(lambda batch: [len(batch)], range(10), "test", 4) == [4, 4, 2]
+    assert evaluate.in_batches(list, range(10), "test", 4) == list(range(10))
+    sees_future = small_model(router_context="sequence")  # it would read the padding
+    for model, flags, expected in (small_model(), {}, 256), (small_model(), {"batch_size": 9}, 9), (sees_future, {}, 1):
+        assert evaluate.pick_batch_size(evaluate.EvalConfig(**flags), model) == expected
 
 
 def test_the_error_of_a_mean_loss_is_that_of_its_documents():
     """A hundred equal tokens say no more than one; documents that tokens do not tell apart add nothing."""
     means, ids = np.array([1.0, 2.0, 4.0]), np.array([7, 3, 5])
     expected = pytest.approx((means.mean(), means.std(ddof=1) / math.sqrt(3)))
-    for n in (1, 100):
-        assert evaluate.clustered_mean(means.repeat(n), ids.repeat(n)) == expected
-    values, sizes = [3.0, 1.0, 1.0, 8.0], [1, 2, 1]  # sums of documents 3, 2, 8; less their sizes at 3.25: deviations
-    error = math.sqrt((0.25**2 + 4.5**2 + 4.75**2) * 3 / 2) / 4
-    assert evaluate.clustered_mean(np.array(values), np.repeat([0, 1, 2], sizes)) == pytest.approx((3.25, error))
+    assert evaluate.clustered_mean(means.repeat(100), ids.repeat(100)) == expected
+    error = math.sqrt((0.25**2 + 4.5**2 + 4.75**2) * 3 / 2) / 4  # sums of documents 3, 2, 8; less their sizes at 3.25
+    assert evaluate.clustered_mean(np.array([3.0, 1, 1, 8]), np.array([0, 1, 1, 2])) == pytest.approx((3.25, error))
     assert evaluate.clustered_mean(np.ones(9), np.zeros(9, int)) == (1.0, None)
 
 
 def test_a_document_is_one_document_in_all_its_rows(corpus_dir):
-    corpus, some = (open_corpus(corpus_dir, eval_tokens=n_tokens) for n_tokens in (10**6, 5 * SMALL["block_size"]))
-    rows = evaluate.val_rows(corpus, "code")
-    tokens, _, doc_ids = rows.numpy().swapaxes(0, 1)
-    assert tokens.ravel().tolist() == corpus.read("code", "val", 0, tokens.size).tolist()
+    corpus = data.Corpus(corpus_dir, SMALL["block_size"], "val")
+    rows = evaluate.val_rows(corpus, "code", 10**6)
+    tokens, _, doc_ids = rows.swapaxes(0, 1)
+    assert tokens.ravel().tolist() == corpus.read("code", 0, tokens.size).tolist()
     ends = tokens.ravel() == corpus.end_of_text
     assert doc_ids.ravel().tolist() == (ends.cumsum() - ends).tolist()
     assert (np.diff(doc_ids, axis=1) == 0).all(1).any() and len(np.unique(doc_ids)) > 2  # longer ones than a row
     chosen = np.linspace(0, len(rows) - 1, 5).astype(int)
-    assert torch.equal(evaluate.val_rows(some, "code"), rows[chosen])
+    assert np.array_equal(evaluate.val_rows(corpus, "code", 5 * SMALL["block_size"]), rows[chosen])
 
 
 @pytest.fixture()
@@ -1369,24 +1339,23 @@ def run_eval(run_main, tmp_path):
 def test_the_report_of_a_run(unbroken, corpus_dir, run_eval, tmp_path):
     pytest.importorskip("matplotlib")
     printed, results = run_eval(unbroken, "--batch_size=3")
-    corpus, autocast = open_corpus(corpus_dir, eval_tokens=10**6), torch.autocast("cpu", enabled=False)
-    expected = train.evaluate(from_pretrained(unbroken), corpus, Ranks("cpu"), autocast)["val"]
-    assert any(corpus.n_rows(domain, "val") % 4 for domain in expected)  # the last micro-batch of train.py is partial
+    cfg = train.TrainConfig(**run_settings(corpus_dir, "x", eval_tokens=10**6))
+    _, corpus = train.open_corpora(cfg)
+    autocast = torch.autocast("cpu", enabled=False)
+    expected = train.evaluate(from_pretrained(unbroken), corpus, cfg, Ranks("cpu"), autocast)["val"]
+    assert any(corpus.n_rows(domain) % 4 for domain in expected)  # the last micro-batch of train.py is partial
     for domain, measured in results["domains"].items():
         loss, counts = expected[domain]["loss"], corpus.domains[domain]
-        assert measured["nats_per_token"] == pytest.approx(loss, abs=1e-5)
         bits = loss / math.log(2) * counts["val_tokens"] / counts["val_bytes"]
-        assert measured["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
         assert expected[domain]["bits_per_byte"] == pytest.approx(bits)
-        assert measured["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        names = ("nats_per_token", "bits_per_byte", "perplexity")
+        assert [measured[name] for name in names] == pytest.approx([loss, bits, math.exp(loss)], rel=1e-4)
         assert measured["bits_per_byte_error"] > 0
         assert re.search(rf"^{domain} .* {measured['bits_per_byte']:.4f} ± ", printed, re.M)
     assert results["routing"].keys() == {"all", "math", "stem", "code"}
-    for name in ("static entropy", "dynamic entropy", "usage", "input dependence", "agreement"):
-        assert re.search(f"^{name}: ", printed, re.M)
+    assert re.search("^layer +static entropy +dynamic entropy +usage: .* input dependence +agreement$", printed, re.M)
     plots = sorted((tmp_path / "run").glob("*.png"))
     assert [path.stem for path in plots] == ["layers", "training", "usage"]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in plots)
 
 
 def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_tuned, chat_dir, run_eval, tmp_path):
@@ -1422,19 +1391,13 @@ def test_what_evaluation_lacks_is_named(unbroken, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "extras.harness", raising=False)  # it may be imported already
     settings = {"init_from": shutil.copy(unbroken / "ckpt.pt", tmp_path), "max_tokens": 200}  # no log
     assert "no pictures: they need a package: pip install matplotlib" in run_here(settings, script=evaluate)
-    assert error_of(run_here, settings, "--tasks=a", script=evaluate) == "--tasks needs a package: pip install lm-eval"
-
-
-def test_a_bad_evaluation_is_one_line(unbroken, corpus_dir):
     for flag, message in {
-        "--init_from=absent": "no checkpoint at absent",
+        "--tasks=a": "--tasks needs a package: pip install lm-eval",
         "--data_dir=absent --domains=a": "no data in absent; prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
-        "--domains=math,art": f"{corpus_dir} has no domain 'art'; there are math, stem, code",
-        "--batch_size=many": "batch_size is 'many'; it must be auto or a number",
-        "--batch_size=0": "batch_size is 0; it must lie in 1..",
+        "--domains=math,art": "has no domain 'art'; there are math, stem, code",
         "--max_tokens=0": "max_tokens is 0; it must lie in 1..",
     }.items():
-        assert error_of(run_here, {"init_from": unbroken}, *flag.split(), script=evaluate).startswith(message)
+        assert message in error_of(run_here, settings, *flag.split(), script=evaluate)
 
 
 # ---------------------------------------------------------------------------------------------------- 9. error messages
@@ -1446,64 +1409,54 @@ def load(*argv: str):
 
 def test_settings_come_from_defaults_then_files_then_flags(tmp_path):
     path = tmp_path / "settings.py"
-    path.write_text("lr = 3e-4\nmax_steps = 7\nactivations = ('relu', 'tanh')\nmixture_end = None\n")
-    overrides = ["--mixture.math=0.55", "--mixture.stem=0.45", "--out_dir=7", "--activations=silu"]
-    cfg = load(str(path), "--max_steps=1e3", "--compile", *overrides)
-    assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.out_dir, cfg.activations) == (3e-4, 1000, True, "7", ("silu",))
+    path.write_text("lr = 3e-4\nmax_steps = 7\nactivations = ('relu', 'tanh')\nmixture_end = None\ncompile = False\n")
+    overrides = ["--mixture.math=0.55", "--mixture.stem", "0.45", "--out_dir", "7", "--activations=silu"]
+    cfg = load(str(path), "--compile", "--gumbel", "false", "--max_steps=1e3", *overrides)
+    assert (cfg.lr, cfg.max_steps, cfg.compile, cfg.gumbel, cfg.out_dir) == (3e-4, 1000, True, False, "7")
     assert cfg.mixture == {"math": 0.55, "stem": 0.45} and cfg.mixture_end is None and cfg.batch_size == 128
+    assert cfg.activations == ("silu",) and {"lr", "out_dir"} < cfg.overridden and "seed" not in cfg.overridden
 
 
 def test_a_bad_setting_is_one_line(monkeypatch):
     monkeypatch.chdir(ROOT)
     for arguments, message in {
         "--max_step=5": "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?",
-        "--max_steps=many": "--max_steps: max_steps takes int, not 'many'", "--lr=1e999": "lr takes float, not inf",
-        "--max_steps=1.5": "--max_steps: max_steps takes int, not 1.5", "--lr=True": "--lr: lr takes float, not True",
-        "--max_steps": "--max_steps needs a value: --max_steps=<int>", "--lr={[]:1}": "lr takes float, not '{[]:1}'",
-        "--max_steps=0": "max_steps is 0; it must lie in 1..1e+08", "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
-        "--compile=maybe": "--compile: compile takes True or False, not 'maybe'",
-        "--lr.foo=3": "--lr.foo: lr is one value, without entries",
+        "--max_steps=1.5": "--max_steps: max_steps takes int, not 1.5",
+        "--seed=1e30": "seed takes int, not 1e+30",
+        "--max_steps --compile": "--max_steps needs a value: --max_steps=<int>",
+        "--lr.foo=3": "--lr.foo: lr takes float, not {'foo': '3'}",
+        "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
-        "--activations=relu,relu": "name at least one, each once",
-        "--router_context=future": "unknown router_context 'future'; there are prefix",
-        "--n_kv_head=3": "n_head is 16; it must be a multiple of n_kv_head, which is 3",
-        "--head_dim=7": "head_dim is 7; rotary positions need an even one", "--rope_theta=0": "rope_theta is 0.0",
-        "--n_layer=0": "n_layer is 0; it must be at least 1", "--router_hidden=-1": "router_hidden is -1",
-        "--micro_batch_size=3": "batch_size is 128; it must be a multiple of micro_batch_size, 3",
-        "--dtype=float16": "dtype is 'float16'; it must be auto, bfloat16 or float32",
-        "--seed=-1": "seed is -1; it must lie in 0..", "--beta1=1": "beta1 is 1.0; it must lie in 0..0.99999",
-        "--seed=1e30": "seed is 1000000000000000019884624838656; it must lie in 0..9.22337e+18",
-        "--batch_size=1e12": "batch_size is 1000000000000; it must lie in 1..1.04858e+06",
-        "--anneal_start=7": "anneal_start is 7.0; it must lie in 0..1",
-        "--mixture={}": "mixture takes {'name': value, ...}, not {}",
-        "--mixture={1:1.0}": "mixture takes {'name': value, ...}, not {1: 1.0}",
+        "--n_kv_head=3": "n_head is 16; it must be a multiple of n_kv_head, 3",
         "--resume --overwrite": "resume and overwrite exclude each other",
-        "config/tinny.py": "config/tinny.py: no such file; did you mean config/tiny.py?",
+        "config/tinny.py": "cannot read config/tinny.py: No such file or directory; did you mean config/tiny.py?",
         "config/tiny": "'config/tiny' is not a file of settings; did you mean config/tiny.py?",
         "tiny": "'tiny' is neither a .py file of settings nor a --name=value flag, nor a model",
         "--router_centred --router_context=sequence": "router_centred cancels a sequence router",
-    }.items():  # fmt: skip
+    }.items():
         assert message in error_of(load, *arguments.split())
 
 
 def test_a_bad_override_file_is_one_line(tmp_path):
     path = tmp_path / "settings.py"
     for text, message in {
-        "learning_rate = 1": "settings.py:1: there is no setting 'learning_rate'",
         "lr = 1\nmax_steps = 'x'": "settings.py:2: max_steps takes int, not 'x'",
-        "import os": "settings.py:1: expected `name = value` with a literal value, found `import os`",
-        "lr = 2 * unknown": "settings.py:1: expected `name = value`",
-        "lr = ": "not lines of `name = value`",
         "def f():\n    return 1": "settings.py:1: expected `name = value` with a literal value, found `def f():`",
-        "lr = {[]: 1}": "settings.py:1: expected `name = value` with a literal value",
+        "lr = ": "not lines of `name = value`",
     }.items():
         path.write_text(text)
         assert message in error_of(load, str(path))
 
 
+def test_an_error_of_the_user_is_one_line_and_a_bug_keeps_its_traceback():
+    for error, expected in ((config.UserError("no such thing"), SystemExit), (ValueError("a bug"), ValueError)):
+        with pytest.raises(expected):
+            config.run(mock.Mock(side_effect=error))
+
+
 @pytest.mark.parametrize("cls", [
     train.TrainConfig, sft.SFTConfig, sample.SampleConfig, evaluate.EvalConfig, bench.BenchConfig, study.StudyConfig,
-    *dict.fromkeys(prepare_data.CORPORA.values()),
+    *dict.fromkeys(settings for settings, *_ in prepare_data.CORPORA.values()),
 ])  # fmt: skip
 def test_help_lists_every_setting_with_its_value_and_comment(cls, capsys):
     with pytest.raises(SystemExit) as done:
@@ -1518,9 +1471,8 @@ def test_help_has_headings_and_shows_the_settings_of_a_file(capsys):
         load(str(ROOT / "config/tiny.py"), "--max_steps=5", "--help")
     printed = capsys.readouterr()
     groups = dict(re.findall(r"^([a-z ]+):\n((?:  .*\n?)+)", printed.out, re.M))
-    assert {"model", "data", "optimizer", "machine"} <= groups.keys() and printed.err == ""
     for heading, setting in {"model": "n_layer=4", "data": "data_dir=data/tiny", "steps": "max_steps=5"}.items():
-        assert f"  --{setting} " in groups[heading]
+        assert f"  --{setting} " in groups[heading] and printed.err == ""
 
 
 def test_a_word_alone_is_the_model(unbroken, run_main):
@@ -1541,32 +1493,30 @@ def damage_corpus(source: Path, target: Path, **meta) -> Path:
 def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder, advice in {
-        "data/tiny": "make it: python prepare_data.py tiny",
         "data/text": "make it: python prepare_data.py text --source=input.txt",
-        "a b/sft": "make it: python prepare_data.py sft --tokenizer=bytes --data_dir='a b'",
+        "a b/sft": "make it: python prepare_data.py sft --data_dir='a b'",
         "data/nope": "prepare_data.py makes text, tiny, tiny_sft, pretrain, sft",
+        corpus_dir.parent: f"did you mean --data_dir={corpus_dir}?",
     }.items():
-        assert error_of(open_corpus, folder) == f"no data in {folder}; {advice}"
-    unknown = f"the mixture names 'maths'; {corpus_dir} has math, stem, code"
+        assert error_of(data.Corpus, folder, 64) == f"no data in {folder}; {advice}"
     for overrides, message in [
-        ({"mixture": {"math": 0.5, "maths": 1.0}}, unknown),
-        ({"mixture": None, "mixture_end": {"maths": 1.0}}, unknown),
+        ({"mixture": {"maths": 1.0}}, f"{corpus_dir} has no domain 'maths'; there are math, stem, code"),
         ({"mixture": {"math": 0.9}}, "the mixture {'math': 0.9} must be shares of math that sum to 1"),
         ({"mixture": {"math": 1.0}, "mixture_end": {"code": 1.0}}, "must be shares of math that sum to 1"),
         ({"tokenizer": "qwen3"}, "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259; train with --tok"),
         ({"vocab_size": 200}, "with 259 tokens, the model 'bytes' with 200"),
         ({"block_size": 100_000}, "fewer than a window"),
     ]:
-        assert message in error_of(open_corpus, corpus_dir, **overrides)
+        assert message in error_of(open_corpora, corpus_dir, **overrides)
     damaged = damage_corpus(corpus_dir, tmp_path / "tiny")
     np.memmap(damaged / "math" / "train.bin", dtype=np.uint16, mode="r+")[:] = 60_000
-    assert "train.bin is damaged: it has a token 60000" in error_of(open_corpus(damaged).batch, 0)
+    assert "train.bin is damaged: it has a token 60000" in error_of(data.Corpus(damaged, 64).row, "math", 0)
     os.truncate(damaged / "stem" / "train.bin", 100)
     pattern = "train.bin holds 100 bytes, not the .* make it again: python prepare_data.py tiny"
-    assert re.search(pattern, error_of(open_corpus, damaged))
-    for content in ('{"tokenizer": ', "{}", "3", '{"tokenizer": "bytes", "vocab_size": "x"}', "\udcff"):
-        (damaged / "meta.json").write_text(content, errors="surrogateescape")
-        assert "meta.json is damaged" in error_of(open_corpus, damaged)
+    assert re.search(pattern, error_of(data.Corpus, damaged, 64))
+    for content in ('{"tokenizer": ', "3", '{"tokenizer": "bytes", "vocab_size": "x"}'):
+        (damaged / "meta.json").write_text(content)
+        assert "meta.json is damaged" in error_of(data.Corpus, damaged, 64)
 
 
 def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corpus_dir, tmp_path):
@@ -1586,9 +1536,9 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
         assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
     (tmp_path / "file").write_text("")
     message = error_of(run_here, run_settings(corpus_dir, tmp_path / "file" / "run"))
-    assert f"cannot write {tmp_path}/file/run: Not a directory; choose another run folder" in message
+    assert f"cannot write {tmp_path}/file/run: Not a directory; choose another folder" in message
     (tmp_path / "log.jsonl").mkdir()  # stands in for a disk that takes no more
-    assert "log.jsonl: Is a directory" in error_of(rewind, tmp_path, -1)
+    assert "log.jsonl: Is a directory" in error_of(rewind, tmp_path, 0)
 
 
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):
@@ -1621,62 +1571,22 @@ def test_a_damaged_checkpoint_is_one_line(unbroken, run_small, tmp_path):
 
 def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cpu, model, sees_future = torch.device("cpu"), small_model(), small_model(router_context="sequence")
+    model, sees_future = small_model(), small_model(router_context="sequence")
     for action, message in [
         (newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
         (lambda: pick_device("abacus"), "device 'abacus' cannot be used here"),
-        (lambda: sample.inference_dtype("float16", cpu), "dtype is 'float16'; it must be auto, bfloat16 or float32"),
-        (lambda: sample.SampleConfig(top_k=0), "top_k is 0; it must be at least 1"),
-        (lambda: sample.SampleConfig(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
-        (lambda: sample.SampleConfig(temperature=-1.0), "temperature is -1.0; it must lie in 0.."),
+        (lambda: inference_dtype("float16", model.device), "dtype is 'float16'; it must be auto, bfloat16 or float32"),
         (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
         (lambda: generated(sees_future, [[1], [1, 2]], 5), "give prompts of one length"),
         (lambda: generated(model, [[1], []], 5), "an empty prompt"),
         (lambda: generated(model, [[300]], 5), "a token that is not in 0..258"),
-        (lambda: generated(model, [[1]], 5, temperature=-1), "temperature -1, top_k None, top_p None: need >= 0"),
-        (lambda: generated(model, [[1]], 5, top_k=0), "top_k 0"),
-        (lambda: generated(model, [[1]], 5, top_p=0.0), "top_p 0.0"),
+        (lambda: generated(model, [[1]], 5, top_k=0), "temperature 0, top_k 0, top_p None: need >= 0, >= 1 and"),
         (lambda: KVCache(sees_future.config, 1, 8), "no cache is exact"),
         (lambda: model(random_tokens(1, 65)), "65 tokens in a row, but there is room for 64"),
     ]:
         assert message in error_of(action)
     assert sample.read_prompt("@@home") == "@home" and sample.read_prompt("a@b") == "a@b"
-
-
-def test_a_bad_source_is_one_line_and_changes_no_corpus(source_dir, small_vocab, chat_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("bad.parquet").write_bytes(b"PAR1 not really")
-    write_jsonl(tmp_path / "text.jsonl", [{"text": "x"}])
-    write_jsonl(tmp_path / "odd.jsonl", [{"messages": "[]"}, {"messages": None}])
-    write_jsonl(tmp_path / "one.jsonl", [{"messages": messages("?", "!")}])
-    write_jsonl(tmp_path / "tool.jsonl", [{"messages": [{"role": "tool", "content": "x"}]}])
-    for corpus in ("pretrain", "sft"):
-        shutil.copytree(chat_dir, tmp_path / "old" / corpus)
-    before = corpus_bytes(tmp_path / "old")
-    corpora = "which corpus? python prepare_data.py text | tiny | tiny_sft | pretrain | sft"
-    for arguments, message in {
-        "tinny --max_tokens=9": f"{corpora} (not 'tinny')",
-        "pretrain --source.math=absent/*.parquet": "no file matches absent/*.parquet",
-        f"pretrain --source.math={source_dir}/*": "files of one kind are needed, .parquet, .jsonl, .json, .txt",
-        f"pretrain --source.math={source_dir}/s.jsonl": "has no field 'text' but content, score; "
-        "name one: --text_field.math=",
-        "pretrain --source.math=bad.parquet": "cannot read bad.parquet: ",
-        "pretrain --source.art=x.txt": "there is no domain 'art'; there are math, stem, code",
-        "pretrain --vocab=absent.json": "cannot read the vocabulary absent.json",
-        "pretrain --vocab=one.jsonl": "one.jsonl is not a vocab.json of a byte-level BPE tokenizer",
-        "pretrain --max_tokens=9": "the hub cannot be reached for nvidia/Nemotron-CC-Math-v1",
-        "pretrain --val_fraction=2": "val_fraction is 2.0; it must lie between 0 and 1",
-        "sft --source=text.jsonl": "has no field 'messages' but text; name one: --messages_field=",
-        "sft --source=odd.jsonl": "is left for training; 2 left out: messages that are not a list",
-        "sft --source=tool.jsonl": "is left for training; 1 left out: the role 'tool', not",
-        "sft --source=one.jsonl": "is left for val: raise --val_fraction=, or add text",
-    }.items():
-        corpus, flag = arguments.split()
-        for folder, kept in {"old": before, "new": {}}.items():
-            assert message in error_of(prepare, corpus, f"--data_dir={folder}", f"--vocab={small_vocab}", flag)
-            assert corpus_bytes(Path(folder)) == kept
-    assert error_of(prepare) == f"{corpora} (none was named)"
 
 
 def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, monkeypatch):
@@ -1686,41 +1596,37 @@ def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, mo
     assert get_tokenizer("qwen3").n_vocab == get_tokenizer("qwen3", str(small_vocab)).n_vocab
     revision = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"
     download.assert_called_once_with("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=revision)
-    newest, progress = [SimpleNamespace(sha="commit 1"), SimpleNamespace(sha="commit 2")], tmp_path / "progress.json"
-    monkeypatch.setattr(hub.HfApi, "dataset_info", mock.Mock(side_effect=newest))
-    first = prepare_data.pinned_revision("owner/a", progress)
-    machine.write_json(progress, {"fingerprint": {"load_dataset": {"path": "owner/a", "revision": first}}})
-    assert first == prepare_data.pinned_revision("owner/a", progress) == "commit 1"
-    assert prepare_data.pinned_revision("owner/b", progress) == "commit 2"
     download.side_effect = OSError
     message = "cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab="
     assert error_of(get_tokenizer, "qwen3") == message
+    progress, newest = tmp_path / "progress.json", mock.Mock(return_value=SimpleNamespace(sha="new"))
+    monkeypatch.setattr(hub.HfApi, "dataset_info", newest)
+    machine.write_json(progress, {"fingerprint": {"load_dataset": {"path": "owner/a", "revision": "old"}}})
+    assert [prepare_data.pinned_revision(f"owner/{name}", progress) for name in "ab"] == ["old", "new"]
     gated = datasets.exceptions.DatasetNotFoundError("Dataset 'owner/a' is a gated dataset on the Hub.\nLog in.")
     monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=gated))
-    message = error_of(next, prepare_data.read_rows("owner/a", {}, None))
+    message = error_of(next, prepare_data.read_field("owner/a", {}, "text"))
     assert re.match("cannot read owner/a: .*Hub. Log in.; accept its terms on its page, then log in", message)
 
 
-def test_a_full_disk_leaves_the_corpus_before_it_and_the_preparation_resumes(source_dir, small_vocab, tmp_path):
+def test_a_full_disk_leaves_the_corpus_before_it_and_the_preparation_resumes(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old, new = ([*pretrain_arguments(source_dir, small_vocab), f"--data_dir={tmp_path}/{n}"] for n in ("old", "new"))
-    prepare(*old)
-    before = corpus_bytes(tmp_path / "old")
-    others = [f"--source.math={source_dir}/s.jsonl", "--text_field.math=content"]
-    for size, arguments in [
-        (100_000, [*old, *others, "--commit_seconds=1000"]),  # full before the first commit
-        (300_000, [*new, "--commit_seconds=0"]),  # full after some commits
-    ]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new"):
+        Path(f"{name}.txt").write_text("".join(f"{name} {i}\n\n" for i in range(40_000)))
+    prepare("text", "--source=old.txt")
+    before, new = corpus_bytes(tmp_path / "data"), ("text", "--source=new.txt", "--max_length=16")
+    for size, commit_seconds in ((100_000, 1000), (600_000, 0)):  # full before the first commit, and after some
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # no file may grow beyond this size
         try:
-            assert "cannot write the corpus" in error_of(prepare, *arguments)
+            assert "cannot write the corpus" in error_of(prepare, *new, f"--commit_seconds={commit_seconds}")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert corpus_bytes(tmp_path / "old") == before and corpus_bytes(tmp_path / "new") == {}
-    for command in (old, new):
-        prepare(*command)
-    assert corpus_bytes(tmp_path / "old") == corpus_bytes(tmp_path / "new") == before
+        assert corpus_bytes(tmp_path / "data") == before
+    for folder in ("data", "other"):
+        prepare(*new, f"--data_dir={folder}")
+    assert before != corpus_bytes(tmp_path / "data") == corpus_bytes(tmp_path / "other")
 
 
 def test_training_needs_neither_a_compiler_nor_the_optional_packages(corpus_dir, tmp_path):
@@ -1731,8 +1637,8 @@ def test_training_needs_neither_a_compiler_nor_the_optional_packages(corpus_dir,
     done = run_script("-c", code, *flags(settings), env=environment)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("going on uncompiled.*torch.compile does not work here", done.stdout)) == 1
-    done = run_script("-c", code.replace("train.main()", "train.run(train.main)"), "--data_dir=data/absent")
-    assert_one_line(done, "no data in data/absent; prepare_data.py makes it, and needs a package: pip install tiktoken")
+    done = run_script("-c", code.replace("train.main()", "train.settings.run(train.main)"), "--data_dir=data/absent")
+    assert_one_line(done, "no data in data/absent; prepare_data.py makes text, tiny")
 
 
 # -------------------------------------------------------------------------------------------------------- the documents
@@ -1777,7 +1683,9 @@ def changed(request, tmp_path, monkeypatch) -> SimpleNamespace:
 @pytest.mark.parametrize("changed", ["A new activation"], indirect=True)
 def test_the_documented_activations_learn(changed):
     model = changed.model.PolychromaticLM(changed.model.ModelConfig(**SMALL | {"activations": changed.cfg.activations}))
-    optimizer, tokens, x = model.configure_optimizer(1e-2, 0.1, (0.9, 0.95)), random_tokens(2, 17), torch.randn(9)
+    changed.cfg.lr = 1e-2
+    optimizer = train.configure_optimizer(model, changed.cfg)
+    tokens, x = random_tokens(2, 17), torch.randn(9)
     *_, sine, snake = model.blocks[0].ffn.sigma
     torch.testing.assert_close(torch.stack([sine(x), snake(x)]), torch.stack([x.sin(), x + x.sin() ** 2]))
     model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -1794,7 +1702,7 @@ def test_the_documented_router_context_is_an_average_of_the_past_and_exact_with_
     visible = (t[:, None] >= t) & (t >= doc_start[:, :, None])
     weight = 0.99 ** (t[:, None] - t) * visible  # [B, T, T]
     torch.testing.assert_close(ema(u, doc_start, None), weight @ u / weight.sum(-1, keepdim=True))
-    assert torch.equal(changed.model.prefix_mean(u, doc_start, None), ROUTER_CONTEXTS["prefix"](u, doc_start, None))
+    assert torch.equal(changed.model.running_mean(u, doc_start, None), ROUTER_CONTEXTS["prefix"](u, doc_start, None))
     settings = changed.model.ModelConfig(**SMALL | {"router_context": "ema"})
     model, tokens = changed.model.PolychromaticLM(settings).eval(), random_tokens(2, 20)
     model.load_state_dict(small_model().state_dict())
@@ -1835,10 +1743,11 @@ def test_the_documented_domain_is_prepared_and_trained_on(changed, monkeypatch):
     for text in (notes.upper(), notes):  # of one length
         Path("notes.txt").write_text(text)
         changed.prepare_data.main()
-    corpus = data.Corpus(changed.cfg)
-    assert corpus.quotas.mean(0) / changed.cfg.batch_size == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=1e-3)
+    train.open_corpora(changed.cfg)
+    assert list(changed.cfg.mixture.values()) == pytest.approx([0.4, 0.2, 0.2, 0.2])
     for split in ("train", "val"):
-        paragraphs = corpus.read("notes", split, 0, 200).clip(max=255).astype(np.uint8).tobytes().split(b"\xff")
+        corpus = data.Corpus("data/tiny", 256, split)
+        paragraphs = corpus.read("notes", 0, 200).clip(max=255).astype(np.uint8).tobytes().split(b"\xff")
         assert all(paragraph.decode() in notes for paragraph in paragraphs) and len(paragraphs) > 3
 
 

@@ -3,22 +3,23 @@
 python train.py config/tiny.py                     minutes on two CPU cores, after python prepare_data.py tiny
 python train.py config/tiny.py --max_steps=50      a flag overrides any setting
 python train.py config/tiny.py --resume            continue a stopped or killed run
-torchrun --nproc_per_node=8 train.py config/pretrain.py     on 8 GPUs: the same steps, the same data, the same loss
+torchrun --nproc_per_node=8 train.py config/pretrain.py     on 8 GPUs: the same steps, the same data
 
-The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder gets ckpt.pt,
-log.jsonl and settings.json.
+The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder gets
+ckpt.pt, log.jsonl and settings.json.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import shlex
+import statistics
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,12 +27,11 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import run as machine
-from common.data import Corpus, get_mixture
-from common.generate import open_tokenizer, write_sample
+from common import run, settings
+from common.data import Corpus, to_inputs
 from common.routing import routing_stats
-from common.settings import check_range, load, run
-from common.weights import build_model, freeze, starting_model
+from common.run import Ranks
+from common.settings import UserError, check_range
 from model import ModelConfig, PolychromaticLM, set_tau
 
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
@@ -39,14 +39,14 @@ MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
 @dataclass
 class TrainConfig(ModelConfig):
-    """Settings of a run and its model. The defaults are the paper's recipe: 19,531 steps of 128 x 4,096 tokens."""
+    """Settings of a run and its model. The defaults are the paper's: 19,531 steps of 128 x 4,096 tokens."""
 
-    overridden: ClassVar[frozenset[str]] = frozenset()  # names that files and flags set; filled in by load()
+    overridden: ClassVar[frozenset[str]] = frozenset()  # names that files and flags set, from load()
     # data
     data_dir: str = "data/pretrain"  # a corpus of prepare_data.py
     mixture: dict[str, float] | None = None  # each domain's share of a step; None: that of the corpus
     mixture_end: dict[str, float] | None = None  # shares at the last step; None: unchanged
-    anneal_start: float = 0.8  # fraction of the run after which the mixture moves linearly to mixture_end
+    anneal_start: float = 0.8  # fraction of the run after which the mixture moves to mixture_end
     seed: int = 1337  # of the initial weights, the data order and the routing noise
     # steps
     max_steps: int = 19_531  # optimizer steps; the schedules span them
@@ -55,7 +55,7 @@ class TrainConfig(ModelConfig):
     # optimizer
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 2000  # linear warm-up, then cosine decay to 0
-    routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr; same weight decay
+    routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr
     alpha_lr: float = 1.0  # a further multiple for alpha
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -67,12 +67,12 @@ class TrainConfig(ModelConfig):
     tau_end: float = 0.1  # routing temperature after the last step; linear in between
     # where a run starts and ends
     out_dir: str = "out/pretrain"  # the run folder
-    init_from: str | None = None  # model to start from: a run folder, a checkpoint, a Qwen3, ...; None: random weights
+    init_from: str | None = None  # model to start from: run folder, checkpoint, Qwen3, ...; None: random
     revision: str | None = None  # commit or tag of an init_from on the hub
     resume: bool = False  # continue from the run folder's checkpoint
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
-    eval_interval: int = 1000  # steps between evaluations; there is always one at the start and at the end
+    eval_interval: int = 1000  # steps between evaluations; there is always one at the start and the end
     eval_tokens: int = 1_048_576  # maximum tokens of each domain's val.bin in an evaluation
     save_interval: int = 500  # steps between checkpoints
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
@@ -98,17 +98,17 @@ class TrainConfig(ModelConfig):
         check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % micro:
-            raise ValueError(f"batch_size is {batch}; it must be a multiple of micro_batch_size, {micro}")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
+            raise UserError(f"batch_size is {batch}; it must be a multiple of micro_batch_size, {micro}")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise UserError("resume and overwrite exclude each other")
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
 
 
-# ----------------------------------------------------------------------------------------------------------- schedules
+# --------------------------------------------------------------------------------------- schedules
+
+
 def get_lr(step: int, cfg: TrainConfig) -> float:
     """Learning rate of a step (0-based): linear warm-up, then cosine decay to 0 at max_steps."""
     if step < cfg.warmup_steps:
@@ -118,252 +118,452 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
 
 
 def get_tau(step: int, cfg: TrainConfig) -> float:
-    """Routing temperature of a step: linear from tau_start to tau_end (paper: max(0.1, 1 - 0.9 step / max_steps))."""
+    """Temperature of a step: linear from tau_start to tau_end (paper: max(0.1, 1 - 0.9 step / max_steps))."""
     return cfg.tau_start + (cfg.tau_end - cfg.tau_start) * min(1.0, step / cfg.max_steps)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+def get_mixture(step: int, cfg: TrainConfig) -> dict[str, float]:
+    """Shares of the domains: mixture, moving linearly to mixture_end after anneal_start of the run."""
+    start = cfg.anneal_start * cfg.max_steps
+    moved = min(1.0, max(0.0, (step - start) / max(1.0, cfg.max_steps - 1 - start)))
+    end = cfg.mixture_end or cfg.mixture
+    return {domain: share + moved * (end[domain] - share) for domain, share in cfg.mixture.items()}
+
+
+def quotas(cfg: TrainConfig) -> np.ndarray:
+    """Rows of each domain in each step, [max_steps, domains] int64: shares of batch_size, rounded.
+
+    What rounding owes a domain carries over to the next steps (largest remainder).
+    """
+    table = np.empty((cfg.max_steps, len(cfg.mixture)), dtype=np.int64)
+    owed = np.zeros(len(cfg.mixture))
+    for step in range(cfg.max_steps):
+        ideal = np.array(list(get_mixture(step, cfg).values())) * cfg.batch_size
+        owed += ideal
+        table[step] = np.floor(ideal + 1e-9)
+        behind = np.argsort(table[step] - owed, kind="stable")  # the domains furthest behind come first
+        fractional = [d for d in behind if ideal[d] - table[step, d] > 1e-9]
+        table[step, fractional[: cfg.batch_size - table[step].sum()]] += 1
+        owed -= table[step]
+    return table
+
+
+# ---------------------------------------------------------------------------- what a run works with
+
+
+@dataclass
+class Progress:
+    """How far a run is. The checkpoint holds it, so a resumed run reads on where this one stopped."""
+
+    step: int = 0  # optimizer steps taken
+    rows_read: dict[str, int] = field(default_factory=dict)  # training rows, by domain
+    skipped: int = 0  # updates that were not finite
+    skipped_in_a_row: int = 0
+    last_saved_step: int = 0  # 0: nothing saved yet
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # for Weights & Biases
+
+
+@dataclass
+class Run:
+    """A training run: what it works with, and how far it is."""
+
+    cfg: TrainConfig  # final: it has the model's shape and a mixture
+    ranks: Ranks
+    autocast: torch.autocast
+    model: PolychromaticLM
+    optimizer: torch.optim.Optimizer
+    corpus: Corpus
+    val_corpus: Corpus
+    progress: Progress
+    wandb: object = None  # the run in Weights & Biases, if --wandb asks for one
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.cfg.out_dir) / "ckpt.pt"
+
+    @property
+    def where_saved(self) -> str:
+        step = self.progress.last_saved_step
+        return f"{self.checkpoint} is at step {step}" if step else "nothing was saved yet"
+
+
+def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
+    """A new run, or the one to resume. cfg takes over the shape of init_from, and a missing mixture."""
+    checkpoint, path, model = find_checkpoint(cfg), Path(cfg.out_dir) / "ckpt.pt", None
+    if cfg.init_from and not checkpoint:
+        from common.weights import starting_model
+
+        model = starting_model(cfg)
+    corpus, val_corpus = open_corpora(cfg, corpus_type)
+    if checkpoint:
+        print_changes(checkpoint, cfg, corpus.domains)
+        model = run.build_model(cfg.model_config(), checkpoint["model"], path)
+    elif model is None:
+        torch.manual_seed(cfg.seed)
+        model = PolychromaticLM(cfg.model_config())
+    if cfg.frozen:
+        from common.weights import freeze
+
+        freeze(model, cfg.frozen)
+    model.to(ranks.device)
+    model.activation_checkpointing = cfg.recompute
+    dtype = run.pick_dtype(cfg.dtype, ranks.device)
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
+    optimizer, progress = configure_optimizer(model, cfg), Progress()
+    if checkpoint:
+        # the moments of the checkpoint; betas, weight decay and lr_scale of this run
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+        progress = Progress(**checkpoint["progress"])
+        print(f"resumed {path} at step {progress.step}")
+    return Run(cfg, ranks, autocast, model, optimizer, corpus, val_corpus, progress)
+
+
+def find_checkpoint(cfg: TrainConfig) -> dict | None:
+    """The checkpoint to resume; None for a run that starts at step 0. UserError if cfg allows neither."""
+    path = Path(cfg.out_dir) / "ckpt.pt"
+    if not cfg.resume and not cfg.overwrite and path.exists():
+        raise UserError(f"{path} exists; --resume continues that run, --overwrite starts over in its place")
+    if not cfg.resume:
+        return None
+    if not path.exists():
+        print(f"nothing to resume in {path.parent} yet: starting at step 0")
+        return None
+    checkpoint = run.load_checkpoint(path)
+    if not {"model_config", "optimizer", "settings", "progress"} <= checkpoint.keys():
+        raise UserError(f"{path} holds weights alone and cannot be resumed; start over with --overwrite")
+    if cfg.init_from:
+        from common.weights import inherit_shape
+
+        inherit_shape(cfg, checkpoint["model_config"], path)
+    for name in (*checkpoint["model_config"], "frozen"):
+        theirs, ours = checkpoint["settings"][name], getattr(cfg, name)
+        if theirs != ours:
+            found = f"{path} was trained with {name}={theirs!r}, not {ours!r}"
+            raise UserError(f"{found}; --resume cannot change that")
+    step = checkpoint["progress"]["step"]
+    if step > cfg.max_steps:
+        raise UserError(f"{path} is already at step {step}, beyond max_steps, {cfg.max_steps}")
+    return checkpoint
+
+
+def print_changes(checkpoint: dict, cfg: TrainConfig, domains: dict):
+    """Print what a resumed run changes: settings, and the data (the domains of meta.json)."""
+    for name, theirs in checkpoint["settings"].items():
+        ours = getattr(cfg, name, theirs)
+        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
+            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+    if checkpoint["domains"] != domains:
+        print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
+
+
+def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[Corpus, Corpus]:
+    """The training and the validation split of cfg's corpus. A missing mixture becomes the corpus's.
+
+    Raises UserError if the corpus cannot be read or does not fit cfg.
+    """
+    domains = list(cfg.mixture) if cfg.mixture else None
+    corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", domains, cfg.seed)
+    cfg.mixture = cfg.mixture or corpus.shares
+    for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
+        shares = mixture.values()
+        if mixture.keys() != cfg.mixture.keys() or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise UserError(f"the mixture {mixture} must be shares of {', '.join(cfg.mixture)} that sum to 1")
+    if corpus.tokenizer != cfg.tokenizer or corpus.vocab_size > cfg.vocab_size:
+        found = f"{corpus.folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens"
+        flags = f"--tokenizer={corpus.tokenizer} --vocab_size={corpus.vocab_size}"
+        remedy = "prepare other data" if cfg.init_from else f"train with {flags} or on other data"
+        raise UserError(f"{found}, the model {cfg.tokenizer!r} with {cfg.vocab_size:,}; {remedy}")
+    return corpus, corpus_type(cfg.data_dir, cfg.block_size, "val", list(cfg.mixture), cfg.seed)
+
+
+def configure_optimizer(model: PolychromaticLM, cfg: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW. Weight matrices and the embedding decay; alpha, beta, norms and biases never do.
+
+    The loop multiplies the learning rate by each group's lr_scale.
+    """
+    scale = cfg.routing_lr
+    router_decay = cfg.weight_decay / (scale or 1)  # AdamW decays by lr * wd: a higher lr must not decay more
+    groups = {
+        "matrices": {"lr_scale": 1.0, "weight_decay": cfg.weight_decay},
+        "vectors": {"lr_scale": 1.0, "weight_decay": 0.0},
+        "router matrices": {"lr_scale": scale, "weight_decay": router_decay},
+        "router vectors": {"lr_scale": scale, "weight_decay": 0.0},
+        "alpha": {"lr_scale": scale * cfg.alpha_lr, "weight_decay": 0.0},
+    }
+    for name, p in model.named_parameters():
+        kind = "matrices" if p.dim() == 2 else "vectors"
+        kind = f"router {kind}" if ".ffn.router_" in name or name.endswith(".ffn.beta") else kind
+        kind = "alpha" if name.endswith(".ffn.alpha") else kind
+        if p.requires_grad:
+            groups[kind].setdefault("params", []).append(p)
+    groups = [group for group in groups.values() if "params" in group]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+
+
+# ---------------------------------------------------------------------------- a step of training
+
+
+def next_rows(job: Run, n_rows: np.ndarray) -> np.ndarray:
+    """The next n_rows[d] training rows of each domain d, [batch_size, 3, T] int64; counts them as read."""
+    rows = []
+    for domain, n in zip(job.cfg.mixture, n_rows.tolist()):
+        first = job.progress.rows_read.get(domain, 0)
+        rows += [job.corpus.row(domain, job.corpus.nth_row(domain, first + i)) for i in range(n)]
+        job.progress.rows_read[domain] = first + n
+    return np.stack(rows)
+
+
+def optimizer_step(model: torch.nn.Module, job: Run, rows: np.ndarray, step: int) -> tuple[float, float]:
+    """Accumulate the gradients of the micro-batches of these rows, clip them, update the weights.
+
+    Returns the mean loss over the rows' targets, in nats, and the gradient norm before clipping. If
+    either is not finite, the weights stay as they are.
+    """
+    loss, ranks = torch.zeros((), device=job.ranks.device), job.ranks
+    parts = np.split(rows, len(rows) // job.cfg.micro_batch_size)
+    for i in ranks.items(len(parts)):  # on several GPUs, each takes its part of them
+        # the routing noise does not depend on the number of GPUs
+        seed = np.random.SeedSequence((job.cfg.seed, step, i)).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+        weight = np.count_nonzero(parts[i][:, 1] >= 0) / np.count_nonzero(rows[:, 1] >= 0)
+        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: at the last one
+        with job.autocast:
+            micro_loss = model(*to_inputs(parts[i], ranks.device)) * weight
+        (micro_loss * ranks.world_size).backward()  # DDP averages over the GPUs; this sums
+        loss += micro_loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.cfg.grad_clip).item()
+    (loss,) = ranks.sum(loss)
+    if math.isfinite(loss) and math.isfinite(norm):
+        job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def count_step(job: Run, loss: float, norm: float):
+    """Count a step. UserError if too many updates in a row were not finite, and so were skipped."""
+    progress = job.progress
+    progress.step += 1
+    if math.isfinite(loss) and math.isfinite(norm):
+        progress.skipped_in_a_row = 0
+        return
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    found = f"step {progress.step}: loss {loss}, gradient norm {norm}"
+    print(f"{found}; update skipped ({progress.skipped} so far)")
+    if progress.skipped_in_a_row == MAX_SKIPPED:
+        raise UserError(f"{MAX_SKIPPED} non-finite updates in a row; {job.where_saved}; lower --lr")
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def val_batches(corpus: Corpus, domain: str, cfg: TrainConfig, ranks: Ranks) -> Iterator[tuple]:
+    """This process's batches of eval_tokens held-out tokens: tokens, targets and doc_ids."""
+    B, chosen = cfg.micro_batch_size, corpus.spread_rows(domain, cfg.eval_tokens)
+    for i in ranks.items(-(-len(chosen) // B)):
+        rows = np.stack([corpus.row(domain, index) for index in chosen[i * B : i * B + B]])
+        batch = np.resize(rows, (B, *rows.shape[1:]))  # all of one shape, so nothing recompiles
+        batch[len(rows) :, 1] = -1  # the last one is filled up with ignored targets
+        yield to_inputs(batch, ranks.device)
+
+
 @torch.no_grad()
-def evaluate(model: PolychromaticLM, corpus: Corpus, ranks: machine.Ranks, autocast) -> dict:
-    """Validation loss of each domain, in nats per token and bits per byte, and the routing measures on a few rows."""
+def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks: Ranks, autocast) -> dict:
+    """Held-out loss of each domain, in nats per token and bits per byte, and routing measures."""
     model.eval()
-    val, measured = {}, []  # rows on which to measure the routing: 8,192 tokens, or 6 rows if that is more
-    n_measured = -(-max(6, 2**13 // corpus.cfg.block_size) // len(corpus.cfg.mixture))  # of each domain
-    for domain in corpus.cfg.mixture:
-        total, count, rows = 0.0, 0.0, []
-        for tokens, targets, doc_ids in corpus.val_batches(domain, ranks):
-            with autocast:
-                loss = model(tokens, targets, doc_ids).item()
+    val = {}
+    for domain in corpus.domains:
+        total, count = 0.0, 0
+        for tokens, targets, doc_ids in val_batches(corpus, domain, cfg, ranks):
             n = (targets >= 0).sum().item()
-            total, count = total + loss * n, count + n
-            if len(rows) < n_measured:
-                rows += zip(tokens, doc_ids, corpus.is_text(tokens, targets))
-        measured += rows[:n_measured]
+            with autocast:
+                total += model(tokens, targets, doc_ids).item() * n
+            count += n
         total, count = ranks.sum(total, count)
         val[domain] = {"loss": total / count, "bits_per_byte": corpus.bits_per_byte(domain, total / count)}
     routing = {}
-    if ranks.rank == 0:
+    if ranks.is_main:  # on 8,192 tokens, or 6 rows if that is more
+        n_rows = -(-max(6, 2**13 // cfg.block_size) // len(corpus.domains))
+        indices = {domain: corpus.spread_rows(domain, cfg.eval_tokens)[:n_rows] for domain in corpus.domains}
+        rows = np.stack([corpus.row(domain, i) for domain in indices for i in indices[domain]])
+        tokens, targets, doc_ids = to_inputs(rows, ranks.device)
         with autocast:
-            tokens, doc_ids, is_text = map(torch.stack, zip(*measured))
-            routing = routing_stats(model, tokens, doc_ids, is_text)
+            routing = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
     model.train()
     return {"val": val, "routing": routing}
 
 
-def set_up(cfg: TrainConfig, corpus_type: type[Corpus], device: torch.device):
-    """The model, corpus and optimizer of a run; the step of its checkpoint (-1: a new run), skipped updates and run id.
-
-    Afterwards cfg is final: its shape is that of the checkpoint or init_from, a missing mixture that of the corpus.
-    """
-    # checkpoint to resume, or model to start from; with init_from, its shape becomes that of cfg
-    checkpoint = machine.find_checkpoint(cfg)
-    model = starting_model(cfg) if cfg.init_from and not checkpoint else None
-
-    # data, which sets cfg.mixture if there is none; only now can cfg be compared with the checkpoint's settings
-    corpus = corpus_type(cfg)
-    if checkpoint:
-        machine.print_changes(checkpoint, cfg, corpus.domains)
-
-    # model
-    ckpt = Path(cfg.out_dir) / "ckpt.pt"
-    if checkpoint:
-        model = build_model(cfg.model_config(), checkpoint["model"], ckpt)
-    elif not model:
-        torch.manual_seed(cfg.seed)
-        model = PolychromaticLM(cfg.model_config())
-    model.to(device)
-    model.activation_checkpointing = cfg.recompute
-    freeze(model, cfg.frozen)
-
-    # optimizer
-    betas, scales = (cfg.beta1, cfg.beta2), {"routing_lr": cfg.routing_lr, "alpha_lr": cfg.alpha_lr}
-    optimizer = model.configure_optimizer(cfg.lr, cfg.weight_decay, betas, **scales)
-    if not checkpoint:
-        return model, corpus, optimizer, -1, 0, uuid.uuid4().hex[:8]
-    ours = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError as e:
-        raise ValueError(f"{ckpt} cannot be resumed: {e}; start from its weights with --init_from") from None
-    for group, settings in zip(optimizer.param_groups, ours):
-        group.update(settings)  # this run's betas, weight decay and lr_scale, not the checkpoint's
-    print(f"resumed {ckpt} at step {checkpoint['step']}")
-    return model, corpus, optimizer, checkpoint["step"], checkpoint["skipped"], checkpoint["run_id"]
+# ------------------------------------------------------------------------- what is printed and kept
 
 
-def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
-    """Run the training that cfg describes, from its first step or its checkpoint on. sft.py has its own corpus_type."""
-    # machine
-    machine.prepare_cpu()
-    stop, ranks, folder = machine.StopSignal(), machine.Ranks(cfg.device), Path(cfg.out_dir)
-    device, is_main, ckpt = ranks.device, ranks.rank == 0, folder / "ckpt.pt"
-    dtype = machine.pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    n_micro = cfg.batch_size // cfg.micro_batch_size
-    if n_micro < ranks.world_size:
-        raise ValueError(f"{n_micro} micro-batches a step for {ranks.world_size} processes; lower --micro_batch_size")
-    lock = contextlib.ExitStack()  # no other process may write to the run folder until this one ends
-    if is_main:
-        with machine.name_write_errors(folder, "; choose another run folder with --out_dir="):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.enter_context(machine.locked(folder))
-
-    # model, data, optimizer
-    model, corpus, optimizer, saved, skipped, run_id = set_up(cfg, corpus_type, device)  # saved: step of ckpt.pt
-    first_step, encoding = max(saved, 0), None
-    if cfg.sample_tokens and is_main:
-        encoding = open_tokenizer(corpus)
-
-    # compile
-    forward = model
-    compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and machine.compiler_works(device)
-    if compiled:
-        model.compile()
-    if ranks.world_size > 1:
-        torch._dynamo.config.optimize_ddp = False  # DDP would split each compiled block into three graphs
-        forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    # log
-    wandb_run = None
-    if cfg.wandb and is_main:
+def open_log(job: Run):
+    """Delete what an old run left in the run folder, or what followed the checkpoint to resume."""
+    cfg, folder = job.cfg, job.checkpoint.parent
+    job.ranks.wait()  # all have read the folder
+    if job.ranks.is_main:
+        run.rewind(folder, job.progress.step)
+        run.write_json(folder / "settings.json", dataclasses.asdict(cfg))
+    if job.ranks.is_main and cfg.wandb:
         from extras.wandb_log import open_wandb
 
-        wandb_run = open_wandb(cfg.wandb, run_id, cfg.out_dir, dataclasses.asdict(cfg))
-
-    def log(record: dict):
-        record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # NaN and Infinity become null
-        if is_main:
-            with machine.name_write_errors(folder / "log.jsonl"), open(folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-        if wandb_run:
-            wandb_run.log(record)
-
-    machine.print_start(model, cfg, ranks, compiled)
-    ranks.wait()  # all ranks have read the run folder; from here on it changes: --overwrite deletes the old run
-    if is_main:
-        machine.rewind(folder, saved)
-        with machine.name_write_errors(folder / "settings.json"):
-            machine.write_json(folder / "settings.json", dataclasses.asdict(cfg))
-
-    # loop
-    stopping, skipped_in_a_row, logged, t0 = False, 0, first_step, time.monotonic()
-    model.train()
-    for step in range(first_step, cfg.max_steps + 1):  # the last pass only saves and evaluates
-        # learning rate and routing temperature of this step
-        lr, tau = get_lr(step, cfg), get_tau(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        set_tau(model, tau)
-
-        # save, unless the last update was not finite: then the weights may be ruined already
-        overdue = step - saved > cfg.save_interval
-        save_due = step % cfg.save_interval == 0 or overdue or step == cfg.max_steps or stopping
-        if save_due and step > saved and not skipped_in_a_row:
-            saved = step
-            state = {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
-                "run_id": run_id, "model_config": dataclasses.asdict(model.config), "settings": dataclasses.asdict(cfg),
-                "domains": corpus.domains,
-            }  # fmt: skip
-            if is_main:
-                with machine.name_write_errors(ckpt, "; an earlier checkpoint, if there was one, is intact"):
-                    machine.write_atomically(ckpt, functools.partial(torch.save, state))
-        where_saved = f"{ckpt} is at step {saved}"
-        if stopping:
-            print(f"stopped; {where_saved}. Go on with: {machine.resume_command()}")
-            break
-
-        # evaluate
-        if step % cfg.eval_interval == 0 or step == cfg.max_steps:
-            started = time.monotonic()
-            measured = evaluate(model, corpus, ranks, autocast)
-            log({"step": step, "tau": tau, **measured})
-            print_evaluation(step, measured)
-            is_finite = all(math.isfinite(val["loss"]) for val in measured["val"].values())
-            if encoding and is_finite:
-                with autocast:
-                    print(f"step {step}: sample: {write_sample(model, corpus, encoding)}", flush=True)
-            t0 += time.monotonic() - started  # excluded from the throughput
-        if step == cfg.max_steps:
-            if saved < step:
-                raise ValueError(f"the run ended in non-finite updates; {where_saved}; resume with a lower --lr")
-            command = shlex.join([*corpus.sample_command, cfg.out_dir])
-            print(f"done; {where_saved}. Read what it writes: {command}")
-            break
-
-        # accumulate gradients
-        loss = torch.zeros((), device=device)
-        for i, share, (tokens, targets, doc_ids) in corpus.micro_batches(step, ranks):
-            seed = np.random.SeedSequence((cfg.seed, step, i)).generate_state(1, np.uint64)
-            torch.manual_seed(int(seed[0]))  # the routing noise does not depend on the number of processes
-            forward.require_backward_grad_sync = i + ranks.world_size >= n_micro  # read by DDP: at its last micro-batch
-            with autocast:
-                micro_loss = forward(tokens, targets, doc_ids) * share
-            (micro_loss * ranks.world_size).backward()  # DDP averages the gradients over the ranks; this sums them
-            loss += micro_loss.detach()
-
-        # clip and step
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-        loss, stops = ranks.sum(loss, float(stop.requested))
-        if math.isfinite(norm) and math.isfinite(loss):
-            optimizer.step()
-            skipped_in_a_row = 0
-        else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            print(f"step {step}: loss {loss}, gradient norm {norm}; update skipped ({skipped} so far)")
-            if skipped_in_a_row == MAX_SKIPPED:
-                raise ValueError(f"{MAX_SKIPPED} non-finite updates in a row; {where_saved}; lower --lr")
-        optimizer.zero_grad(set_to_none=True)
-        stopping = stops > 0 and not skipped_in_a_row  # after a skipped update, only once one succeeds
-
-        # log
-        now, log_due = time.monotonic(), (step + 1) % cfg.log_interval == 0 or step + 1 == cfg.max_steps
-        if step == first_step and not log_due:
-            logged, t0 = step + 1, now  # the first step compiles: excluded from the throughput
-        if log_due:
-            rate = (step + 1 - logged) * cfg.batch_size * cfg.block_size / (now - t0)
-            logged, t0 = step + 1, now
-            record = {
-                "step": step + 1, "loss": loss, "lr": lr, "tau": tau, "mixture": get_mixture(step, cfg),
-                "grad_norm": norm, "skipped": skipped, "tokens_per_second": rate,
-                "mfu": rate * machine.flops_per_token(model) / (ranks.world_size * machine.peak_flops(device)),
-                "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-            }  # fmt: skip
-            log(record)
-            print_step(record, cfg)
-    ranks.wait()
-    lock.close()
-    if ranks.world_size > 1:
-        torch.distributed.destroy_process_group()
+        job.wandb = open_wandb(cfg.wandb, job.progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
 
 
-def print_step(record: dict, cfg: TrainConfig):
-    """One line for a record of the log, with the time left at this speed."""
-    tokens_left = (cfg.max_steps - record["step"]) * cfg.batch_size * cfg.block_size
-    left = datetime.timedelta(seconds=round(tokens_left / record["tokens_per_second"]))
-    # MFU counts full T x T attention, as is customary; causal document masks skip half of it or more.
+def log(job: Run, record: dict):
+    """Append a record to log.jsonl and, if asked for, to Weights & Biases."""
+    if job.ranks.is_main:
+        run.append_log(job.checkpoint.parent, record)
+    if job.wandb:
+        job.wandb.log(record)
+
+
+def report(job: Run, write_sample):
+    """Evaluate; log and print the losses, the routing, and what the model writes."""
+    step, cfg = job.progress.step, job.cfg
+    measured = evaluate(job.model, job.val_corpus, cfg, job.ranks, job.autocast)
+    log(job, {"step": step, "tau": get_tau(step, cfg), **measured})
+    bits = "  ".join(f"{domain} {val['bits_per_byte']:.3f}" for domain, val in measured["val"].items())
+    print(f"step {step}: val bits per byte: {bits}")
+    if routing := measured["routing"]:
+        share, agreement = (np.mean(routing[x]) for x in ("dynamic_entropy_share", "agreement"))
+        print(f"step {step}: routing: dynamic entropy {share:.1%} of ln K, agreement {agreement:.1%}", flush=True)
+    if write_sample and all(math.isfinite(val["loss"]) for val in measured["val"].values()):
+        with job.autocast:
+            print(f"step {step}: sample: {write_sample(job.model)}", flush=True)
+
+
+def log_step(job: Run, loss: float, norm: float, step_seconds: list[float]):
+    """Log the step that has just been taken, and print it in one line."""
+    cfg, device, step = job.cfg, job.ranks.device, job.progress.step
+    tokens_per_step = cfg.batch_size * cfg.block_size
+    rate = tokens_per_step / statistics.median(step_seconds)  # the median leaves out compiling
+    record = {
+        "step": step, "loss": loss, "lr": get_lr(step - 1, cfg), "tau": get_tau(step - 1, cfg),
+        "mixture": get_mixture(step - 1, cfg), "grad_norm": norm, "skipped": job.progress.skipped,
+        "tokens_per_second": rate,
+        "mfu": rate * run.flops_per_token(job.model) / (job.ranks.world_size * run.peak_flops(device)),
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    }  # fmt: skip
+    log(job, record)
+    left = datetime.timedelta(seconds=round((cfg.max_steps - step) * tokens_per_step / rate))
+    # MFU counts full T x T attention, as is customary; document masks skip half of it or more.
     on_gpu = f"  MFU {record['mfu']:.1%} (full attention)" if math.isfinite(record["mfu"]) else ""
     on_gpu += f"  {record['memory_gib']:.1f} GiB" if record["memory_gib"] else ""
     print(
-        f"step {record['step']:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {record['loss']:.3f}  "
-        f"lr {record['lr']:.1e}  tau {record['tau']:.2f}  norm {record['grad_norm']:.2f}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s{on_gpu}  {left} left",
+        f"step {step:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {loss:.3f}  lr {record['lr']:.1e}  "
+        f"tau {record['tau']:.2f}  norm {norm:.2f}  {rate:,.0f} tokens/s{on_gpu}  {left} left",
         flush=True,
     )
 
 
-def print_evaluation(step: int, measured: dict):
-    """Bits per byte of each domain; the routing's dynamic entropy and agreement, means over the layers."""
-    bits = "  ".join(f"{domain} {val['bits_per_byte']:.3f}" for domain, val in measured["val"].items())
-    print(f"step {step}: val bits per byte: {bits}")
-    if routing := measured["routing"]:
-        share, agreement = (np.mean(routing[name]) for name in ("dynamic_entropy_share", "agreement"))
-        print(f"step {step}: routing: dynamic entropy {share:.1%} of ln K, agreement {agreement:.1%}", flush=True)
+def save(job: Run):
+    """Write ckpt.pt, whole or not at all."""
+    job.progress.last_saved_step = job.progress.step
+    state = {
+        "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict(),
+        "progress": dataclasses.asdict(job.progress), "model_config": dataclasses.asdict(job.model.config),
+        "settings": dataclasses.asdict(job.cfg), "domains": job.corpus.domains,
+    }  # fmt: skip
+    if job.ranks.is_main:
+        hint = "; an earlier checkpoint, if there was one, is intact"
+        run.write_atomically(job.checkpoint, functools.partial(torch.save, state), hint)
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def compile_and_distribute(job: Run) -> torch.nn.Module:
+    """The model as a step calls it: compiled where that is asked for and works, and shared by all GPUs."""
+    cfg, ranks, model = job.cfg, job.ranks, job.model
+    wants_compile = ranks.device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = wants_compile and run.compiler_works(ranks.device)
+    if compiled:
+        model.compile()
+    n_parameters, n_tokens = sum(p.numel() for p in model.parameters()), cfg.batch_size * cfg.block_size
+    dtype = str(run.pick_dtype(cfg.dtype, ranks.device)).removeprefix("torch.")
+    machine = f"{ranks.world_size} x {ranks.device.type} in {dtype}{', compiled' * compiled}"
+    what = f"{n_parameters:,} parameters, {'/'.join(cfg.activations)}"
+    print(f"{what}, on {machine}; {n_tokens:,} tokens a step", flush=True)
+    if compiled:
+        print("compiling, about half a minute", flush=True)
+    if ranks.world_size == 1:
+        return model
+    torch._dynamo.config.optimize_ddp = False  # it would split each compiled block into three graphs
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
+    """Run the training that cfg describes, from its first step or its checkpoint on."""
+    # machine; no other process may write to the run folder until this one ends
+    run.prepare_cpu()
+    stop = run.StopSignal()
+    ranks = Ranks(cfg.device)
+    n_micro_batches = cfg.batch_size // cfg.micro_batch_size
+    if n_micro_batches < ranks.world_size:
+        found = f"{n_micro_batches} micro-batches a step for {ranks.world_size} processes"
+        raise UserError(f"{found}; lower --micro_batch_size")
+    with run.locked(Path(cfg.out_dir)) if ranks.is_main else contextlib.nullcontext():
+        # model, data, optimizer, and how far an earlier start got
+        job = set_up(cfg, corpus_type, ranks)
+        model, progress, rows_per_domain = compile_and_distribute(job), job.progress, quotas(cfg)
+        write_sample = None
+        if cfg.sample_tokens and ranks.is_main:
+            from common.generate import sample_writer
+
+            write_sample = sample_writer(job.val_corpus, cfg.sample_tokens, cfg.seed)
+        open_log(job)
+
+        step_seconds = []  # since the last line of the log
+        is_stopping = False
+        model.train()
+        set_tau(model, get_tau(progress.step, cfg))
+        for step in range(progress.step, cfg.max_steps):
+            # evaluate
+            if step % cfg.eval_interval == 0:
+                report(job, write_sample)
+
+            # set the learning rate of this step
+            for group in job.optimizer.param_groups:
+                group["lr"] = get_lr(step, cfg) * group["lr_scale"]
+
+            # forward, backward, update
+            started = time.monotonic()
+            loss, norm = optimizer_step(model, job, next_rows(job, rows_per_domain[step]), step)
+            step_seconds.append(time.monotonic() - started)
+            count_step(job, loss, norm)
+
+            # set the temperature of the next step, which a checkpoint keeps
+            set_tau(model, get_tau(progress.step, cfg))
+
+            # log
+            is_done = progress.step == cfg.max_steps
+            if progress.step % cfg.log_interval == 0 or is_done:
+                log_step(job, loss, norm, step_seconds)
+                step_seconds.clear()
+
+            # save, and stop if asked to; after a skipped update the weights may be ruined already
+            is_sound = not progress.skipped_in_a_row
+            is_stopping = is_sound and ranks.sum(float(stop.requested))[0] > 0
+            is_due = progress.step - progress.last_saved_step >= cfg.save_interval
+            if is_sound and (is_due or is_done or is_stopping):
+                save(job)
+            if is_stopping:
+                print(f"stopped; {job.where_saved}. Go on with: {run.resume_command()}")
+                break
+
+        if not is_stopping:
+            if progress.last_saved_step < progress.step:
+                found = f"the run ended in non-finite updates; {job.where_saved}"
+                raise UserError(f"{found}; resume with a lower --lr")
+            report(job, write_sample)
+            command = shlex.join([*corpus_type.sample_command, cfg.out_dir])
+            print(f"done; {job.where_saved}. Read what it writes: {command}")
+        ranks.leave()
 
 
 def main():
-    train(load(TrainConfig))
+    train(settings.load(TrainConfig))
 
 
 if __name__ == "__main__":
-    run(main)
+    settings.run(main)

@@ -1,11 +1,15 @@
 """Generation: token ids to token ids, and their text."""
 
-from collections.abc import Collection, Iterator, Sequence
+import codecs
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from common.data import Corpus
+from common.settings import UserError
 from model import KVCache, ModelConfig, PolychromaticLM, compute_dtype
 
 
@@ -20,14 +24,16 @@ def generate(
     tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
     k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_ids. After the token
     end_of_text (-1: none) a new document starts, as in training. A row longer than block_size continues from its last
-    block_size / 2 tokens. Raises ValueError for an empty prompt, and for a "sequence" router with prompts of different
+    block_size / 2 tokens. Raises UserError for an empty prompt, and for a "sequence" router with prompts of different
     lengths.
     """
-    rows, block_size = [list(map(int, row)) for row in tokens], model.config.block_size
+    rows = [list(map(int, row)) for row in tokens]
     check_generation(model.config, rows, temperature, top_k, top_p)
+    block_size = model.config.block_size
     stop = torch.tensor(sorted(stop_ids), device=model.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
-    cache, was_training = None, model.training
+    cache = None
+    was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
@@ -44,9 +50,8 @@ def generate(
             logits = model(unread, doc_ids=doc_ids if doc_ids.any() else None, cache=cache)
             token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
             yield torch.where(ended, -1, token)
-            for row, new, has_ended in zip(rows, token.tolist(), ended.tolist()):
-                if not has_ended:
-                    row.append(new)
+            for row, new in zip(rows, token.tolist()):
+                row.append(new)
             ended |= torch.isin(token, stop)
             if ended.all():
                 return
@@ -74,64 +79,79 @@ def sample_token(
 
 def pad_left(rows: list[list[int]], end_of_text: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens and doc_ids [B, T] of rows of any length. A document starts after end_of_text and after padding."""
-    longest = max(map(len, rows))
-    tokens = torch.tensor([[-1] * (longest - len(row)) + row for row in rows], device=device)
+    unpadded = [torch.tensor(row, device=device) for row in rows]
+    tokens = pad_sequence(unpadded, batch_first=True, padding_value=-1, padding_side="left")
     starts = (tokens == -1) | (tokens == end_of_text)  # at the next token
     return tokens.clamp_min(0), F.pad(starts[:, :-1].cumsum(1), (1, 0))
 
 
 def check_generation(config: ModelConfig, rows: list[list[int]], temperature: float, top_k, top_p):
-    """Raise ValueError for prompts or settings that generate() cannot use."""
+    """Raise UserError for prompts or settings that generate() cannot use."""
     if not rows or not all(rows):
-        raise ValueError("an empty prompt; start from <|endoftext|> to write freely")
+        raise UserError("an empty prompt; start from <|endoftext|> to write freely")
     if not all(0 <= token < config.vocab_size for row in rows for token in row):
-        raise ValueError(f"a token that is not in 0..{config.vocab_size - 1}")
+        raise UserError(f"a token that is not in 0..{config.vocab_size - 1}")
     if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
+        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1 and in (0, 1]")
     if config.sees_future and len(set(map(len, rows))) > 1:
-        raise ValueError('router_context="sequence" would read the padding too; give prompts of one length')
+        raise UserError('router_context="sequence" would read the padding too; give prompts of one length')
 
 
-def generate_texts(
-    model: PolychromaticLM, encoding, prompts: list[list[int]], max_new_tokens: int,
-    stop_ids: set[int], stop_texts: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
-    top_p: float | None = None,
-) -> list[str]:  # fmt: skip
-    """Continue a batch of prompts (token ids), each up to a stop token or to where a stop text begins."""
-    stops = [text.encode() for text in stop_texts if text]
-    texts, unfinished = [b""] * len(prompts), set(range(len(prompts)))
-    for tokens in generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, encoding.eot_token):
-        tokens = tokens.tolist()
-        for i in list(unfinished):
-            if tokens[i] < encoding.eot_token:  # special tokens have no text
-                texts[i] += encoding.decode_single_token_bytes(tokens[i])
-            if tokens[i] in stop_ids or any(stop in texts[i] for stop in stops):
-                unfinished.remove(i)
-        if not unfinished:
-            break
-    ends = [min((text.index(stop) for stop in stops if stop in text), default=len(text)) for text in texts]
-    return [text[:end].decode(errors="replace") for text, end in zip(texts, ends)]
+def text_deltas(
+    model: PolychromaticLM, encoding, prompts: list[list[int]], max_new_tokens: int, stop_ids: Collection[int],
+    stop_texts: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[str]]:  # fmt: skip
+    """Continue prompts (token ids), each up to a stop token or a stop text; yields the new text of each, step by step.
+
+    The bytes of an unfinished character and text that may be the beginning of a stop text are held back until they are
+    decided. Special tokens have no text.
+    """
+    stops = [stop for stop in stop_texts if stop]
+    longest = max(map(len, stops), default=1)
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+    held = [""] * len(prompts)
+    ended = [False] * len(prompts)
+    settings = temperature, top_k, top_p, stop_ids, encoding.eot_token, generator
+    for step, tokens in enumerate(generate(model, prompts, max_new_tokens, *settings), start=1):
+        deltas = [""] * len(prompts)
+        for i, token in enumerate(tokens.tolist()):
+            if ended[i]:
+                continue
+            is_last = token in stop_ids or step == max_new_tokens
+            new_bytes = encoding.decode_single_token_bytes(token) if token < encoding.eot_token else b""
+            text = held[i] + decoders[i].decode(new_bytes, final=is_last)
+            stop = min((text.index(stop) for stop in stops if stop in text), default=None)
+            ended[i] = is_last or stop is not None
+            end = stop if ended[i] else max(0, len(text) - longest + 1)
+            deltas[i], held[i] = text[:end], text[end:]
+        yield deltas
+        if all(ended):
+            return
 
 
-def open_tokenizer(corpus):
-    """The tiktoken.Encoding of a corpus, to print samples; without it, None, and the reason is printed."""
+def generate_texts(*arguments, **settings) -> list[str]:
+    """The whole text of each prompt's continuation; arguments as text_deltas()'s."""
+    return ["".join(deltas) for deltas in zip(*text_deltas(*arguments, **settings))]
+
+
+def sample_writer(corpus: Corpus, length: int, seed: int) -> Callable[[PolychromaticLM], str] | None:
+    """A function that continues the corpus's prompt, for training to show; None, and why, without its tokenizer."""
     try:
-        from common.tokenizer import get_tokenizer
+        from common.tokenizer import get_tokenizer, stop_tokens
 
-        return get_tokenizer(corpus.cfg.tokenizer, corpus.vocab)
-    except (ImportError, ValueError) as e:
+        encoding = get_tokenizer(corpus.tokenizer, corpus.vocab)
+    except (ImportError, UserError) as e:
         print(f"without samples: {str(e).partition(';')[0]}")  # the advice after it is for other scripts
         return None
 
+    def write_sample(model: PolychromaticLM) -> str:
+        """The prompt and what the model writes after it, in one line. Leaves the global random state alone."""
+        generator, prompt = torch.Generator(model.device).manual_seed(seed), corpus.prompt()
+        settings = {"stop_ids": stop_tokens(encoding), "temperature": 0.8, "generator": generator}
+        with torch.compiler.set_stance("force_eager"):  # compiling the blocks for one token would take half a minute
+            (answer,) = generate_texts(model, encoding, [prompt], length, **settings)
+        text = encoding.decode([token for token in prompt if token < encoding.eot_token]) + answer
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-def write_sample(model: PolychromaticLM, corpus, encoding) -> str:
-    """The corpus' prompt and what the model writes after it, in one line. Leaves the global random state alone."""
-    from common.tokenizer import stop_tokens
-
-    ids, length = corpus.prompt(), corpus.cfg.sample_tokens
-    generator = torch.Generator(model.device).manual_seed(corpus.cfg.seed)
-    with torch.compiler.set_stance("force_eager"):  # compiling the blocks for one token would take half a minute
-        settings = 0.8, None, None, stop_tokens(encoding), encoding.eot_token, generator
-        ids += [token.item() for token in generate(model, [ids], length, *settings)]
-    text = encoding.decode_bytes([i for i in ids if i < encoding.eot_token]).decode(errors="replace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return write_sample

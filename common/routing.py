@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model import PolychromaticLM
+from model import PolychromaticLM, make_layout
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def routing_stats(
         return {}
     was_training, max_entropy, layers = model.training, math.log(len(model.config.activations)), []
     model.eval()
-    layout, x = model.layout(tokens, doc_ids), model.embedding(tokens)
+    layout, x = make_layout(model, tokens, doc_ids), model.embedding(tokens)
     is_text = torch.ones_like(tokens, dtype=torch.bool) if is_text is None else is_text
     for block in model.blocks:  # as Block.forward(), but it keeps h, the input of PolyGLU
         x = x + block.attn(block.norm_1(x), layout)

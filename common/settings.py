@@ -9,24 +9,24 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
 import sys
 import textwrap
-import traceback
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
+NOT_A_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # what ast.literal_eval() raises
+
+
+class UserError(ValueError):
+    """What the user did wrong, in one line: what was found, what was expected, and where it helps, the remedy."""
+
 
 def run(main: Callable[[], None]):
-    """Run a script's main(). A user's error is printed as one line, exit status 1; a bug keeps its traceback.
-
-    The functions of this project raise ValueError or OSError with the whole message. A ValueError that no `raise` of
-    ours made, such as numpy's for a wrong shape, is a bug.
-    """
+    """Run a script's main(). A UserError is printed as one line, exit status 1; a bug keeps its traceback."""
     with contextlib.suppress(AttributeError):  # not a text file
         sys.stdout.reconfigure(errors="replace")  # print ? for a character that the terminal cannot show
     try:
@@ -37,171 +37,154 @@ def run(main: Callable[[], None]):
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit("error: stopped") from None
-    except (OSError, ValueError) as e:
-        frame = traceback.extract_tb(e.__traceback__)[-1]
-        raised_by_us = "site-packages" not in frame.filename and (frame.line or "raise").startswith("raise")
-        if isinstance(e, ValueError) and not raised_by_us:
-            raise
+    except UserError as e:
         raise SystemExit(f"error: {e}") from None
 
 
 def load(cls: type, argv: list[str] | None = None):
-    """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints each override.
+    """An instance of the dataclass `cls`, overridden by argv (default: the command line); prints the overrides.
 
-    argv: paths of override files (ending in .py), --name=value flags, --name for a bool, --name.key=value for an entry
-    of a dict, --help; any other word is the value of init_from, for a class that has one. The result's attribute
-    `overridden` is the set of names that argv set. Raises ValueError with the file or flag at fault, the type that was
-    expected, and for an unknown name the nearest valid one.
+    argv: paths of override files (ending in .py); --name=value or --name value; --name alone for a bool;
+    --name.key=value for an entry of a dict; --help. Any other word is the value of init_from, for a class that has one.
+    The result's attribute `overridden` is the set of names that argv set. Raises UserError with the file or flag at
+    fault, the type that was expected, and for an unknown name the nearest valid one.
     """
     argv = sys.argv[1:] if argv is None else argv
-    wants_help = "--help" in argv or "-h" in argv
-    values = {f.name: default(f) for f in dataclasses.fields(cls)}
-    hints, overridden = {name: typing.get_type_hints(cls)[name] for name in values}, set()
-    for arg in argv:
-        if arg in ("--help", "-h"):
-            continue
-        if arg.startswith("-"):
-            overrides = [read_flag(arg, values, hints)]
-        elif arg.endswith(".py"):
-            overrides = [(f"{arg}:{line}", name, value) for line, name, value in read_overrides(Path(arg))]
-        elif Path(f"{arg}.py").is_file():
-            raise ValueError(f"{arg!r} is not a file of settings; did you mean {arg}.py?")
-        elif "init_from" in hints and ("/" in arg or Path(arg).exists()):
-            overrides = [(arg, "init_from", arg)]
+    words = [word for word in argv if word not in ("--help", "-h")]
+    wants_help = len(words) < len(argv)
+    all_hints = typing.get_type_hints(cls)
+    hints = {f.name: all_hints[f.name] for f in dataclasses.fields(cls)}
+    values = {}
+    while words:
+        word = words.pop(0)
+        if word.startswith("-"):
+            overrides = [read_flag(word, words, values, hints)]
+        elif word.endswith(".py"):
+            overrides = read_overrides(Path(word))
+        elif Path(f"{word}.py").is_file():
+            raise UserError(f"{word!r} is not a file of settings; did you mean {word}.py?")
+        elif "init_from" in hints and ("/" in word or Path(word).exists()):
+            overrides = [(word, "init_from", word)]
         else:
             model = ", nor a model" if "init_from" in hints else ""
-            raise ValueError(f"{arg!r} is neither a .py file of settings nor a --name=value flag{model}")
+            raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag{model}")
         for where, name, value in overrides:
             check_name(name, hints, where)
-            values[name] = convert(value, hints[name], where, name)
-            overridden.add(name)
-        changed = ", ".join(f"{name}={values[name]!r}" for _, name, _ in overrides) or "the defaults"
-        if not wants_help:
-            print(f"{arg if arg.endswith('.py') else 'override'}: {changed}", file=sys.stderr)
+            values[name] = convert(value, hints[name], f"{where}: {name}")
+    if values and not wants_help:
+        print("override:", ", ".join(f"{name}={value!r}" for name, value in values.items()), file=sys.stderr)
+    try:
+        settings = cls(**values)
+    except ValueError as e:  # model.py, which imports nothing of ours, raises no UserError
+        raise UserError(str(e)) from None
     if wants_help:
-        print(describe(cls, values))
+        print(describe(settings))
         raise SystemExit(0)
-    settings = cls(**values)
-    settings.overridden = frozenset(overridden)
+    settings.overridden = frozenset(values)
     return settings
 
 
-def default(field: dataclasses.Field):
-    """The default of a dataclass field."""
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+def read_flag(flag: str, words: list[str], values: dict, hints: dict) -> tuple[str, str, object]:
+    """(flag, name, value) of --name=value, --name or --name.key=value. A value without = is taken from `words`."""
+    flag, equals, text = flag.partition("=")
+    name, _, key = flag.lstrip("-").partition(".")
+    check_name(name, hints, f"--{name}")
+    if not equals:
+        is_switch = bool in kinds_of(hints[name])
+        if words and (words[0].lower() in ("true", "false") if is_switch else not words[0].startswith("--")):
+            text = words.pop(0)
+        elif is_switch:
+            text = "True"
+        else:
+            raise UserError(f"{flag} needs a value: {flag}=<{type_name(hints[name])}>")
+    if not key:
+        return flag, name, text
+    entries = values.get(name) or {}
+    if isinstance(entries, str):
+        raise UserError(f"{flag}= and --{name}= exclude each other")
+    return flag, name, {**entries, key: text}
 
 
-def read_flag(arg: str, values: dict, hints: dict) -> tuple[str, str, object]:
-    """(flag, name, value) of a --name=value, --name or --name.key=value."""
-    name, equals, text = arg.lstrip("-").partition("=")
-    name, _, key = name.partition(".")
-    check_name(name, hints, where=f"--{name}")
-    if key:
-        kinds = [hint for hint in (hints[name], *typing.get_args(hints[name])) if typing.get_origin(hint) is dict]
-        if not kinds:
-            raise ValueError(f"--{name}.{key}: {name} is one value, without entries")
-        if isinstance(values[name], str):
-            raise ValueError(f"--{name}.{key}= and --{name}= exclude each other")
-        entries = values[name] or {}
-        return f"--{name}.{key}", name, {**entries, key: parse(text, typing.get_args(kinds[0])[1])}
-    if not equals and hints[name] not in (bool, bool | None):
-        raise ValueError(f"--{name} needs a value: --{name}=<{type_name(hints[name])}>")
-    return f"--{name}", name, parse(text, hints[name]) if equals else True
-
-
-def read_overrides(path: Path) -> list[tuple[int, str, object]]:
-    """The (line, name, value) assignments of an override file; values are Python literals."""
+def read_overrides(path: Path) -> list[tuple[str, str, object]]:
+    """The assignments of an override file: (file:line, name, value). Values are Python literals."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not a file of settings") from None
-    except OSError:
-        files = [str(p) for p in Path("config").rglob("*.py")]
-        near = difflib.get_close_matches(str(path), files, n=1)
-        raise ValueError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else "")) from None
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise ValueError(f"{path}: not lines of `name = value` ({e})") from None
+    except OSError as e:
+        near = difflib.get_close_matches(str(path), map(str, Path("config").rglob("*.py")), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"cannot read {path}: {e.strerror}{hint}") from None
+    except NOT_A_LITERAL as e:
+        raise UserError(f"{path}: not lines of `name = value` ({e})") from None
     found = []
     for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
+        where = f"{path}:{node.lineno}"
         try:
             (target,) = node.targets
-            found.append((node.lineno, target.id, ast.literal_eval(node.value)))
-        except (AttributeError, ValueError, TypeError, MemoryError, RecursionError):
+            found.append((where, target.id, ast.literal_eval(node.value)))
+        except (AttributeError, *NOT_A_LITERAL):
             line = ast.unparse(node).splitlines()[0][:60]
-            raise ValueError(
-                f"{path}:{node.lineno}: expected `name = value` with a literal value, found `{line}`"
-            ) from None
+            raise UserError(f"{where}: expected `name = value` with a literal value, found `{line}`") from None
     return found
 
 
+def convert(value, hint, label: str):
+    """`value`, the text of a flag or a literal of a file, as the type `hint`. Raises UserError, starting with label."""
+    literal = value
+    if isinstance(value, str):
+        with contextlib.suppress(*NOT_A_LITERAL):
+            literal = ast.literal_eval(value.title() if value.lower() in ("true", "false", "none") else value)
+    for kind in sorted(kinds_of(hint), key=lambda kind: kind is str):  # any text is a str, so try that last
+        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if kind is str and isinstance(value, str):
+            return value
+        if kind in (bool, type(None)) and type(literal) is kind:
+            return literal
+        if kind is float and type(literal) in (int, float) and abs(literal) <= sys.float_info.max:
+            return float(literal)
+        if kind is int and type(literal) in (int, float) and abs(literal) < 2**63 and literal == int(literal):  # or 1e6
+            return int(literal)
+        if origin is tuple:
+            names = literal.split(",") if isinstance(literal, str) else literal
+            if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names):
+                return tuple(names)
+        if origin is dict and isinstance(literal, dict) and literal and all(isinstance(key, str) for key in literal):
+            return {key: convert(entry, args[1], f"{label}.{key}") for key, entry in literal.items()}
+    raise UserError(f"{label} takes {type_name(hint)}, not {repr(literal)[:60]}")
+
+
 def check_range(settings, low: float, high: float, *names: str):
-    """Raise ValueError, naming the first, if one of these settings lies outside low..high, both included."""
+    """Raise UserError, naming the first, if one of these settings lies outside low..high, both included."""
     for name in names:
         if not low <= getattr(settings, name) <= high:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must lie in {low:g}..{high:g}")
+            raise UserError(f"{name} is {getattr(settings, name)}; it must lie in {low:g}..{high:g}")
 
 
 def check_name(name: str, known: dict, where: str):
-    """Raise ValueError for an unknown setting, with the nearest known name."""
+    """Raise UserError for an unknown setting, with the nearest known name."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
-        raise ValueError(f"{where}: there is no setting {name!r}; {hint}")
+        raise UserError(f"{where}: there is no setting {name!r}; {hint}")
 
 
-def parse(text: str, hint) -> object:
-    """The value of a flag's text: the text itself for str, else a Python literal where it is one."""
-    if hint is str or (hint == str | None and text != "None"):
-        return text
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return tuple(text.split(",")) if typing.get_origin(hint) is tuple else text
-
-
-def convert(value, hint, where: str, name: str):
-    """value as the field's type. Raises ValueError with the type that was expected."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        kinds = [a for a in args if a is not type(None)]
-        return convert(value, type(value) if type(value) in kinds else kinds[0], where, name)
-    if origin is tuple and isinstance(value, str):
-        value = tuple(value.split(","))
-    if origin is tuple and isinstance(value, (tuple, list)) and all(isinstance(v, args[0]) for v in value):
-        return tuple(value)
-    if origin is dict and isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
-        return {k: convert(v, args[1], where, f"{name}.{k}") for k, v in value.items()}
-    if hint is float and type(value) is int and abs(value) < 2**63:
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():  # 1e6
-        return int(value)
-    out_of_range = (type(value) is int and abs(value) >= 2**63) or (type(value) is float and not math.isfinite(value))
-    if isinstance(hint, type) and type(value) is hint and not out_of_range:
-        return value
-    raise ValueError(f"{where}: {name} takes {type_name(hint)}, not {repr(value)[:60]}")
+def kinds_of(hint) -> tuple:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def type_name(hint) -> str:
     """The type as a person would write it."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(type_name(a) for a in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return "comma-separated names"
-    if typing.get_origin(hint) is dict:
-        return "{'name': value, ...}"
-    return {int: "int", float: "float", bool: "True or False", str: "str", type(None): "None"}.get(hint, str(hint))
+    names = {bool: "True or False", tuple: "comma-separated names", dict: "{'name': value, ...}", type(None): "None"}
+    kinds = [typing.get_origin(kind) or kind for kind in kinds_of(hint)]
+    return " or ".join(names.get(kind, kind.__name__) for kind in kinds)
 
 
-def describe(cls: type, values: dict) -> str:
+def describe(settings) -> str:
     """The --help text: every setting with its value and the comment beside it, under the headings in the source."""
     comments, headings = {}, {}
-    for base in reversed(cls.__mro__[:-1]):
+    for base in reversed(type(settings).__mro__[:-1]):
         heading = base.__name__.removesuffix("Config").lower()
         for line in inspect.getsource(base).splitlines():
             if match := re.match(r"(?:    |class .*:  )# (.*)", line):
@@ -210,12 +193,13 @@ def describe(cls: type, values: dict) -> str:
                 comments[match[1]] = match[2]
                 headings.setdefault(match[1], heading)
     groups: dict[str, list[str]] = {}
-    for name, value in values.items():
+    for name, value in dataclasses.asdict(settings).items():
         value = ",".join(value) if isinstance(value, tuple) else value
-        flag, indent = f"  --{name}={value if isinstance(value, str) else repr(value)}", " " * 32
-        text = textwrap.fill(comments[name], 120, initial_indent=indent, subsequent_indent=indent)
-        text = f"{flag:<31} {text.lstrip()}" if len(flag) < 32 else f"{flag}\n{text}"
-        groups.setdefault(headings.get(name, ""), []).append(text)
-    doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
-    settings = ["\n".join([f"{heading}:", *texts]) for heading, texts in groups.items()]
-    return "\n\n".join([doc, "Settings, as --name=value or as lines of an override file", *settings])
+        flag = f"  --{name}={value if isinstance(value, str) else repr(value)}"
+        lines = textwrap.wrap(comments[name], 88)
+        if len(flag) > 31:
+            lines.insert(0, "")
+        groups.setdefault(headings[name], []).append(f"{flag:<32}" + f"\n{' ' * 32}".join(lines))
+    doc = inspect.cleandoc(sys.modules[type(settings).__module__].__doc__ or "")
+    texts = ["\n".join([f"{heading}:", *group]) for heading, group in groups.items()]
+    return "\n\n".join([doc, "Settings, as --name=value or as lines of an override file", *texts])

@@ -1,6 +1,7 @@
 """Text to token ids: tokenizers and the chat format."""
 
 import functools
+import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+from common.settings import UserError
 
 ROLES = ("system", "user", "assistant")
 CHAT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -27,7 +30,7 @@ QWEN3_REVISION = "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"  # commit of Qwen/Qw
 
 @functools.cache
 def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
-    """The tokenizer of this name; use it through encode(). Raises ValueError if it is unknown or cannot be read.
+    """The tokenizer of this name; use it through encode(). Raises UserError if it is unknown or cannot be read.
 
     "bytes": 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
     "gpt2": GPT-2's byte-level BPE from the file `vocab` (None: downloaded), then the same three from 50256 on.
@@ -40,7 +43,7 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
     elif name == "qwen3":
         ranks, specials, pattern = read_vocab(vocab or download_vocab()), QWEN3_SPECIALS, QWEN3_PATTERN
     else:
-        raise ValueError(f"unknown tokenizer {name!r}; there are bytes, gpt2, qwen3")
+        raise UserError(f"unknown tokenizer {name!r}; there are bytes, gpt2, qwen3")
     special_ids = {special: len(ranks) + i for i, special in enumerate(specials)}
     return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
 
@@ -53,7 +56,7 @@ def download_vocab() -> str:
     try:
         return hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=QWEN3_REVISION)
     except OSError:
-        raise ValueError("cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab=") from None
+        raise UserError("cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab=") from None
 
 
 def download_gpt2() -> dict[bytes, int]:
@@ -61,7 +64,7 @@ def download_gpt2() -> dict[bytes, int]:
     try:
         return tiktoken.get_encoding("gpt2")._mergeable_ranks
     except (OSError, ValueError):  # no network, or another page in its place
-        raise ValueError("cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=") from None
+        raise UserError("cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=") from None
 
 
 def read_vocab(path: str) -> dict[bytes, int]:
@@ -73,13 +76,12 @@ def read_vocab(path: str) -> dict[bytes, int]:
         ids = json.loads(Path(path).read_text(encoding="utf-8"))
         ids.pop("<|endoftext|>", None)  # GPT-2's file lists it
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
-        is_bpe = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("ids with gaps, or a byte without a token")
     except OSError as e:
-        raise ValueError(f"cannot read the vocabulary {path}: {e.strerror}") from None
+        raise UserError(f"cannot read the vocabulary {path}: {e.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        is_bpe = False
-    if not is_bpe:
-        raise ValueError(f"{path} is not a vocab.json of a byte-level BPE tokenizer")
+        raise UserError(f"{path} is not a vocab.json of a byte-level BPE tokenizer") from None
     return ranks
 
 
@@ -100,22 +102,23 @@ def encode_chat(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation in ChatML: token ids [n] uint32 and loss mask [n] uint8.
 
-    messages: {"role": "system", "user" or "assistant", "content": text}, else ValueError. The mask is 1 on the content
+    messages: {"role": "system", "user" or "assistant", "content": text}, else UserError. The mask is 1 on the content
     of each assistant message, its <|im_end|> and newline. <|endoftext|> comes last; with reply=True, the opening of an
     assistant message comes instead.
     """
     eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
     parts = []  # (token ids, whether loss is taken on them)
     for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role"), fields.get("content")
         if role not in ROLES:
-            raise ValueError(f"the role {role!r}, not one of {', '.join(ROLES)}")
+            raise UserError(f"the role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise ValueError("content that is not text")
-        header, body = [start, encode(encoding, f"{role}\n")], [encode(encoding, content), end, encode(encoding, "\n")]
-        parts += [(ids, False) for ids in header] + [(ids, role == "assistant") for ids in body]
+            raise UserError("content that is not text")
+        parts += [(start, False), (encode(encoding, f"{role}\n"), False)]
+        parts += [(ids, role == "assistant") for ids in (encode(encoding, content), end, encode(encoding, "\n"))]
     if not parts:
-        raise ValueError("no messages")
+        raise UserError("no messages")
     parts += [(start, False), (encode(encoding, "assistant\n"), False)] if reply else [(eot, False)]
     loss_mask = np.concatenate([np.full(len(ids), has_loss, np.uint8) for ids, has_loss in parts])
     return np.concatenate([ids for ids, _ in parts]), loss_mask
@@ -124,3 +127,13 @@ def encode_chat(
 def stop_tokens(encoding: tiktoken.Encoding) -> set[int]:
     """The tokens that end an answer."""
     return {encoding.encode_single_token(name) for name in ("<|endoftext|>", "<|im_end|>")}
+
+
+def text_hash(text: str) -> int:
+    """Uniform in 0 .. 2**64 - 1."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether documents with this key go to val: its hash, as a fraction of the largest, is below this one."""
+    return text_hash(key) < fraction * 2**64

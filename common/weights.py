@@ -7,13 +7,14 @@ model = from_pretrained("Qwen/Qwen3-0.6B-Base")
 import dataclasses
 import json
 import re
-import tempfile
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.run import inherit_shape, load_checkpoint
+from common.run import build_model, load_checkpoint, write_json
+from common.settings import UserError
 from model import ACTIVATIONS, ModelConfig, PolychromaticLM
 
 # Tensor names of other layouts: (pattern of their name, our name).
@@ -44,7 +45,7 @@ QWEN3_NAMES = (
 def from_pretrained(
     source: str | Path, revision: str | None = None, router_context: str | None = None
 ) -> PolychromaticLM:
-    """A float32 model on the CPU, from any of four layouts, recognized by their tensor names.
+    """A float32 model on the CPU in evaluation mode, from any of four layouts, recognized by their tensor names.
 
     - a checkpoint of train.py or sft.py, or a run folder that holds one
     - config.json and model.safetensors of save_pretrained()
@@ -52,37 +53,34 @@ def from_pretrained(
       noise; tau is the file's, or 0.1
     - a Qwen3 (config.json, .safetensors, sharded or not): a model with one activation, K = 1
     source: a local path, or owner/name of a model on the hub, at a revision. router_context replaces the model's own.
-    Raises FileNotFoundError if nothing is found, else ValueError naming the file and the fault.
+    Raises UserError naming the file and the fault.
     """
     config, state, path = load_weights(source, revision)
     if router_context:
         config = dataclasses.replace(config, router_context=router_context)
-    return build_model(config, state, path)
+    return build_model(config, state, path).eval()
 
 
-def build_model(model_config: ModelConfig, state: dict[str, Tensor], path: str | Path) -> PolychromaticLM:
-    """A model with these weights. Raises ValueError, naming `path`, for a tensor that does not fit."""
-    model = PolychromaticLM(model_config)
-    expected, state = model.state_dict(), dict(state)
-    if "tau" in state:  # one temperature for all layers: older checkpoints, the release, Qwen3
-        state |= dict.fromkeys((name for name in expected if name.endswith(".tau")), state.pop("tau"))
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if name not in expected:
-            raise ValueError(f"{path} has an unexpected tensor: {name}")
-        theirs, ours = list(state[name].shape), list(expected[name].shape)
-        if theirs != ours:
-            raise ValueError(f"{path}: the tensor {name} has the shape {theirs}, not {ours}")
-    model.load_state_dict(state)
-    return model
+def open_model(
+    source: str | Path, device: torch.device, revision: str | None = None, router_context: str | None = None
+) -> PolychromaticLM:
+    """Load a model for inference onto a device. Notes about it go to stderr: stdout is for generated text."""
+    model = from_pretrained(source, revision, router_context)
+    print(f"model: {source}", file=sys.stderr)
+    if model.config.sees_future:
+        print(
+            "slow: its router averages the whole sequence, so every token is computed again from the start; "
+            "--router_context=prefix reads only the past, with a cache",
+            file=sys.stderr,
+        )
+    return model.to(device)
 
 
 def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """Configuration, tensors under our names, and file of a model; arguments and errors as from_pretrained()'s."""
     path = Path(source) if Path(source).exists() else download(str(source), revision)
     if revision and path == Path(source):
-        raise ValueError(f"{source} is a local path, which has no revisions")
+        raise UserError(f"{source} is a local path, which has no revisions")
     path = find_weights(path) if path.is_dir() else path
     settings = read_json(path.parent / "config.json")
     is_checkpoint = not path.name.endswith((".safetensors", ".index.json"))
@@ -107,9 +105,9 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
             raise ValueError(f"no known layout; its first tensor is {next(iter(state), 'missing')}")
         return config, state, path
     except KeyError as e:
-        raise ValueError(f"{path} lacks the tensor {e.args[0]}") from None
+        raise UserError(f"{path} lacks the tensor {e.args[0]}") from None
     except (TypeError, ValueError, AttributeError, IndexError) as e:
-        raise ValueError(f"{path} does not hold a model of this project: {' '.join(str(e).split())[:300]}") from None
+        raise UserError(f"{path} does not hold a model of this project: {' '.join(str(e).split())[:300]}") from None
 
 
 def find_weights(folder: Path) -> Path:
@@ -118,7 +116,7 @@ def find_weights(folder: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"no checkpoint at {candidates[0]}, and no model.safetensors beside it")
+    raise UserError(f"no checkpoint at {candidates[0]}, and no model.safetensors beside it")
 
 
 def read_json(path: Path) -> dict:
@@ -126,7 +124,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e})") from None
+        raise UserError(f"{path} is damaged ({e})") from None
 
 
 def renamed(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
@@ -189,7 +187,7 @@ def download(name: str, revision: str | None) -> Path:
         newest_first = sorted(Path("out").glob("**/ckpt.pt"), key=lambda path: -path.stat().st_mtime)
         runs = ", ".join(str(path.parent) for path in newest_first[:5])
         hint = f"the newest runs are {runs}" if runs else "train one: python train.py config/tiny.py"
-        raise FileNotFoundError(f"no checkpoint at {name}: no such file or folder; {hint}")
+        raise UserError(f"no checkpoint at {name}: no such file or folder; {hint}")
     try:
         from huggingface_hub import snapshot_download
 
@@ -197,7 +195,7 @@ def download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as e:  # the package, the model, the revision or the network is missing: each raises its own kind
         reason = " ".join(str(e).split())[:150]
-        raise FileNotFoundError(f"no checkpoint at {name}, and no such model on the hub ({reason})") from None
+        raise UserError(f"no checkpoint at {name}, and no such model on the hub ({reason})") from None
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -205,7 +203,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ValueError("reading .safetensors needs a package: pip install safetensors") from None
+        raise UserError("reading .safetensors needs a package: pip install safetensors") from None
     try:
         names = [path.name]
         if path.suffix == ".json":
@@ -218,108 +216,104 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
             tensors.update(load_file(path))
         return tensors
     except FileNotFoundError:
-        raise FileNotFoundError(f"no weights at {path}") from None
+        raise UserError(f"no weights at {path}") from None
     except Exception as e:
-        raise ValueError(f"{path} is damaged ({e})") from None
+        raise UserError(f"{path} is damaged ({e})") from None
+
+
+def newest_checkpoint(root: Path = Path("out")) -> Path:
+    """The most recently written checkpoint under root."""
+    paths = list(root.glob("**/ckpt.pt"))
+    if not paths:
+        raise UserError(
+            f"no checkpoint under {root}; train one (python train.py config/tiny.py) or name it with --init_from="
+        )
+    return max(paths, key=lambda path: path.stat().st_mtime)
+
+
+# ------------------------------------------------------------------------------------------------ a run's first weights
+
+
+def inherit_shape(cfg, shape: dict, source: str | Path):
+    """Copy the starting model's shape into cfg. Raises UserError for an override that contradicts its weights."""
+    free = {"block_size", "gumbel", "router_context", "router_centred", "tokenizer"}  # no weight depends on these
+    if len(shape["activations"]) == 1 and set(shape["activations"]) <= set(cfg.activations):
+        free |= {"activations", "router_hidden"}  # upcycling
+    for name, theirs in shape.items():
+        ours = getattr(cfg, name)
+        if name not in cfg.overridden:
+            setattr(cfg, name, theirs)
+        elif ours != theirs and name not in free:
+            raise UserError(f"{source} has {name}={theirs!r}, not {ours!r}")
 
 
 def starting_model(cfg) -> PolychromaticLM:
-    """The model that cfg.init_from names, upcycled if cfg has more activations.
-
-    Copies its shape into cfg, and seeds torch.
-    """
-    source = from_pretrained(cfg.init_from, cfg.revision)
-    inherit_shape(cfg, dataclasses.asdict(source.config), cfg.init_from)
-    weights, theirs, tau = source.state_dict(), source.config.activations, source.blocks[0].ffn.tau.item()
-    torch.manual_seed(cfg.seed)
-    if cfg.activations != theirs:
-        print(f"upcycling {'/'.join(theirs)} to {'/'.join(cfg.activations)}: the same function")
-        weights = upcycle(source, cfg.model_config(), cfg.tau_start)
-    elif len(theirs) > 1 and abs(tau - cfg.tau_start) > 1e-6:
+    """The model that cfg.init_from names, upcycled if cfg has more activations. Copies its shape into cfg."""
+    config, state, path = load_weights(cfg.init_from, cfg.revision)
+    inherit_shape(cfg, dataclasses.asdict(config), cfg.init_from)
+    tau = next(tensor for name, tensor in state.items() if name.endswith("tau")).item()
+    if cfg.activations != config.activations:
+        print(f"upcycling {'/'.join(config.activations)} to {'/'.join(cfg.activations)}: the same function")
+        torch.manual_seed(cfg.seed)
+        state = upcycle(state, cfg.model_config(), config.activations[0], cfg.tau_start)
+    elif len(config.activations) > 1 and abs(tau - cfg.tau_start) > 1e-6:
         print(f"the routing goes from tau {tau:g} of {cfg.init_from} to {cfg.tau_start:g}")
     print(f"starting from the model of {cfg.init_from}")
-    return build_model(cfg.model_config(), weights, cfg.init_from)
+    return build_model(cfg.model_config(), state, path)
 
 
-def upcycle(old: PolychromaticLM, config: ModelConfig, tau: float) -> dict[str, Tensor]:
-    """Weights of a model with several activations that at temperature tau is the same function as the plain GLU `old`.
+def upcycle(state: dict[str, Tensor], config: ModelConfig, activation: str, tau: float) -> dict[str, Tensor]:
+    """Weights with routing that at temperature tau give the same function as the plain GLU of this activation.
 
-    The activation of `old` gets e^10 times the weight of each other one, in every neuron; the router starts at zero.
+    The activation gets e^10 times the weight of each other one, in every neuron; the router's output starts at zero.
     With noise, which a low tau does not reduce, alpha is at least 10, so that training starts from that function too.
     """
-    alpha = 10 * (max(tau, 1.0) if config.gumbel else tau)
-    state = PolychromaticLM(config).state_dict()
-    state.update(old.state_dict())
-    for name, tensor in state.items():
-        if name.endswith(".tau"):
-            state[name] = torch.full_like(tensor, tau)
-        elif name.endswith(".alpha"):
-            tensor.zero_()[:, config.activations.index(old.config.activations[0])] = alpha
-        elif ".router_out." in name:
-            tensor.zero_()
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("tau")} | {"tau": torch.tensor(tau)}
+    R, K = config.router_hidden, len(config.activations)
+    alpha = torch.zeros(config.d_ff, K)
+    alpha[:, config.activations.index(activation)] = 10 * (max(tau, 1.0) if config.gumbel else tau)
+    for i in range(config.n_layer):
+        routing = {"alpha": alpha}
+        if R:
+            routing |= {
+                "beta": torch.ones(K),
+                "router_out.weight": torch.zeros(K, R),
+                "router_out.bias": torch.zeros(K),
+            }
+            w1 = 0.02 * torch.randn(R, config.n_embd)
+            routing |= {"router_in.weight": w1, "router_in.bias": torch.zeros(R)}
+        state |= {f"blocks.{i}.ffn.{name}": tensor for name, tensor in routing.items()}
     return state
 
 
 def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
-    """Freeze parameters whose names contain one of the parts. Raises ValueError if a part matches none."""
+    """Freeze parameters whose names contain one of the parts. Raises UserError if a part matches none."""
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(part in name for name in names):
             kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", name) for name in names)
-            raise ValueError(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
+            raise UserError(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
     for name, p in model.named_parameters():
         p.requires_grad_(not any(part in name for part in parts))
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"frozen: {','.join(parts)} leaves nothing to train")
+        raise UserError(f"frozen: {','.join(parts)} leaves nothing to train")
 
 
-def save_pretrained(model: PolychromaticLM, directory: str | Path, settings: dict | None = None):
-    """Write config.json, model.safetensors and a model card, README.md, with the settings of the training.
+def save_pretrained(model: PolychromaticLM, directory: str | Path):
+    """Write config.json and model.safetensors; from_pretrained() reads them back bit for bit.
 
-    from_pretrained() reads it back bit for bit. Raises ValueError if the safetensors package is not installed.
+    Raises UserError if the safetensors package is not installed, or if the folder holds another model.
     """
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise ValueError("writing .safetensors needs a package: pip install safetensors") from None
+        raise UserError("writing .safetensors needs a package: pip install safetensors") from None
     directory = Path(directory)
     for name in ("ckpt.pt", "model.safetensors.index.json"):
         if (directory / name).exists():
-            raise ValueError(
-                f"{directory} has a {name}, which from_pretrained() would read instead; choose another folder"
-            )
+            message = f"{directory} has a {name}, which from_pretrained() would read instead"
+            raise UserError(f"{message}; choose another folder")
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
-    (directory / "README.md").write_text(model_card(model, settings or {}))
+    write_json(directory / "config.json", dataclasses.asdict(model.config))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, directory / "model.partial")
     (directory / "model.partial").replace(directory / "model.safetensors")
-
-
-def model_card(model: PolychromaticLM, settings: dict) -> str:
-    """Markdown: what the model is, how it was trained, how to load it."""
-    c, size = model.config, sum(p.numel() for p in model.parameters())
-    rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
-    return (
-        "---\nlicense: apache-2.0\nlibrary_name: pytorch\ntags: [polyglu]\n---\n"
-        f"# PolychromaticLM, {size:,} parameters\n\nA decoder-only transformer with PolyGLU feed-forward layers "
-        f"(arXiv 2603.13347) of {', '.join(c.activations)}; router context {c.router_context}, "
-        f"tau {model.blocks[0].ffn.tau.item():g}, tokenizer {c.tokenizer}.\n\n"
-        "    from common.weights import from_pretrained\n"
-        '    model = from_pretrained("path/to/this/folder")\n\n'
-        + (f"Trained with:\n\n| setting | value |\n|---|---|\n{rows}" if settings else "")
-    )
-
-
-def push_to_hub(model: PolychromaticLM, name: str, settings: dict | None = None, private: bool = False):
-    """save_pretrained() to the model repository "owner/name" on the hub, which is created if it does not exist.
-
-    Raises ValueError if huggingface_hub is not installed, and that package's own errors without a login or network.
-    """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise ValueError("the hub needs a package: pip install huggingface_hub") from None
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, settings)
-        HfApi().create_repo(name, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare_data import is_held_out
+from common.tokenizer import is_held_out
 
 # A family generates one problem: the question, the steps that a person would write, and the answer they lead to.
 
@@ -68,25 +68,23 @@ def sequences(rng: random.Random) -> Problem:
     return f"What comes next: {', '.join(map(str, terms))}, ...?", steps, steps[-1].split(" = ")[1]
 
 
-FAMILIES: dict[str, Callable[[random.Random], Problem]] = {"number facts": number_facts, "sequences": sequences}
-FAMILIES |= {
-    family: functools.partial(one_calculation, templates)
-    for family, templates in {
-        "addition": [("+", "What is {a} + {b}?")],
-        "subtraction": [("-", "What is {a} - {b}?")],
-        "equations": [
-            ("-", "Solve x + {b} = {a} for x."),
-            ("+", "Solve x - {b} = {a} for x."),
-            ("-", "Solve {a} - x = {b} for x."),
-        ],
-        "word problems": [
-            ("+", "{name} has {a} {things}. {other} gives {name} {b} more. How many does {name} have now?"),
-            ("+", "{name} has {a} {things} and {other} has {b}. How many do they have together?"),
-            ("-", "{name} has {a} {things} and loses {b}. How many are left?"),
-            ("-", "{name} has {a} {things} and {other} has {b}. How many more does {name} have?"),
-        ],
-    }.items()
+TEMPLATES = {  # family: sign of the calculation, question
+    "addition": [("+", "What is {a} + {b}?")],
+    "subtraction": [("-", "What is {a} - {b}?")],
+    "equations": [
+        ("-", "Solve x + {b} = {a} for x."),
+        ("+", "Solve x - {b} = {a} for x."),
+        ("-", "Solve {a} - x = {b} for x."),
+    ],
+    "word problems": [
+        ("+", "{name} has {a} {things}. {other} gives {name} {b} more. How many does {name} have now?"),
+        ("+", "{name} has {a} {things} and {other} has {b}. How many do they have together?"),
+        ("-", "{name} has {a} {things} and loses {b}. How many are left?"),
+        ("-", "{name} has {a} {things} and {other} has {b}. How many more does {name} have?"),
+    ],
 }
+FAMILIES: dict[str, Callable[[random.Random], Problem]] = {"number facts": number_facts, "sequences": sequences}
+FAMILIES |= {family: functools.partial(one_calculation, templates) for family, templates in TEMPLATES.items()}
 
 
 def question_numbers(text: str) -> str:
@@ -179,11 +177,8 @@ def stem_documents() -> Iterator[str]:
     roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
     paths = [path for root in roots for path in sorted(root.rglob("*.py"))]
     with ProcessPoolExecutor(initializer=warnings.simplefilter, initargs=("ignore",)) as pool:  # of invalid escapes
-        seen = set()
-        for text in itertools.chain.from_iterable(pool.map(docstring_prose, paths, chunksize=16)):
-            if text not in seen:
-                seen.add(text)
-                yield text
+        texts = pool.map(docstring_prose, paths, chunksize=16)
+        yield from dict.fromkeys(itertools.chain.from_iterable(texts))
 
 
 def code_documents() -> Iterator[str]:
@@ -219,3 +214,10 @@ def repeated_share(folder: Path) -> float:
 
     held_out = set().union(*runs("val"))
     return len(set().union(*(held_out & text_runs for text_runs in runs("train")))) / max(1, len(held_out))
+
+
+def describe(share: float, folder: Path, counts: dict) -> dict:
+    """A domain's entry in meta.json: its share of a training step, its counts, and how much of val occurs in train."""
+    repeated = repeated_share(folder)
+    print(f"{folder.name}: {repeated:.1%} of held-out 13-word runs occur in train")
+    return {"share": share, **counts, "val_runs_in_train": repeated}

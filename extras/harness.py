@@ -6,7 +6,7 @@ HarnessModel answers the harness's requests: log-likelihoods of a continuation o
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tiktoken
 import torch
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.generate import generate_texts
+from common.settings import UserError
 from common.tokenizer import CHAT_SPECIALS, ROLES, encode, encode_chat, stop_tokens
-from eval import wilson_interval
 from model import PolychromaticLM
 
 try:
@@ -25,7 +25,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
-    raise ValueError("--tasks needs a package: pip install lm-eval") from None
+    raise UserError("--tasks needs a package: pip install lm-eval") from None
 
 # The paper's tasks: metric, and in percent the paper's base model, its SFT model, Qwen3-0.6B-Base, guessing.
 REFERENCES = {
@@ -69,11 +69,13 @@ def log_likelihoods(model: PolychromaticLM, requests: list[tuple[list[int], list
 
 
 class HarnessModel(TemplateLM):
-    """A model as the harness sees it. batcher: eval.Batcher, which runs a function on batches of requests."""
+    """A model as the harness sees it. batcher(function, requests, name) runs a function on batches of requests."""
 
-    def __init__(self, model: PolychromaticLM, encoding: tiktoken.Encoding, batcher):
+    def __init__(self, model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: Callable):
         super().__init__()
-        self.model, self.encoding, self.batcher = model, encoding, batcher
+        self.model = model
+        self.encoding = encoding
+        self.batcher = batcher
         self.stop_tokens = {encoding.eot_token}
 
     @property
@@ -147,22 +149,22 @@ class HarnessModel(TemplateLM):
 
 
 def check_tasks(names: Sequence[str], manager: TaskManager):
-    """Raise ValueError for a name that is not one task."""
+    """Raise UserError for a name that is not one task."""
     for name in names:
         if name not in manager.all_tasks:
             matches = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {matches[0]!r}?" if matches else ""
-            raise ValueError(f"the harness has no task {name!r}{hint}")
+            raise UserError(f"the harness has no task {name!r}{hint}")
         if name in manager.all_tags:
-            raise ValueError(f"{name!r} is a tag that several tasks of the harness share; name the tasks")
+            raise UserError(f"{name!r} is a tag that several tasks of the harness share; name the tasks")
 
 
 def run_tasks(
-    model: PolychromaticLM, encoding: tiktoken.Encoding, batcher, cfg, dtype: str, finished: dict[str, dict]
+    model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: Callable, cfg, dtype: str, finished: dict[str, dict]
 ) -> Iterator[tuple[str, dict]]:
     """Run the tasks of cfg (an EvalConfig) one after another; yields the name and result of each.
 
-    Skips tasks in `finished`, the earlier results, that ran with the same settings. Raises ValueError for an unknown
+    Skips tasks in `finished`, the earlier results, that ran with the same settings. Raises UserError for an unknown
     task and for data that cannot be downloaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -180,38 +182,7 @@ def run_tasks(
                 apply_chat_template=cfg.chat, log_samples=False,
             )  # fmt: skip
         except OSError as e:
-            raise ValueError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None
+            raise UserError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None
         metrics = {**output["results"], **output.get("groups", {})}[name]
         n = sum(counts["effective"] for counts in output["n-samples"].values())
         yield name, {"settings": settings, "n": n, "metrics": metrics, "lm_eval": lm_eval.__version__}
-
-
-def headline(result: dict, preferred: str | None) -> tuple[str, float, tuple[float, float] | None]:
-    """Name, value and 95% interval of a task's main metric: the preferred one, else the first common one.
-
-    Shares are in percent, with Wilson's interval; another metric has 1.96 times the harness's standard error, if any.
-    """
-    metrics, n = result["metrics"], result["n"]
-    numbers = [key for key, value in metrics.items() if isinstance(value, float) and "_stderr," not in key]
-    names = (preferred, "acc_norm", "acc", "exact_match")
-    common = [key for name in names for key in numbers if key.split(",")[0] == name]
-    key = (common + numbers)[0]
-    name, value, error = key.replace(",none", ""), metrics[key], metrics.get(key.replace(",", "_stderr,"))
-    if common:
-        low, high = wilson_interval(value * n, n)
-        return name, 100 * value, (100 * low, 100 * high)
-    return name, value, (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else None
-
-
-def task_table(results: dict[str, dict], names: Sequence[str]) -> list[list[str]]:
-    """The scores beside those of the paper, in percent, as rows for eval.print_table()."""
-    others = ["paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3"]
-    table = [["task", "metric", "n", "this model", "95% interval", *others]]
-    for name in names:
-        preferred, base, sft, qwen3, guess = REFERENCES.get(name, (None,) * 5)
-        metric, score, interval = headline(results[name], preferred)
-        cells = [(base, ".2f"), (sft, ".2f"), (qwen3, ".2f"), (guess, "g"), (qwen3 and score / qwen3, ".0%")]
-        others = ["-" if value is None else format(value, spec) for value, spec in cells]
-        between = "{:.2f} to {:.2f}".format(*interval) if interval else "-"
-        table.append([name, metric, str(results[name]["n"]), f"{score:.2f}", between, *others])
-    return table

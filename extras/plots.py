@@ -7,22 +7,22 @@ from pathlib import Path
 import numpy as np
 
 
-def make_figure(title: str, *shape: int):
-    """A matplotlib figure and its [rows, columns] of axes. Raises ImportError without matplotlib."""
+def make_figure(n_rows: int, n_columns: int):
+    """A matplotlib figure and its [n_rows, n_columns] of axes. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), dpi=200, layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    return figure, figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
+    return figure, figure.subplots(n_rows, n_columns, sharex=True, sharey="row", squeeze=False)
 
 
 def plot_layers(path: Path, stats: dict, activations: Sequence[str]):
     """The measures by layer: usage, and below it the others."""
     usage, dependence = np.array(stats["usage"]), np.array(stats["input_dependence"])  # [n_layer, K], [n_layer]
     n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), math.log(len(activations))
+    figure, ((top,), (bottom,)) = make_figure(2, 1)
     title = f"{n_single} of {len(usage)} layers make over 90% of their choices with one activation;\n"
     title += f"input dependence is highest in layer {layer}: {dependence[layer]:.2g} of {ln_K:.2f} nats"
-    figure, ((top,), (bottom,)) = make_figure(title, 2, 1)
+    figure.suptitle(title, fontsize="medium")
     for k, name in enumerate(activations):
         top.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=f"C{k}", label=name)
     top.set(ylabel="usage", ylim=(0, 1))
@@ -39,14 +39,14 @@ def plot_layers(path: Path, stats: dict, activations: Sequence[str]):
 
 def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
     """Usage over training, a stacked area for each layer."""
-    steps, usage = zip(*((line["step"], line["routing"]["usage"]) for line in evaluations))
-    usage = np.array(usage)  # [evaluations, n_layer, K]
+    steps = [line["step"] for line in evaluations]
+    usage = np.array([line["routing"]["usage"] for line in evaluations])  # [evaluations, n_layer, K]
     n_single, n_layer = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
     since = steps[max((i + 1 for i, n in enumerate(n_single) if n != n_single[-1]), default=0)]
-    title = f"From step {since} on, {n_single[-1]} of {n_layer} layers make over 90% of their choices\n"
-    title += "with one activation"
     n_columns = math.ceil(math.sqrt(n_layer))
-    figure, axes = make_figure(title, math.ceil(n_layer / n_columns), n_columns)
+    figure, axes = make_figure(math.ceil(n_layer / n_columns), n_columns)
+    title = f"From step {since} on, {n_single[-1]} of {n_layer} layers make over 90% of their choices\n"
+    figure.suptitle(f"{title}with one activation", fontsize="medium")
     for i, ax in enumerate(axes.flat[:n_layer]):
         areas = ax.stackplot(steps, usage[:, i].T, colors=[f"C{k}" for k in range(len(activations))])
         ax.set(xlim=(steps[0], steps[-1]), ylim=(0, 1))
@@ -61,25 +61,26 @@ def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
 
 def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
     """Loss over the steps, and below it the entropies of the routing with tau."""
-    steps = [line for line in log if line.get("loss")]
-    title = f"The training loss went from {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f} nats"
-    names = {"static entropy": "static_entropy_share", "dynamic entropy": "dynamic_entropy_share"}
-    means = {name: [np.mean(line["routing"][key]) for line in evaluations] for name, key in names.items()}
-    if evaluations:
-        dynamic = means["dynamic entropy"]
-        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
-        title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
-        title += f"the static entropy never fell below {min(means['static entropy']):.2%}"
-    figure, axes = make_figure(title, 1 + bool(evaluations), 1)
-    axes[0, 0].plot([line["step"] for line in steps], [line["loss"] for line in steps], "C7")
+    lines = [line for line in log if line.get("loss")]
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    title = f"The training loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats"
+    figure, axes = make_figure(1 + bool(evaluations), 1)
+    axes[0, 0].plot(steps, losses, "C7")
     axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))
     if evaluations:
-        axes[1, 0].plot([line["step"] for line in steps], [line["tau"] for line in steps], "k:", label="tau")
-        for (name, values), style in zip(means.items(), ("k--", "C4o-")):
-            axes[1, 0].plot([line["step"] for line in evaluations], values, style, label=name)
-        axes[1, 0].set(ylabel="tau, or share of ln K", ylim=(0, None))
-        axes[1, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax, measured = axes[1, 0], [line["step"] for line in evaluations]
+        static = [np.mean(line["routing"]["static_entropy_share"]) for line in evaluations]
+        dynamic = [np.mean(line["routing"]["dynamic_entropy_share"]) for line in evaluations]
+        ax.plot(steps, [line["tau"] for line in lines], "k:", label="tau")
+        ax.plot(measured, static, "k--", label="static entropy")
+        ax.plot(measured, dynamic, "C4o-", label="dynamic entropy")
+        ax.set(ylabel="tau, or share of ln K", ylim=(0, None))
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
+        title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
+        title += f"the static entropy never fell below {min(static):.2%}"
     axes[-1, 0].set_xlabel("optimizer step")
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path)
 
 

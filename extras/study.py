@@ -11,8 +11,10 @@ parameters, so variants are compared within each seed. Each run is trained once:
 stopped. The most important runs come first. The run folders, study.json and study.png are written to out_dir.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -24,32 +26,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import common.settings
-import train
-from common.data import Corpus
-from common.run import (
-    Ranks,
-    load_checkpoint,
-    locked,
-    pick_device,
-    pick_dtype,
-    prepare_cpu,
-    read_log,
-    write_json,
-)
-from common.settings import check_range, load
-from common.weights import freeze, from_pretrained
-from extras.bench import describe_machine, load_settings
-from model import PolychromaticLM
+from common.run import Ranks, load_checkpoint, pick_device, pick_dtype, prepare_cpu, read_log, write_json
+from common.settings import UserError, check_range, load
+from common.weights import from_pretrained
+from extras.bench import describe_machine, print_table
+from train import TrainConfig, open_corpora, val_batches
 
-REPOSITORY = Path(__file__).parent.parent
 VARIANTS = Path("config/study")  # one override file per variant
 ORDER = (  # of training: the most important first; other files in config/study/ follow
     "swiglu", "geglu", "prefix", "centred", "sequence", "token", "centred_no_noise", "no_noise", "constant_tau", "moa",
@@ -94,18 +86,16 @@ class StudyConfig:
         if self.jobs is not None:
             check_range(self, 0, 1024, "jobs")
         known = sorted(path.stem for path in VARIANTS.glob("*.py"))
-        if not known:
-            raise ValueError(f"there is no {VARIANTS}/ here; run from the repository root")
         for name in self.variants:
             if name not in known:
-                raise ValueError(f"there is no {VARIANTS / name}.py; there are {', '.join(known)}")
+                raise UserError(f"there is no {VARIANTS / name}.py; there are {', '.join(known)}")
         self.variants = tuple(sorted(set(self.variants or known), key=lambda name: ((*ORDER, name).index(name), name)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-@dataclass(eq=False)
+@dataclass
 class Run:
     """One training run of a study."""
 
@@ -115,11 +105,9 @@ class Run:
     folder: Path
 
     @functools.cached_property
-    def settings(self) -> train.TrainConfig:
-        return load_settings(train.TrainConfig, self.arguments)
-
-    def started(self) -> bool:
-        return (self.folder / "ckpt.pt").exists()
+    def settings(self) -> TrainConfig:
+        with contextlib.redirect_stderr(io.StringIO()):  # load() prints the overrides
+            return load(TrainConfig, self.arguments)
 
     def evaluation(self) -> dict | None:
         """The evaluation after the last step in its log; None if the run is not finished."""
@@ -152,67 +140,55 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
     return runs
 
 
-def check_runs(runs: list[Run]):
-    """Find errors before the first run, not after hours. Raises ValueError."""
-    first = runs[0].settings
-    estimate([0, 1])  # whether its package is installed
-    for run in runs:
-        Corpus(run.settings)
-        if set(run.settings.mixture) != set(first.mixture):
-            domains = ", ".join(run.settings.mixture)
-            raise ValueError(f"{run.group} has the domains {domains}, {runs[0].group} has {', '.join(first.mixture)}")
-        with torch.device("meta"):  # shapes without storage
-            freeze(PolychromaticLM(run.settings.model_config()), run.settings.frozen)
-
-
 def is_finished(run: Run) -> bool:
-    """Whether the run's folder holds the finished run. Raises ValueError if it holds a run with other settings."""
-    if not run.started():
+    """Whether the run's folder holds the finished run. Raises UserError if it holds a run with other settings."""
+    if not (run.folder / "ckpt.pt").exists():
         return False
     checkpoint = load_checkpoint(run.folder)
-    saved, step = checkpoint["settings"], checkpoint["step"]
+    saved, step = checkpoint["settings"], checkpoint["progress"]["step"]
     for name, value in dataclasses.asdict(run.settings).items():
-        if saved.get(name, value) != value and name not in ("resume", "overwrite", "out_dir", "device"):
+        same = value is None or saved.get(name, value) == value  # None: train.py chose a value
+        if not same and name not in ("resume", "overwrite", "out_dir", "device"):
             found = f"{run.folder} was trained with {name}={saved[name]!r}, not {value!r}"
-            raise ValueError(f"{found}; remove it, or choose another --out_dir")
+            raise UserError(f"{found}; remove it, or choose another --out_dir")
     return step == run.settings.max_steps and run.evaluation() is not None
+
+
+def train_run(run: Run, environment: dict[str, str], processes: list[subprocess.Popen]) -> tuple[str, bool]:
+    """Train a run in a process of its own. Returns its scores, or its last line of output, and whether it finished."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    output, start = run.folder / "output.txt", time.monotonic()
+    command = [sys.executable, "train.py", *run.arguments, "--resume"]  # or start, without a checkpoint
+    with open(output, "a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    processes.append(process)
+    if process.wait() == 0 and (evaluation := run.evaluation()):
+        bits = (f"{domain} {val['bits_per_byte']:.3f}" for domain, val in evaluation["val"].items())
+        return f"{'  '.join(bits)} bits per byte, {time.monotonic() - start:.0f} s", True
+    lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
+    return f"did not finish ({lines[-1]}); see {output}", False
 
 
 def train_runs(runs: list[Run], jobs: int, on_cpu: bool) -> list[str]:
     """Train the runs that are not finished, `jobs` at a time, and report each. Returns the errors of those that failed.
 
-    Each is a process of its own. On a CPU it gets one thread, so that its results do not depend on the number of cores.
+    On a CPU a run gets one thread, so that its results do not depend on the number of cores.
     """
-    waiting, running, errors = [run for run in runs if not is_finished(run)], {}, []
-    n_done, n_waiting = len(runs) - len(waiting), len(waiting)
-    print(f"{len(runs)} runs, {n_done} of them done before; {jobs} at a time", flush=True)
+    waiting, errors, processes = [run for run in runs if not is_finished(run)], [], []
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done before; {jobs} at a time", flush=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if on_cpu else {})}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                run.folder.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, str(REPOSITORY / "train.py"), *run.arguments, *["--resume"] * run.started()]
-                with open(run.folder / "output.txt", "a") as output:
-                    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-                running[run] = process, time.monotonic()
-            time.sleep(0.1)
-            for run, (process, start) in [x for x in running.items() if x[1][0].poll() is not None]:
-                del running[run]
-                if process.returncode == 0 and (evaluation := run.evaluation()):
-                    bits = (f"{domain} {val['bits_per_byte']:.3f}" for domain, val in evaluation["val"].items())
-                    outcome = "  ".join(bits) + " bits per byte"
-                else:
-                    lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()
-                    outcome = f"did not finish ({(lines or ['no output'])[-1]}); see {run.folder / 'output.txt'}"
-                    errors.append(f"{run.folder.name} {outcome}")
-                count = f"{n_waiting - len(waiting) - len(running)}/{n_waiting}"
-                print(f"[{count}] {run.folder.name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
-    finally:  # if interrupted, each run finishes its step and saves
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
+    with ThreadPoolExecutor(jobs) as pool:
+        names = {pool.submit(train_run, run, environment, processes): run.folder.name for run in waiting}
+        try:
+            for count, future in enumerate(as_completed(names), 1):
+                outcome, finished = future.result()
+                print(f"[{count}/{len(waiting)}] {names[future]}: {outcome}", flush=True)
+                if not finished:
+                    errors.append(f"{names[future]} {outcome}")
+        finally:  # if interrupted, each run finishes its step and saves
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
     return errors
 
 
@@ -228,54 +204,54 @@ def causal_losses(run: Run, device: torch.device, rows=128, first=32, others=8) 
     different in every batch. The mean difference to the loss with the whole row, each token weighted by how many it
     stands for, is added to the run's score.
     """
-    cfg = run.settings
-    model = from_pretrained(run.folder).to(device).eval()
-    corpus = Corpus(dataclasses.replace(cfg, eval_tokens=min(cfg.eval_tokens, rows * cfg.block_size)))
+    eval_tokens = min(run.settings.eval_tokens, rows * run.settings.block_size)
+    cfg, losses = dataclasses.replace(run.settings, eval_tokens=eval_tokens), {}
+    model = from_pretrained(run.folder).to(device)
+    _, corpus = open_corpora(cfg)
     dtype = pick_dtype(cfg.dtype, device)
-    first, losses = min(first, cfg.block_size), {}
+    first = min(first, cfg.block_size)
     stride = max(1, (cfg.block_size - first) // others)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for domain in cfg.mixture:
-            difference, count = 0.0, 0
-            for i, (tokens, targets, doc_ids) in enumerate(corpus.val_batches(domain, Ranks(str(device)))):
+
+    def loss(logits: Tensor, targets: Tensor) -> float:
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum").item()
+
+    for domain, val in run.evaluation()["val"].items():
+        difference, count = 0.0, 0
+        for i, (tokens, targets, doc_ids) in enumerate(val_batches(corpus, domain, cfg, Ranks(str(device)))):
+            weights = {t: 1 for t in range(first)}
+            weights |= {t: stride for t in range(first + i % stride, cfg.block_size, stride)}
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 noncausal = model(tokens, doc_ids=doc_ids)
-                for t in [*range(first), *range(first + i % stride, cfg.block_size, stride)]:
-                    weight = 1 if t < first else stride
+                for t, weight in weights.items():
                     causal = model(tokens[:, : t + 1], doc_ids=doc_ids[:, : t + 1])[:, -1]
-                    loss = functools.partial(F.cross_entropy, target=targets[:, t], ignore_index=-1, reduction="sum")
-                    difference += weight * (loss(causal.float()) - loss(noncausal[:, t].float())).item()
+                    difference += weight * (loss(causal, targets[:, t]) - loss(noncausal[:, t], targets[:, t]))
                     count += weight * (targets[:, t] >= 0).sum().item()
-            nats = run.evaluation()["val"][domain]["loss"] + difference / count
-            losses[domain] = corpus.bits_per_byte(domain, nats)
+        losses[domain] = corpus.bits_per_byte(domain, val["loss"] + difference / count)
     return losses
 
 
 def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     """The measurements of every finished run, and of each "sequence" run once more with its causal score."""
     results = []
-    for run in filter(is_finished, runs):
-        last = run.evaluation()
+
+    def add(run: Run, group: str, causal: bool, bits_per_byte: dict[str, float], routing: dict):
+        bits_per_byte["mean"] = statistics.fmean(bits_per_byte.values())  # what variants are judged by
         results.append({
-            "group": run.group,
-            "seed": run.seed,
-            "command": shlex.join(["python", "train.py", *run.arguments]),
-            "activations": run.settings.activations,
-            "causal": not run.settings.sees_future,
-            "bits_per_byte": with_mean({domain: val["bits_per_byte"] for domain, val in last["val"].items()}),
-            "routing": last["routing"],
+            "group": group, "seed": run.seed, "command": shlex.join(["python", "train.py", *run.arguments]),
+            "activations": run.settings.activations, "causal": causal, "bits_per_byte": bits_per_byte,
+            "routing": routing,
         })  # fmt: skip
-        if run.settings.sees_future:
+
+    for run in filter(is_finished, runs):
+        evaluation, sees_future = run.evaluation(), run.settings.sees_future
+        bits = {domain: val["bits_per_byte"] for domain, val in evaluation["val"].items()}
+        add(run, run.group, not sees_future, bits, evaluation["routing"])
+        if sees_future:
             path = run.folder / "causal.json"  # takes minutes to compute
             if not path.exists():
                 write_json(path, causal_losses(run, device))
-            changed = {"group": f"{run.group}, causal", "causal": True, "routing": {}}
-            results.append({**results[-1], **changed, "bits_per_byte": with_mean(json.loads(path.read_text()))})
+            add(run, f"{run.group}, causal", True, json.loads(path.read_text()), {})
     return results
-
-
-def with_mean(bits_per_byte: dict[str, float]) -> dict[str, float]:
-    """With the mean over the domains, which is what variants are judged by."""
-    return {**bits_per_byte, "mean": statistics.fmean(bits_per_byte.values())}
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -294,7 +270,7 @@ def estimate(values: Sequence[float]) -> dict:
     try:
         from scipy.stats import t
     except ImportError:
-        raise ValueError("the study's statistics need a package: pip install scipy") from None
+        raise UserError("the study's statistics need a package: pip install scipy") from None
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return {"mean": mean, "interval": None, "p": None}
@@ -303,60 +279,74 @@ def estimate(values: Sequence[float]) -> dict:
     return {"mean": mean, "interval": [float(low), float(high)], "p": float(2 * t.sf(abs(mean) / error, n - 1))}
 
 
-def summarize(results: list[dict]) -> dict:
-    """The means of each group of runs, and paired differences between groups in bits per byte, averaged over domains.
+def summarize_group(runs: list[dict]) -> dict:
+    """The means of runs that differ in their seed alone."""
+    first, routing = runs[0], [run["routing"] for run in runs]
+    row = {key: first[key] for key in ("group", "activations", "causal")}
+    row["seeds"] = [run["seed"] for run in runs]
+    row["bits_per_byte"] = {
+        d: statistics.fmean(run["bits_per_byte"][d] for run in runs) for d in first["bits_per_byte"]
+    }
+    if first["routing"]:
+        row["routing"] = {name: estimate([statistics.fmean(r[name]) for r in routing]) for name in MEASURES}
+        row["usage"] = np.mean([r["usage"] for r in routing], axis=0).tolist()  # [n_layer, K]
+    return row
 
-    "comparisons": each baseline with all other groups (its run at equal time: with all routed variants), paired by
-    seed, p corrected for their number. "contrasts": single pairs, not corrected.
-    """
-    groups: dict[str, dict[int, dict]] = {}
+
+def compare(results: list[dict], pairs: Iterable[tuple[str, str]]) -> list[dict]:
+    """Differences of groups in mean bits per byte, paired by seed. Leaves out groups that share no seed."""
+    scores: dict[str, dict[int, float]] = {}
     for result in results:
-        groups.setdefault(result["group"], {})[result["seed"]] = result
-    rows = []
-    for runs in groups.values():
-        first, *_ = members = list(runs.values())
-        row = {key: first[key] for key in ("group", "activations", "causal")}
-        bits = {d: statistics.fmean(run["bits_per_byte"][d] for run in members) for d in first["bits_per_byte"]}
-        rows.append({**row, "seeds": list(runs), "bits_per_byte": bits})
-        if first["routing"]:
-            measures = {m: estimate([statistics.fmean(run["routing"][m]) for run in members]) for m in MEASURES}
-            usage = np.mean([run["routing"]["usage"] for run in members], axis=0).tolist()  # [n_layer, K]
-            rows[-1] |= {"routing": measures, "usage": usage}
+        scores.setdefault(result["group"], {})[result["seed"]] = result["bits_per_byte"]["mean"]
+    differences = []
+    for ours, theirs in pairs:
+        a, b = scores.get(ours, {}), scores.get(theirs, {})
+        if seeds := [seed for seed in a if seed in b]:
+            difference = estimate([a[seed] - b[seed] for seed in seeds])
+            differences.append({"ours": ours, "theirs": theirs, "seeds": seeds, **difference})
+    return differences
 
-    def compare(pairs: Iterable[tuple[str, str]]) -> list[dict]:
-        found = []
-        for ours, theirs in pairs:
-            a, b = ({s: run["bits_per_byte"]["mean"] for s, run in groups.get(x, {}).items()} for x in (ours, theirs))
-            if seeds := [seed for seed in a if seed in b]:
-                difference = estimate([a[seed] - b[seed] for seed in seeds])
-                found.append({"ours": ours, "theirs": theirs, "seeds": seeds, **difference})
-        return found
 
-    comparisons, lr = {}, [group for group in groups if ", lr" in group]
-    for baseline in (group for group in groups if group.split(",")[0] in BASELINES and group not in lr):
-        tested = [row for row in rows if row["group"] not in (baseline, *lr)]
-        others = [row["group"] for row in tested if baseline in BASELINES or len(row["activations"]) > 1]
-        found = sorted(compare((group, baseline) for group in others), key=lambda x: x["mean"])
-        comparisons[baseline] = found
-        found = [x for x in found if x["p"] is not None and "equal time" not in x["ours"]]
-        for x, p in zip(found, holm([x["p"] for x in found])):
+def summarize(results: list[dict]) -> dict:
+    """The means of each group of runs, and differences between groups.
+
+    "comparisons": each baseline with all other groups (its run at equal time: with all routed variants), p corrected
+    for their number. "contrasts": single pairs, not corrected.
+    """
+    names = list(dict.fromkeys(result["group"] for result in results))
+    rows = [summarize_group([result for result in results if result["group"] == name]) for name in names]
+    lr_checks = [name for name in names if ", lr" in name]
+    routed = [row["group"] for row in rows if len(row["activations"]) > 1]
+    comparisons = {}
+    for baseline in names:
+        if baseline.split(",")[0] not in BASELINES or baseline in lr_checks:
+            continue
+        others = [name for name in (names if baseline in BASELINES else routed) if name not in (baseline, *lr_checks)]
+        found = sorted(compare(results, [(name, baseline) for name in others]), key=lambda x: x["mean"])
+        tested = [x for x in found if x["p"] is not None and "equal time" not in x["ours"]]
+        for x, p in zip(tested, holm([x["p"] for x in tested])):
             x |= {"p_holm": p, "survives": p < 0.05}
-    contrasts = compare([*CONTRASTS, *((group, group.split(",")[0]) for group in lr)])
+        comparisons[baseline] = found
+    contrasts = compare(results, [*CONTRASTS, *((name, name.split(",")[0]) for name in lr_checks)])
     return {"summary": rows, "comparisons": comparisons, "contrasts": contrasts}
 
 
 # --------------------------------------------------------------------------------------------------- tables and figure
 
 
-def print_table(title: str, rows: list[list[str]]):
-    """Print a table in Markdown; the first row is the header."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    print("", title, "", lines[0], "|---" * len(rows[0]) + "|", *lines[1:], sep="\n")
-
-
 def with_interval(x: dict, form: str) -> str:
     """mean [95% interval]"""
     return format(x["mean"], form) + (" [{:{f}}, {:{f}}]".format(*x["interval"], f=form) if x["interval"] else "")
+
+
+def print_differences(title: str, differences: list[dict]):
+    table = [["", "pairs", "difference [95% interval]", "p", "p, Holm", "survives"]]
+    for x in differences:
+        p, corrected = ("-" if x.get(key) is None else f"{x[key]:.2g}" for key in ("p", "p_holm"))
+        survives = {True: "yes", False: "no", None: "-"}[x.get("survives")]
+        pair, seeds = f"{x['ours']} - {x['theirs']}", str(len(x["seeds"]))
+        table.append([pair, seeds, with_interval(x, "+.4f"), p, corrected, survives])
+    print_table(title, table)
 
 
 def print_report(report: dict):
@@ -367,21 +357,15 @@ def print_report(report: dict):
         table.append([row["group"], str(len(row["seeds"])), *(f"{x:.4f}" for x in row["bits_per_byte"].values())])
     print_table("Bits per byte of held-out text, mean over the seeds; mean: over the domains", table)
 
-    sections = {
-        f"Compared with {name}: mean bits per byte, paired by seed": x for name, x in report["comparisons"].items()
-    }
-    sections["Single differences of mean bits per byte, paired by seed, not corrected"] = report["contrasts"]
-    for title, found in sections.items():
-        table = [["", "pairs", "difference [95% interval]", "p", "p, Holm", "survives"]]
-        for x in found:
-            p, corrected = ("-" if x.get(key) is None else f"{x[key]:.2g}" for key in ("p", "p_holm"))
-            cells = with_interval(x, "+.4f"), p, corrected, {True: "yes", False: "no"}.get(x.get("survives"), "-")
-            table.append([f"{x['ours']} - {x['theirs']}", str(len(x["seeds"])), *cells])
-        print_table(title, table)
+    for name, differences in report["comparisons"].items():
+        print_differences(f"Compared with {name}: mean bits per byte, paired by seed", differences)
+    title = "Single differences of mean bits per byte, paired by seed, not corrected"
+    print_differences(title, report["contrasts"])
 
     routed = [row for row in rows if "routing" in row and ", lr" not in row["group"]]
+    n_layer = len(routed[0]["usage"]) if routed else 0
     measures = [["", *(heading for heading, _ in MEASURES.values())]]
-    usage = [["", "activations", *(f"layer {i}" for i in range(len(routed[0]["usage"]) if routed else 0))]]
+    usage = [["", "activations", *(f"layer {i}" for i in range(n_layer))]]
     for row in routed:
         measures.append([row["group"], *(with_interval(row["routing"][m], f) for m, (_, f) in MEASURES.items())])
         layers = (" / ".join(f"{share:.0%}" for share in layer) for layer in row["usage"])
@@ -468,21 +452,21 @@ def main():
         on_cpu = device.type == "cpu"
         jobs = (os.cpu_count() if on_cpu else 1) if cfg.jobs is None else cfg.jobs
         file.parent.mkdir(parents=True, exist_ok=True)
-        check_runs(runs)
+        open_corpora(runs[0].settings)  # a missing corpus or package is an error now, not after hours
+        estimate([0, 1])
         prepare_cpu()
         if jobs:
-            with locked(file.parent):
-                errors = train_runs(runs, jobs, on_cpu)
+            errors = train_runs(runs, jobs, on_cpu)
         results = collect_results(runs, device)
         if not results:
-            raise ValueError(errors[0] if errors else f"no run in {file.parent} is finished")
+            raise UserError(errors[0] if errors else f"no run in {file.parent} is finished")
         machine = describe_machine(device) + ("; one thread per run" if on_cpu else "")
         report = {"machine": machine, "settings": dataclasses.asdict(cfg), **summarize(results), "runs": results}
         write_json(file, report)
     print_report(report)
     draw_report(file.with_suffix(".png"), report)
     if errors:
-        raise ValueError(f"{len(errors)} runs failed: {errors[0]}")
+        raise UserError(f"{len(errors)} runs failed: {errors[0]}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Log a run to Weights & Biases as well: train.py --wandb=project."""
 
+from common.settings import UserError
+
 
 def open_wandb(project: str, run_id: str, name: str, settings: dict):
-    """The run of this id; a resumed run goes on in it. Raises ValueError, with the reason, if it cannot be opened."""
+    """The run of this id; a resumed run goes on in it. Raises UserError, with the reason, if it cannot be opened."""
     try:
         import wandb
 
@@ -10,7 +12,7 @@ def open_wandb(project: str, run_id: str, name: str, settings: dict):
         run.define_metric("*", step_metric="step")  # its own counter would drop steps that are repeated after a kill
         return run
     except ImportError:
-        raise ValueError("--wandb needs a package: pip install wandb") from None
+        raise UserError("--wandb needs a package: pip install wandb") from None
     except Exception as e:  # no login, no network, no such project: each raises its own type
         reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"cannot log to Weights & Biases: {reason}; without --wandb it works") from None
+        raise UserError(f"cannot log to Weights & Biases: {reason}; without --wandb it works") from None

@@ -28,12 +28,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 # ----------------------------------------------------------------------------------------- PolyGLU
 # B rows, T tokens, F = d_ff neurons, K activations sigma_k, R = router_hidden
 #   alpha [F, K]     static preference of each neuron; learned, starts at 0
+#   u     [B, T, R]  W1 x + b1, which the router averages over the document so far
 #   f     [B, T, K]  output of the router, the same for all neurons of the layer
 #   beta  [K]        scale of f; learned, starts at 1
 #   tau   []         temperature: at 1 the activations mix, at 0.1 one dominates; see set_tau()
 #   g     K x [B, T, F]  weight of each activation in each neuron at each token
-#   doc_start [B, T] index of the first token of its document; -1: in an earlier call; None: all -1
-#   router_sums      decoding only: sums of u [B, 1, R + 1] and of f [B, 1, K + 1], updated in place
+# For packed documents and decoding:
+#   doc_start [B, T] index in this call of the first token of a token's document; -1 if the document
+#                    opens the row or continues from an earlier call; None: all -1
+#   router_sums      sums of u and of f over the document in earlier calls, with counts; see KVCache
 
 
 class PolyGLU(nn.Module):
@@ -42,10 +45,10 @@ class PolyGLU(nn.Module):
         PolyGLU(x) = W_down( [ sum_k g_k * sigma_k(x W_gate) ] * (x W_up) )
         g          = softmax( (alpha + Gumbel noise + beta * f) / tau )    over the K activations
         f          = W2 relu( context(W1 x + b1) ) + b2                    context: a running mean
-                     with router_centred: minus the running mean of f itself
 
-    It stands alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is
-    for training only. With one activation there is no g: a plain GLU. router_hidden=0: no f.
+    It stands alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise, one
+    sample per row and neuron, is for training only. One activation alone makes a plain GLU, without
+    g. router_hidden=0 leaves out f; router_centred subtracts the running mean of f from it.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class PolyGLU(nn.Module):
             init_linear(module)
 
     def forward(self, x, doc_start=None, router_sums=None) -> Tensor:
-        """x [B, T, n_embd] -> the same shape. doc_start, router_sums: see the symbols above."""
+        """x [B, T, n_embd] -> the same shape. doc_start and router_sums: see above."""
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, F]
         if self.is_mixed:
             g = self.mixture(x, doc_start, router_sums)
@@ -88,12 +91,12 @@ class PolyGLU(nn.Module):
 
     def mixture(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
         """The weights g of the activations: K tensors [B, T, F], at least float32."""
-        alpha = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, F]
+        static = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, F]
         if self.training and self.gumbel:
-            alpha = alpha + gumbel_noise(alpha)  # one draw a row, shared by its tokens
-        beta_f = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
-        logits = [alpha[:, k, None, :] + beta_f[:, :, k, None] for k in range(len(self.sigma))]
-        # torch.stack(logits).div(tau).softmax(0), written out: the compiler fuses it all.
+            static = static + gumbel_noise(static)
+        dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
+        logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]
+        # The same as torch.stack(logits).div(tau).softmax(0), but the compiler can fuse it.
         top = functools.reduce(torch.maximum, logits).detach()  # keeps exp from overflowing
         e = [((logit - top) / self.tau).exp() for logit in logits]
         total = sum(e)
@@ -103,10 +106,10 @@ class PolyGLU(nn.Module):
         """The router, beta * f: [B, T, K]; zeros without one."""
         if not self.has_router:
             return self.alpha.new_zeros(*x.shape[:2], len(self.sigma))
-        u = at_least_fp32(self.router_in(x))  # [B, T, R]; W1 is linear: its mean is W1 of x's mean
+        u = at_least_fp32(self.router_in(x))  # averaging x gives the same mean, but slower
         u_sums, f_sums = router_sums or (None, None)
         doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
-        with torch.autocast(x.device.type, enabled=False):  # not in bfloat16: it is cheap
+        with torch.autocast(x.device.type, enabled=False):  # the rest in float32: it is cheap
             context = ROUTER_CONTEXTS[self.router_context](u, doc_start, u_sums)
             f = self.router_out(F.relu(context).to(self.beta.dtype))
             if self.router_centred:
@@ -118,8 +121,9 @@ def running_mean(u: Tensor, doc_start: Tensor, sums: Tensor | None) -> Tensor:
     """Mean of u [B, T, R] over the document so far, this token included."""
     # float64: subtracting two large float32 sums would lose a short document's digits.
     terms = F.pad(u.to(sum_dtype(u)), (0, 1), value=1.0)  # [B, T, R + 1]; the last column counts
-    before = F.pad(terms, (0, 0, 1, 0)).cumsum(1)  # [B, T + 1, R + 1]; at t, the sum of tokens 0..t - 1
-    total = before[:, 1:] - before.gather(1, doc_start.clamp_min(0)[:, :, None].expand_as(terms))
+    sum_before = F.pad(terms, (0, 0, 1, 0)).cumsum(1)  # [B, T + 1, R + 1]; at t, of tokens 0..t - 1
+    start = doc_start.clamp_min(0)[:, :, None].expand_as(terms)
+    total = sum_before[:, 1:] - sum_before.gather(1, start)
     if sums is not None:
         total = total + sums * (doc_start < 0)[:, :, None]  # tokens of earlier calls
         sums.copy_(total[:, -1:])
@@ -127,11 +131,12 @@ def running_mean(u: Tensor, doc_start: Tensor, sums: Tensor | None) -> Tensor:
 
 
 # What the router reads: functions of u, doc_start (never None) and sums (None, or updated in place)
-# to the shape and dtype of u. One that reads later tokens belongs in ModelConfig.sees_future, too.
+# to the shape and dtype of u. The paper's code averages the whole row, so that a token sees the
+# future; the default is a causal mean. For one that reads later tokens, extend sees_future.
 ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "prefix": running_mean,
     "token": lambda u, doc_start, sums: u,  # as in Mixture of Activations (arXiv 2605.26647)
-    "sequence": lambda u, doc_start, sums: u.mean(dim=1, keepdim=True).expand_as(u),  # the paper's
+    "sequence": lambda u, doc_start, sums: u.mean(dim=1, keepdim=True).expand_as(u),
 }
 
 
@@ -150,18 +155,6 @@ def gumbel_noise(like: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(like.dtype).tiny)))
 
 
-def check_routing(activations: Sequence[str], router_context: str, router_centred: bool):
-    """Raise ValueError for routing that cannot be built."""
-    if unknown := [name for name in activations if name not in ACTIVATIONS]:
-        raise ValueError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
-    if not activations or len(set(activations)) < len(activations):
-        raise ValueError(f"activations are {activations}; name at least one, each once")
-    if router_context not in ROUTER_CONTEXTS:
-        raise ValueError(f"unknown router_context {router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
-    if router_centred and router_context == "sequence":
-        raise ValueError("router_centred cancels a sequence router, which has one value a row")
-
-
 def init_linear(module: nn.Module, std: float = 0.02):
     """Weights N(0, std) and biases 0 of an nn.Linear or nn.Embedding; others stay as they are."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -172,12 +165,12 @@ def init_linear(module: nn.Module, std: float = 0.02):
 
 # ----------------------------------------------------------------------------------- configuration
 
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "d_ff")
+SIZES = "block_size vocab_size n_layer n_head n_kv_head n_embd head_dim d_ff rope_theta norm_eps".split()
 
 
 @dataclass
 class ModelConfig:
-    """The shape of a model; by default the 597M-parameter PolychromaticLM. ValueError if impossible."""
+    """The shape of a model, by default PolychromaticLM's. Raises ValueError if it cannot be built."""
 
     block_size: int = 4096  # context, in tokens
     vocab_size: int = 151_669  # rows of the embedding
@@ -200,9 +193,9 @@ class ModelConfig:
 
     def __post_init__(self):
         self.activations = tuple(self.activations)
-        for name in (*SIZES, "rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name, value in vars(self).items():
+            if name in SIZES and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
         if self.router_hidden < 0:
             raise ValueError(f"router_hidden is {self.router_hidden}; it must be 0 or more")
         check_routing(self.activations, self.router_context, self.router_centred)
@@ -214,8 +207,8 @@ class ModelConfig:
     @property
     def sees_future(self) -> bool:
         """Whether routing depends on later tokens. A key/value cache cannot be exact then."""
-        has_router = self.router_hidden > 0 and len(self.activations) > 1
-        return has_router and self.router_context == "sequence"
+        is_routed = self.router_hidden > 0 and len(self.activations) > 1
+        return is_routed and self.router_context == "sequence"
 
 
 # ------------------------------------------------------------------------------------- transformer
@@ -236,14 +229,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a batch stand: made once, read by all blocks."""
+    """Positions and documents of a batch. When decoding, it also carries one block's cache."""
 
     positions: Tensor  # [T] int64, of each token in its row
     cos: Tensor  # of rotary_angles()
     sin: Tensor
     doc_start: Tensor | None = None  # [B, T] int64, see PolyGLU; None: one document a row
     mask: Tensor | BlockMask | None = None  # see document_mask(); None: causal
-    keys: Tensor | None = None  # decoding only, with the next two: see KVCache
+    keys: Tensor | None = None  # this and the next two: see KVCache
     values: Tensor | None = None
     router_sums: tuple[Tensor, Tensor] | None = None
 
@@ -270,7 +263,11 @@ class Attention(nn.Module):
         q = rotate(self.norm_q(q), layout.cos, layout.sin)
         k = rotate(self.norm_k(k), layout.cos, layout.sin)
         # each token attends to itself and to the earlier tokens of its document
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layout)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, head_dim]
+        if layout.mask is None and layout.keys is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            y = attend_with_mask(q, k, v, layout)  # packed documents or a cache: see below
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -299,7 +296,7 @@ class PolychromaticLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):  # keeps later draws the same for all routings
+        with torch.random.fork_rng(devices=[]):  # how much is drawn here depends on the routing
             self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -333,7 +330,8 @@ class PolychromaticLM(nn.Module):
         """Logits of the next token [B, T, vocab_size], or with targets their mean cross-entropy [].
 
         tokens, targets (-1: ignored) and doc_ids are [B, T] int64; the loss is float32, in nats.
-        Attention and a causal router stay inside each run of equal doc_ids. With a cache: decode().
+        Attention and a causal router stay inside a document; an id must not recur later in a row.
+        With a cache: see decode().
         """
         if cache is not None:
             return decode(self, tokens, doc_ids, cache)
@@ -371,10 +369,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def document_starts(doc_ids: Tensor, previous: Tensor) -> Tensor:
-    """Index of the first token of each token's document, -1 if it began before this call.
-
-    doc_ids [B, T] int64; previous [B, 1]: id before the first token -> [B, T] int64.
-    """
+    """doc_start [B, T] int64, see PolyGLU. doc_ids [B, T]; previous [B, 1]: the id before them."""
     before = torch.cat((previous, doc_ids[:, :-1]), dim=1)
     index = torch.arange(doc_ids.size(1), device=doc_ids.device)
     return torch.where(doc_ids != before, index, -1).cummax(1).values
@@ -397,21 +392,27 @@ def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Ten
     return is_visible(b, None, positions[:, None], torch.arange(S, device=device))
 
 
-def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None = None) -> Layout:
-    """Positions, documents and attention mask of a batch; arguments as those of model.forward()."""
-    c, T = model.config, tokens.size(1)
-    if T > c.block_size:
-        raise ValueError(f"{T} tokens in a row, but there is room for {c.block_size}")
-    positions = torch.arange(T, device=tokens.device)
+def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None) -> Layout:
+    """Positions, documents and mask of a batch, which may continue a cache; arguments as forward()'s."""
+    c, (B, T) = model.config, tokens.shape
+    past, room = (0, c.block_size) if cache is None else (cache.length, cache.max_length)
+    if past + T > min(room, c.block_size):
+        raise ValueError(f"{past + T} tokens in a row, but there is room for {min(room, c.block_size)}")
+    positions = torch.arange(past, past + T, device=tokens.device)
     layout = Layout(positions, *rotary_angles(positions, c.head_dim, c.rope_theta))
-    if doc_ids is None:
-        return layout
+    if past == 0 and doc_ids is None:
+        return layout  # one causal document a row
+    previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
+    doc_ids = previous.expand(B, T) if doc_ids is None else doc_ids
+    layout = layout._replace(doc_start=document_starts(doc_ids, previous))
+    if cache is not None:
+        cache.doc_ids[:, past : past + T] = doc_ids
+        return layout._replace(mask=document_mask(cache.doc_ids, positions))
     flex = tokens.is_cuda if model.flex is None else model.flex
-    mask = document_mask(doc_ids, positions, flex)
-    return layout._replace(doc_start=document_starts(doc_ids, doc_ids[:, :1]), mask=mask)
+    return layout._replace(mask=document_mask(doc_ids, positions, flex))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Scaled dot-product attention: q [B, n_head, T, head_dim], k and v [B, n_kv_head, T, head_dim].
 
     With a cache, writes k and v to it and, under a mask, attends to all of it.
@@ -422,7 +423,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         if layout.mask is not None:
             k, v = layout.keys, layout.values
     if isinstance(layout.mask, BlockMask):
-        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+        is_compiling = torch.compiler.is_compiling()  # uncompiled, flex would hold [T, T] scores
+        flex = flex_attention if is_compiling else torch.compile(flex_attention)
         return flex(q, k, v, block_mask=layout.mask, enable_gqa=True)
     if q.size(2) == 1:
         # One new token: the queries of a key head become its rows, because CUDA has no fast kernel
@@ -433,21 +435,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=is_causal, enable_gqa=True)
 
 
-@functools.cache
-def compiled_flex_attention() -> Callable:
-    """FlexAttention for an eager model: uncompiled, it would hold the [T, T] scores."""
-    return torch.compile(flex_attention)  # not at import: loading the compiler takes seconds
-
-
 # --------------------------------------------------------------------------------- key/value cache
 
 
 class KVCache:
     """Decoding state of `length` tokens, so that each step runs only the new token.
 
-    decode() fills it. Decoding attends to all max_length positions under a mask: shapes are static,
-    so one compiled graph serves every token. It cannot be rewound: the router keeps only sums.
-    Raises ValueError for a "sequence" router.
+    decode() fills it, and attends to all max_length positions under a mask: one compiled graph
+    serves every token. It cannot be rewound, because the router keeps only sums.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=None):
@@ -456,20 +451,16 @@ class KVCache:
         self.length = 0
         self.max_length = max_length
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
-        kv_shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.layers = [self.layer_cache(config, dtype) for _ in range(config.n_layer)]
+
+    def layer_cache(self, config: ModelConfig, dtype: torch.dtype | None) -> dict:
+        """State of one layer, as fields of Layout."""
+        B, S = self.doc_ids.shape
+        zeros = functools.partial(torch.zeros, device=self.doc_ids.device)
+        keys, values = (zeros(B, config.n_kv_head, S, config.head_dim, dtype=dtype) for _ in range(2))
         widths = (config.router_hidden + 1, len(config.activations) + 1)
-
-        def zeros(*shape: int, dtype=dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        def sums(width: int) -> Tensor:
-            return zeros(batch_size, 1, width, dtype=sum_dtype(self.doc_ids))
-
-        # by layer, the fields of Layout that hold its state
-        self.layers = [
-            {"keys": zeros(*kv_shape), "values": zeros(*kv_shape), "router_sums": tuple(map(sums, widths))}
-            for _ in range(config.n_layer)
-        ]
+        sums = tuple(zeros(B, 1, width, dtype=sum_dtype(self.doc_ids)) for width in widths)
+        return {"keys": keys, "values": values, "router_sums": sums}
 
 
 def decode(model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache) -> Tensor:
@@ -477,24 +468,13 @@ def decode(model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None, cache
 
     Without doc_ids they continue each row's last document. Raises ValueError if the cache is full.
     """
-    c, (B, T), past = model.config, tokens.shape, cache.length
-    room = min(c.block_size, cache.max_length)
-    if past + T > room:
-        raise ValueError(f"{past + T} tokens in a row, but there is room for {room}")
-    positions = torch.arange(past, past + T, device=tokens.device)
-    layout = Layout(positions, *rotary_angles(positions, c.head_dim, c.rope_theta))
-    if past > 0 or doc_ids is not None:
-        last = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
-        doc_ids = last.expand(B, T) if doc_ids is None else doc_ids
-        cache.doc_ids[:, past : past + T] = doc_ids
-        mask = document_mask(cache.doc_ids, positions)
-        layout = layout._replace(doc_start=document_starts(doc_ids, last), mask=mask)
+    layout = make_layout(model, tokens, doc_ids, cache)
     x = model.embedding(tokens)
     for block, layer_cache in zip(model.blocks, cache.layers):
         # A prompt runs uncompiled, by block.forward: every new length would recompile.
-        run = block if T == 1 else block.forward
+        run = block if tokens.size(1) == 1 else block.forward
         x = run(x, layout._replace(**layer_cache))
-    cache.length += T
+    cache.length += tokens.size(1)
     return F.linear(model.norm(x[:, -1:]), model.head_weight)
 
 
@@ -517,10 +497,10 @@ def chunked_cross_entropy(
 
 
 def chunk_loss(h: Tensor, w: Tensor, target: Tensor, scale: Tensor, V: int, needs_grad: bool = True):
-    """Sum of scale * cross-entropy of the first V logits h @ w.T, and its gradient by the logits.
+    """Sum of scale * cross-entropy of the logits h @ w.T, and its gradient with respect to them.
 
-    h [C, d]; w [>= V, d], padded; target [C] int64; scale [C]: 1 / number of targets, 0 if ignored.
-    The gradient has h's dtype. Compiled, it is about one pass over the logits.
+    h [C, d]; w [>= V, d], rows from V on are padding; target [C] int64; scale [C]: 1 / number of
+    targets, 0 if ignored. The gradient has h's dtype. Compiled, it is about one pass over the logits.
     """
     logits = at_least_fp32(h @ w.t())
     logits[:, V:] = -torch.inf
@@ -539,8 +519,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, body, needs_grad):
         dtype, (N, _), V = compute_dtype(hidden), hidden.shape, weight.size(0)
-        n_chunks = -(-N // chunk_size)
-        padding = -N % n_chunks  # rows with ignored targets: equal chunks need one compiled graph
+        n_chunks = math.ceil(N / chunk_size)
+        padding = -N % n_chunks  # rows with ignored targets: equal chunks share one graph
         hidden_padded = F.pad(hidden.to(dtype), (0, 0, 0, padding))
         targets = F.pad(targets, (0, padding), value=-1)
         w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128))  # tensor cores are slow on 151,669 rows
@@ -569,7 +549,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden * d_loss, d_weight * d_loss, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------ dtypes
+# ------------------------------------------------------------------------------- checks and dtypes
+
+
+def check_routing(activations: Sequence[str], router_context: str, router_centred: bool):
+    """Raise ValueError for routing that cannot be built."""
+    if unknown := [name for name in activations if name not in ACTIVATIONS]:
+        raise ValueError(f"unknown activation {unknown[0]!r}; there are {', '.join(ACTIVATIONS)}")
+    if not activations or len(set(activations)) < len(activations):
+        raise ValueError(f"activations are {activations}; name at least one, each once")
+    if router_context not in ROUTER_CONTEXTS:
+        raise ValueError(f"unknown router_context {router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
+    if router_centred and router_context == "sequence":
+        raise ValueError("router_centred cancels a sequence router, which has one value a row")
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -4,8 +4,7 @@ python sft.py config/tiny_sft.py     minutes on two CPU cores; first prepare_dat
 python sft.py config/sft.py          the paper's second stage; first prepare_data.py sft, train.py config/pretrain.py
 
 This is train.py's loop, with its settings, checkpoints, --resume and torchrun. Two things differ: whole conversations
-are packed into rows, and the loss is on the assistant's words only. Without an override file the settings are the
-paper's.
+are packed into rows, and the loss is on the assistant's words only.
 """
 
 from dataclasses import dataclass
@@ -21,10 +20,7 @@ from train import TrainConfig, train
 
 @dataclass
 class SFTConfig(TrainConfig):
-    """Settings of a run. The defaults are the paper's fine-tuning: 13,067 steps of 14 x 4,096 tokens.
-
-    The model's settings are those of init_from.
-    """
+    """The defaults are the paper's: 13,067 steps of 14 x 4,096 tokens. The model's settings are those of init_from."""
 
     data_dir: str = "data/sft"  # a corpus of conversations, from prepare_data.py
     max_steps: int = 13_067  # optimizer steps; the schedules span them

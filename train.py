@@ -1,12 +1,12 @@
 """Train a PolychromaticLM.
 
-python train.py config/tiny.py                     minutes on two CPU cores, after python prepare_data.py tiny
-python train.py config/tiny.py --max_steps=50      a flag overrides any setting
-python train.py config/tiny.py --resume            continue a stopped or killed run
-torchrun --nproc_per_node=8 train.py config/pretrain.py     on 8 GPUs: the same steps, the same data
+python prepare_data.py tiny && python train.py config/tiny.py     minutes on two CPU cores
+python train.py config/tiny.py --max_steps=50                     a flag overrides any setting
+python train.py config/tiny.py --resume                           continue a stopped run
+torchrun --nproc_per_node=8 train.py config/pretrain.py           8 GPUs: the same steps and data
 
-The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder gets
-ckpt.pt, log.jsonl and settings.json.
+The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder
+gets ckpt.pt, log.jsonl and settings.json.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import run, settings
+from common import run as runtime
+from common import settings
 from common.data import Corpus, to_inputs
 from common.routing import routing_stats
 from common.run import Ranks
@@ -39,19 +40,19 @@ MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
 @dataclass
 class TrainConfig(ModelConfig):
-    """Settings of a run and its model. The defaults are the paper's: 19,531 steps of 128 x 4,096 tokens."""
+    """Settings of a run and its model. The defaults are the paper's pretraining."""
 
-    overridden: ClassVar[frozenset[str]] = frozenset()  # names that files and flags set, from load()
+    overridden: ClassVar[frozenset[str]] = frozenset()  # set by load(): names in files and flags
     # data
     data_dir: str = "data/pretrain"  # a corpus of prepare_data.py
-    mixture: dict[str, float] | None = None  # each domain's share of a step; None: that of the corpus
+    mixture: dict[str, float] | None = None  # each domain's share of a step; None: as in the corpus
     mixture_end: dict[str, float] | None = None  # shares at the last step; None: unchanged
     anneal_start: float = 0.8  # fraction of the run after which the mixture moves to mixture_end
     seed: int = 1337  # of the initial weights, the data order and the routing noise
     # steps
     max_steps: int = 19_531  # optimizer steps; the schedules span them
     batch_size: int = 128  # rows of block_size tokens in a step
-    micro_batch_size: int = 8  # rows in one forward pass; divides batch_size; the data stay the same
+    micro_batch_size: int = 8  # rows in a forward pass; divides batch_size; does not change the data
     # optimizer
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 2000  # linear warm-up, then cosine decay to 0
@@ -67,12 +68,12 @@ class TrainConfig(ModelConfig):
     tau_end: float = 0.1  # routing temperature after the last step; linear in between
     # where a run starts and ends
     out_dir: str = "out/pretrain"  # the run folder
-    init_from: str | None = None  # model to start from: run folder, checkpoint, Qwen3, ...; None: random
+    init_from: str | None = None  # run folder, checkpoint, Qwen3, ... to start from; None: random
     revision: str | None = None  # commit or tag of an init_from on the hub
     resume: bool = False  # continue from the run folder's checkpoint
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
-    eval_interval: int = 1000  # steps between evaluations; there is always one at the start and the end
+    eval_interval: int = 1000  # steps between evaluations; one is at the start, one at the end
     eval_tokens: int = 1_048_576  # maximum tokens of each domain's val.bin in an evaluation
     save_interval: int = 500  # steps between checkpoints
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
@@ -98,9 +99,9 @@ class TrainConfig(ModelConfig):
         check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % micro:
-            raise UserError(f"batch_size is {batch}; it must be a multiple of micro_batch_size, {micro}")
+            raise UserError(f"batch_size is {batch}; it must be a multiple of micro_batch_size {micro}")
         if self.resume and self.overwrite:
-            raise UserError("resume and overwrite exclude each other")
+            raise UserError("resume and overwrite cannot be combined")
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
@@ -118,12 +119,12 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
 
 
 def get_tau(step: int, cfg: TrainConfig) -> float:
-    """Temperature of a step: linear from tau_start to tau_end (paper: max(0.1, 1 - 0.9 step / max_steps))."""
+    """Routing temperature of a step: linear from tau_start to tau_end, as in the paper."""
     return cfg.tau_start + (cfg.tau_end - cfg.tau_start) * min(1.0, step / cfg.max_steps)
 
 
 def get_mixture(step: int, cfg: TrainConfig) -> dict[str, float]:
-    """Shares of the domains: mixture, moving linearly to mixture_end after anneal_start of the run."""
+    """Shares of the domains: mixture, from anneal_start on moving linearly to mixture_end."""
     start = cfg.anneal_start * cfg.max_steps
     moved = min(1.0, max(0.0, (step - start) / max(1.0, cfg.max_steps - 1 - start)))
     end = cfg.mixture_end or cfg.mixture
@@ -141,19 +142,20 @@ def quotas(cfg: TrainConfig) -> np.ndarray:
         ideal = np.array(list(get_mixture(step, cfg).values())) * cfg.batch_size
         owed += ideal
         table[step] = np.floor(ideal + 1e-9)
-        behind = np.argsort(table[step] - owed, kind="stable")  # the domains furthest behind come first
+        behind = np.argsort(table[step] - owed, kind="stable")  # furthest behind comes first
         fractional = [d for d in behind if ideal[d] - table[step, d] > 1e-9]
-        table[step, fractional[: cfg.batch_size - table[step].sum()]] += 1
+        n_left = cfg.batch_size - table[step].sum()
+        table[step, fractional[:n_left]] += 1
         owed -= table[step]
     return table
 
 
-# ---------------------------------------------------------------------------- what a run works with
+# --------------------------------------------------------------------------------- what a run holds
 
 
 @dataclass
 class Progress:
-    """How far a run is. The checkpoint holds it, so a resumed run reads on where this one stopped."""
+    """How far a run is. A checkpoint holds it, so a resumed run continues reading where it stopped."""
 
     step: int = 0  # optimizer steps taken
     rows_read: dict[str, int] = field(default_factory=dict)  # training rows, by domain
@@ -169,7 +171,6 @@ class Run:
 
     cfg: TrainConfig  # final: it has the model's shape and a mixture
     ranks: Ranks
-    autocast: torch.autocast
     model: PolychromaticLM
     optimizer: torch.optim.Optimizer
     corpus: Corpus
@@ -177,103 +178,17 @@ class Run:
     progress: Progress
     wandb: object = None  # the run in Weights & Biases, if --wandb asks for one
 
-    @property
-    def checkpoint(self) -> Path:
-        return Path(self.cfg.out_dir) / "ckpt.pt"
+    def __post_init__(self):
+        self.folder = Path(self.cfg.out_dir)
+        device, dtype = self.ranks.device, runtime.pick_dtype(self.cfg.dtype, self.ranks.device)
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    @property
     def where_saved(self) -> str:
         step = self.progress.last_saved_step
-        return f"{self.checkpoint} is at step {step}" if step else "nothing was saved yet"
+        return f"{self.folder / 'ckpt.pt'} is at step {step}" if step else "nothing was saved yet"
 
 
-def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
-    """A new run, or the one to resume. cfg takes over the shape of init_from, and a missing mixture."""
-    checkpoint, path, model = find_checkpoint(cfg), Path(cfg.out_dir) / "ckpt.pt", None
-    if cfg.init_from and not checkpoint:
-        from common.weights import starting_model
-
-        model = starting_model(cfg)
-    corpus, val_corpus = open_corpora(cfg, corpus_type)
-    if checkpoint:
-        print_changes(checkpoint, cfg, corpus.domains)
-        model = run.build_model(cfg.model_config(), checkpoint["model"], path)
-    elif model is None:
-        torch.manual_seed(cfg.seed)
-        model = PolychromaticLM(cfg.model_config())
-    if cfg.frozen:
-        from common.weights import freeze
-
-        freeze(model, cfg.frozen)
-    model.to(ranks.device)
-    model.activation_checkpointing = cfg.recompute
-    dtype = run.pick_dtype(cfg.dtype, ranks.device)
-    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
-    optimizer, progress = configure_optimizer(model, cfg), Progress()
-    if checkpoint:
-        # the moments of the checkpoint; betas, weight decay and lr_scale of this run
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
-        progress = Progress(**checkpoint["progress"])
-        print(f"resumed {path} at step {progress.step}")
-    return Run(cfg, ranks, autocast, model, optimizer, corpus, val_corpus, progress)
-
-
-def find_checkpoint(cfg: TrainConfig) -> dict | None:
-    """The checkpoint to resume; None for a run that starts at step 0. UserError if cfg allows neither."""
-    path = Path(cfg.out_dir) / "ckpt.pt"
-    if not cfg.resume and not cfg.overwrite and path.exists():
-        raise UserError(f"{path} exists; --resume continues that run, --overwrite starts over in its place")
-    if not cfg.resume:
-        return None
-    if not path.exists():
-        print(f"nothing to resume in {path.parent} yet: starting at step 0")
-        return None
-    checkpoint = run.load_checkpoint(path)
-    if not {"model_config", "optimizer", "settings", "progress"} <= checkpoint.keys():
-        raise UserError(f"{path} holds weights alone and cannot be resumed; start over with --overwrite")
-    if cfg.init_from:
-        from common.weights import inherit_shape
-
-        inherit_shape(cfg, checkpoint["model_config"], path)
-    for name in (*checkpoint["model_config"], "frozen"):
-        theirs, ours = checkpoint["settings"][name], getattr(cfg, name)
-        if theirs != ours:
-            found = f"{path} was trained with {name}={theirs!r}, not {ours!r}"
-            raise UserError(f"{found}; --resume cannot change that")
-    step = checkpoint["progress"]["step"]
-    if step > cfg.max_steps:
-        raise UserError(f"{path} is already at step {step}, beyond max_steps, {cfg.max_steps}")
-    return checkpoint
-
-
-def print_changes(checkpoint: dict, cfg: TrainConfig, domains: dict):
-    """Print what a resumed run changes: settings, and the data (the domains of meta.json)."""
-    for name, theirs in checkpoint["settings"].items():
-        ours = getattr(cfg, name, theirs)
-        if ours != theirs and name not in ("resume", "overwrite", "init_from", "revision"):
-            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
-    if checkpoint["domains"] != domains:
-        print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
-
-
-def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[Corpus, Corpus]:
-    """The training and the validation split of cfg's corpus. A missing mixture becomes the corpus's.
-
-    Raises UserError if the corpus cannot be read or does not fit cfg.
-    """
-    domains = list(cfg.mixture) if cfg.mixture else None
-    corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", domains, cfg.seed)
-    cfg.mixture = cfg.mixture or corpus.shares
-    for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
-        shares = mixture.values()
-        if mixture.keys() != cfg.mixture.keys() or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise UserError(f"the mixture {mixture} must be shares of {', '.join(cfg.mixture)} that sum to 1")
-    if corpus.tokenizer != cfg.tokenizer or corpus.vocab_size > cfg.vocab_size:
-        found = f"{corpus.folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens"
-        flags = f"--tokenizer={corpus.tokenizer} --vocab_size={corpus.vocab_size}"
-        remedy = "prepare other data" if cfg.init_from else f"train with {flags} or on other data"
-        raise UserError(f"{found}, the model {cfg.tokenizer!r} with {cfg.vocab_size:,}; {remedy}")
-    return corpus, corpus_type(cfg.data_dir, cfg.block_size, "val", list(cfg.mixture), cfg.seed)
+# ------------------------------------------------------------------------------- a step of training
 
 
 def configure_optimizer(model: PolychromaticLM, cfg: TrainConfig) -> torch.optim.AdamW:
@@ -282,7 +197,7 @@ def configure_optimizer(model: PolychromaticLM, cfg: TrainConfig) -> torch.optim
     The loop multiplies the learning rate by each group's lr_scale.
     """
     scale = cfg.routing_lr
-    router_decay = cfg.weight_decay / (scale or 1)  # AdamW decays by lr * wd: a higher lr must not decay more
+    router_decay = cfg.weight_decay / (scale or 1)  # AdamW decays by lr * this: same decay as others
     groups = {
         "matrices": {"lr_scale": 1.0, "weight_decay": cfg.weight_decay},
         "vectors": {"lr_scale": 1.0, "weight_decay": 0.0},
@@ -300,61 +215,237 @@ def configure_optimizer(model: PolychromaticLM, cfg: TrainConfig) -> torch.optim
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
 
 
-# ---------------------------------------------------------------------------- a step of training
-
-
-def next_rows(job: Run, n_rows: np.ndarray) -> np.ndarray:
-    """The next n_rows[d] training rows of each domain d, [batch_size, 3, T] int64; counts them as read."""
+def next_rows(run: Run, n_rows: np.ndarray) -> np.ndarray:
+    """The next n_rows[d] rows of each domain d, [batch_size, 3, T]: tokens, targets, doc_ids."""
     rows = []
-    for domain, n in zip(job.cfg.mixture, n_rows.tolist()):
-        first = job.progress.rows_read.get(domain, 0)
-        rows += [job.corpus.row(domain, job.corpus.nth_row(domain, first + i)) for i in range(n)]
-        job.progress.rows_read[domain] = first + n
+    for domain, n in zip(run.cfg.mixture, n_rows.tolist()):
+        first = run.progress.rows_read.get(domain, 0)
+        indices = [run.corpus.nth_row(domain, first + i) for i in range(n)]  # in shuffled order
+        rows += [run.corpus.row(domain, index) for index in indices]
+        run.progress.rows_read[domain] = first + n
     return np.stack(rows)
 
 
-def optimizer_step(model: torch.nn.Module, job: Run, rows: np.ndarray, step: int) -> tuple[float, float]:
-    """Accumulate the gradients of the micro-batches of these rows, clip them, update the weights.
+def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float, float]:
+    """Accumulate the gradients of these rows, clip, update; returns the loss and the gradient norm.
 
-    Returns the mean loss over the rows' targets, in nats, and the gradient norm before clipping. If
-    either is not finite, the weights stay as they are.
+    model is run.model as compiled and distributed. A non-finite loss or norm changes no weight.
     """
-    loss, ranks = torch.zeros((), device=job.ranks.device), job.ranks
-    parts = np.split(rows, len(rows) // job.cfg.micro_batch_size)
-    for i in ranks.items(len(parts)):  # on several GPUs, each takes its part of them
+    loss, ranks = torch.zeros((), device=run.ranks.device), run.ranks
+    parts = np.split(rows, len(rows) // run.cfg.micro_batch_size)
+    n_targets = np.count_nonzero(rows[:, 1] >= 0)
+    for i in ranks.items(len(parts)):  # several GPUs share them
         # the routing noise does not depend on the number of GPUs
-        seed = np.random.SeedSequence((job.cfg.seed, step, i)).generate_state(1, np.uint64)
+        seed = np.random.SeedSequence((run.cfg.seed, step, i)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
-        weight = np.count_nonzero(parts[i][:, 1] >= 0) / np.count_nonzero(rows[:, 1] >= 0)
+        weight = np.count_nonzero(parts[i][:, 1] >= 0) / n_targets
         model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: at the last one
-        with job.autocast:
+        with run.autocast:
             micro_loss = model(*to_inputs(parts[i], ranks.device)) * weight
         (micro_loss * ranks.world_size).backward()  # DDP averages over the GPUs; this sums
         loss += micro_loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.cfg.grad_clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.cfg.grad_clip).item()
     (loss,) = ranks.sum(loss)
     if math.isfinite(loss) and math.isfinite(norm):
-        job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
-def count_step(job: Run, loss: float, norm: float):
+def count_step(run: Run, loss: float, norm: float):
     """Count a step. UserError if too many updates in a row were not finite, and so were skipped."""
-    progress = job.progress
+    progress = run.progress
     progress.step += 1
     if math.isfinite(loss) and math.isfinite(norm):
         progress.skipped_in_a_row = 0
         return
     progress.skipped += 1
     progress.skipped_in_a_row += 1
-    found = f"step {progress.step}: loss {loss}, gradient norm {norm}"
-    print(f"{found}; update skipped ({progress.skipped} so far)")
+    skipped = f"update skipped ({progress.skipped} so far)"
+    print(f"step {progress.step}: loss {loss}, gradient norm {norm}; {skipped}")
     if progress.skipped_in_a_row == MAX_SKIPPED:
-        raise UserError(f"{MAX_SKIPPED} non-finite updates in a row; {job.where_saved}; lower --lr")
+        raise UserError(f"{MAX_SKIPPED} non-finite updates in a row; {run.where_saved()}; lower --lr")
 
 
-# -------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------ the run
+
+
+def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
+    """Run the training that cfg describes, from its first step or its checkpoint on."""
+    # machine; then lock the run folder
+    runtime.prepare_cpu()
+    stop = runtime.StopSignal()
+    ranks = Ranks(cfg.device)
+    if cfg.batch_size < cfg.micro_batch_size * ranks.world_size:
+        raise UserError(f"{ranks.world_size} processes need as many micro-batches; lower --micro_batch_size")
+    with runtime.locked(Path(cfg.out_dir)) if ranks.is_main else contextlib.nullcontext():
+        # model, data, optimizer, and how far an earlier start got
+        run = set_up(cfg, corpus_type, ranks)
+        model, progress, rows_per_domain = compile_and_distribute(run), run.progress, quotas(cfg)
+        step_seconds = []  # since the last line of the log
+        is_stopping = False
+        model.train()
+        set_tau(model, get_tau(progress.step, cfg))
+        for step in range(progress.step, cfg.max_steps):
+            # evaluate
+            if step % cfg.eval_interval == 0:
+                report(run)
+
+            # set the learning rate of this step
+            for group in run.optimizer.param_groups:
+                group["lr"] = get_lr(step, cfg) * group["lr_scale"]
+
+            # forward, backward, update
+            started = time.monotonic()
+            loss, norm = optimizer_step(model, run, next_rows(run, rows_per_domain[step]), step)
+            step_seconds.append(time.monotonic() - started)
+            count_step(run, loss, norm)
+
+            # set the temperature of the next step, which a checkpoint keeps
+            set_tau(model, get_tau(progress.step, cfg))
+
+            # log
+            is_done = progress.step == cfg.max_steps
+            if progress.step % cfg.log_interval == 0 or is_done:
+                log_step(run, loss, norm, step_seconds)
+                step_seconds.clear()
+
+            # save, and stop if asked to; a skipped update may mean that the one before broke the weights
+            is_sound = not progress.skipped_in_a_row
+            is_stopping = is_sound and not is_done and ranks.sum(float(stop.requested))[0] > 0
+            is_due = progress.step - progress.last_saved_step >= cfg.save_interval
+            if is_sound and (is_due or is_done or is_stopping):
+                save(run)
+            if is_stopping:
+                print(f"stopped; {run.where_saved()}. Resume with: {runtime.resume_command()}")
+                break
+
+        if not is_stopping:
+            if progress.last_saved_step < progress.step:
+                found = f"the run ended in non-finite updates; {run.where_saved()}"
+                raise UserError(f"{found}; resume with a lower --lr")
+            report(run)
+            command = shlex.join([*corpus_type.sample_command, cfg.out_dir])
+            print(f"done; {run.where_saved()}. Sample from it: {command}")
+        ranks.wait()
+
+
+# ---------------------------------------------------------------------------- starting and resuming
+
+
+def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
+    """A new run, or the one to resume. Fills in cfg: init_from's shape, the corpus's mixture."""
+    # model and data
+    checkpoint, model = find_checkpoint(cfg), None
+    if cfg.init_from:
+        from common.weights import inherit_shape, starting_model
+
+        if checkpoint:
+            inherit_shape(cfg, checkpoint["model_config"], cfg.out_dir)
+        else:
+            model = starting_model(cfg)
+    corpus, val_corpus = open_corpora(cfg, corpus_type)
+    if checkpoint:
+        check_changes(checkpoint, cfg, corpus)
+        model = runtime.build_model(cfg.model_config(), checkpoint["model"], cfg.out_dir)
+    elif not model:
+        torch.manual_seed(cfg.seed)
+        model = PolychromaticLM(cfg.model_config())
+    if cfg.frozen:
+        from common.weights import freeze
+
+        freeze(model, cfg.frozen)
+    model.to(ranks.device)
+    model.activation_checkpointing = cfg.recompute
+    # optimizer: the moments of the checkpoint; betas, weight decay and lr_scale of this run
+    optimizer, progress = configure_optimizer(model, cfg), Progress()
+    if checkpoint:
+        moments = checkpoint["optimizer"]["state"]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        progress = Progress(**checkpoint["progress"])
+        print(f"resumed {cfg.out_dir}/ckpt.pt at step {progress.step}")
+    run = Run(cfg, ranks, model, optimizer, corpus, val_corpus, progress)
+    # run folder: delete what an old run left, or what followed the checkpoint
+    ranks.wait()  # all have read it
+    if ranks.is_main:
+        runtime.rewind(run.folder, progress.step)
+        runtime.write_json(run.folder / "settings.json", dataclasses.asdict(cfg))
+    if ranks.is_main and cfg.wandb:
+        from extras.wandb_log import open_wandb
+
+        run.wandb = open_wandb(cfg.wandb, progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
+    return run
+
+
+def find_checkpoint(cfg: TrainConfig) -> dict | None:
+    """The checkpoint to resume; None for a new run. Raises UserError if cfg allows neither."""
+    path = Path(cfg.out_dir) / "ckpt.pt"
+    if not cfg.resume:
+        if path.exists() and not cfg.overwrite:
+            raise UserError(f"{path} exists; --resume continues that run, --overwrite starts over")
+        return None
+    if not path.exists():
+        print(f"nothing to resume in {path.parent} yet: starting at step 0")
+        return None
+    checkpoint = runtime.load_checkpoint(path)
+    if not {"model_config", "optimizer", "settings", "progress", "domains"} <= checkpoint.keys():
+        raise UserError(f"{path} holds weights alone, which cannot be resumed; --overwrite starts over")
+    return checkpoint
+
+
+def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
+    """Print what a resumed run changes. UserError if that is the model, or if it is already past the end."""
+    for name, theirs in checkpoint["settings"].items():
+        ours = getattr(cfg, name, theirs)
+        if ours == theirs or name in ("resume", "overwrite", "init_from", "revision"):
+            continue
+        if name in checkpoint["model_config"] or name == "frozen":
+            found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
+            raise UserError(f"{found}; --resume cannot change that")
+        print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+    if checkpoint["domains"] != corpus.domains:
+        print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
+    step = checkpoint["progress"]["step"]
+    if step > cfg.max_steps:
+        raise UserError(f"{cfg.out_dir} is already at step {step}, beyond max_steps, {cfg.max_steps}")
+
+
+def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[Corpus, Corpus]:
+    """The training and validation splits, after checking that they fit cfg; sets a missing mixture."""
+    domains = list(cfg.mixture) if cfg.mixture else None
+    corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", domains, cfg.seed)
+    cfg.mixture = cfg.mixture or corpus.shares
+    for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
+        shares, names = mixture.values(), ", ".join(cfg.mixture)
+        if mixture.keys() != cfg.mixture.keys() or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise UserError(f"the mixture {mixture} must be shares of {names} that sum to 1")
+    if corpus.tokenizer != cfg.tokenizer or corpus.vocab_size > cfg.vocab_size:
+        theirs = f"{corpus.folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens"
+        flags = f"--tokenizer={corpus.tokenizer} --vocab_size={corpus.vocab_size}"
+        ours = f"the model {cfg.tokenizer!r} with {cfg.vocab_size:,}"
+        raise UserError(f"{theirs}, {ours}; prepare other data, or train a new model with {flags}")
+    return corpus, corpus_type(cfg.data_dir, cfg.block_size, "val", list(cfg.mixture), cfg.seed)
+
+
+def compile_and_distribute(run: Run) -> torch.nn.Module:
+    """The model as a step calls it: compiled if asked for and possible, shared by all GPUs."""
+    cfg, ranks, model = run.cfg, run.ranks, run.model
+    wants_compile = ranks.device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = wants_compile and runtime.compiler_works(ranks.device)
+    what = f"{sum(p.numel() for p in model.parameters()):,} parameters, {'/'.join(cfg.activations)}"
+    where = f"{ranks.world_size} x {ranks.device.type} in {str(run.autocast.fast_dtype)[6:]}"
+    where += ", compiled" if compiled else ""
+    print(f"{what}, on {where}; {cfg.batch_size * cfg.block_size:,} tokens a step", flush=True)
+    if compiled:
+        print("compiling, about half a minute", flush=True)
+        model.compile()
+    if ranks.world_size == 1:
+        return model
+    torch._dynamo.config.optimize_ddp = False  # it would split each block into three graphs
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def val_batches(corpus: Corpus, domain: str, cfg: TrainConfig, ranks: Ranks) -> Iterator[tuple]:
@@ -368,7 +459,7 @@ def val_batches(corpus: Corpus, domain: str, cfg: TrainConfig, ranks: Ranks) -> 
 
 
 @torch.no_grad()
-def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks: Ranks, autocast) -> dict:
+def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks, autocast) -> dict:
     """Held-out loss of each domain, in nats per token and bits per byte, and routing measures."""
     model.eval()
     val = {}
@@ -380,185 +471,82 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks: Ra
                 total += model(tokens, targets, doc_ids).item() * n
             count += n
         total, count = ranks.sum(total, count)
-        val[domain] = {"loss": total / count, "bits_per_byte": corpus.bits_per_byte(domain, total / count)}
+        loss = total / count
+        val[domain] = {"loss": loss, "bits_per_byte": corpus.bits_per_byte(domain, loss)}
     routing = {}
     if ranks.is_main:  # on 8,192 tokens, or 6 rows if that is more
-        n_rows = -(-max(6, 2**13 // cfg.block_size) // len(corpus.domains))
-        indices = {domain: corpus.spread_rows(domain, cfg.eval_tokens)[:n_rows] for domain in corpus.domains}
-        rows = np.stack([corpus.row(domain, i) for domain in indices for i in indices[domain]])
-        tokens, targets, doc_ids = to_inputs(rows, ranks.device)
+        n, rows = -(-max(6, 2**13 // cfg.block_size) // len(corpus.domains)), []
+        for domain in corpus.domains:
+            rows += [corpus.row(domain, i) for i in corpus.spread_rows(domain, cfg.eval_tokens)[:n]]
+        tokens, targets, doc_ids = to_inputs(np.stack(rows), ranks.device)
         with autocast:
             routing = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
     model.train()
     return {"val": val, "routing": routing}
 
 
-# ------------------------------------------------------------------------- what is printed and kept
-
-
-def open_log(job: Run):
-    """Delete what an old run left in the run folder, or what followed the checkpoint to resume."""
-    cfg, folder = job.cfg, job.checkpoint.parent
-    job.ranks.wait()  # all have read the folder
-    if job.ranks.is_main:
-        run.rewind(folder, job.progress.step)
-        run.write_json(folder / "settings.json", dataclasses.asdict(cfg))
-    if job.ranks.is_main and cfg.wandb:
-        from extras.wandb_log import open_wandb
-
-        job.wandb = open_wandb(cfg.wandb, job.progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
-
-
-def log(job: Run, record: dict):
-    """Append a record to log.jsonl and, if asked for, to Weights & Biases."""
-    if job.ranks.is_main:
-        run.append_log(job.checkpoint.parent, record)
-    if job.wandb:
-        job.wandb.log(record)
-
-
-def report(job: Run, write_sample):
+def report(run: Run):
     """Evaluate; log and print the losses, the routing, and what the model writes."""
-    step, cfg = job.progress.step, job.cfg
-    measured = evaluate(job.model, job.val_corpus, cfg, job.ranks, job.autocast)
-    log(job, {"step": step, "tau": get_tau(step, cfg), **measured})
-    bits = "  ".join(f"{domain} {val['bits_per_byte']:.3f}" for domain, val in measured["val"].items())
+    step, cfg = run.progress.step, run.cfg
+    measured = evaluate(run.model, run.val_corpus, cfg, run.ranks, run.autocast)
+    log(run, {"step": step, "tau": get_tau(step, cfg), **measured})
+    val, routing = measured["val"], measured["routing"]
+    bits = "  ".join(f"{domain} {x['bits_per_byte']:.3f}" for domain, x in val.items())
     print(f"step {step}: val bits per byte: {bits}")
-    if routing := measured["routing"]:
-        share, agreement = (np.mean(routing[x]) for x in ("dynamic_entropy_share", "agreement"))
-        print(f"step {step}: routing: dynamic entropy {share:.1%} of ln K, agreement {agreement:.1%}", flush=True)
-    if write_sample and all(math.isfinite(val["loss"]) for val in measured["val"].values()):
-        with job.autocast:
-            print(f"step {step}: sample: {write_sample(job.model)}", flush=True)
+    if routing:
+        entropy, agreement = (np.mean(routing[x]) for x in ("dynamic_entropy_share", "agreement"))
+        print(f"step {step}: routing: dynamic entropy {entropy:.1%} of ln K, agreement {agreement:.1%}")
+    if cfg.sample_tokens and run.ranks.is_main and all(math.isfinite(x["loss"]) for x in val.values()):
+        from common.generate import print_sample
+
+        with run.autocast:
+            print_sample(f"step {step}: sample:", run.model, run.val_corpus, cfg.sample_tokens, cfg.seed)
 
 
-def log_step(job: Run, loss: float, norm: float, step_seconds: list[float]):
+# ------------------------------------------------------------------------------- log and checkpoint
+
+
+def log(run: Run, record: dict):
+    """Append a record to log.jsonl and, if asked for, to Weights & Biases."""
+    if run.ranks.is_main:
+        runtime.append_log(run.folder, record)
+    if run.wandb:
+        run.wandb.log(record)
+
+
+def log_step(run: Run, loss: float, norm: float, step_seconds: list[float]):
     """Log the step that has just been taken, and print it in one line."""
-    cfg, device, step = job.cfg, job.ranks.device, job.progress.step
+    cfg, device, step = run.cfg, run.ranks.device, run.progress.step
     tokens_per_step = cfg.batch_size * cfg.block_size
     rate = tokens_per_step / statistics.median(step_seconds)  # the median leaves out compiling
     record = {
         "step": step, "loss": loss, "lr": get_lr(step - 1, cfg), "tau": get_tau(step - 1, cfg),
-        "mixture": get_mixture(step - 1, cfg), "grad_norm": norm, "skipped": job.progress.skipped,
+        "mixture": get_mixture(step - 1, cfg), "grad_norm": norm, "skipped": run.progress.skipped,
         "tokens_per_second": rate,
-        "mfu": rate * run.flops_per_token(job.model) / (job.ranks.world_size * run.peak_flops(device)),
+        "mfu": rate * runtime.flops_per_token(run.model) / run.ranks.world_size / runtime.peak_flops(device),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }  # fmt: skip
-    log(job, record)
+    log(run, record)
     left = datetime.timedelta(seconds=round((cfg.max_steps - step) * tokens_per_step / rate))
     # MFU counts full T x T attention, as is customary; document masks skip half of it or more.
     on_gpu = f"  MFU {record['mfu']:.1%} (full attention)" if math.isfinite(record["mfu"]) else ""
     on_gpu += f"  {record['memory_gib']:.1f} GiB" if record["memory_gib"] else ""
-    print(
-        f"step {step:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {loss:.3f}  lr {record['lr']:.1e}  "
-        f"tau {record['tau']:.2f}  norm {norm:.2f}  {rate:,.0f} tokens/s{on_gpu}  {left} left",
-        flush=True,
-    )
+    line = f"step {step:>{len(str(cfg.max_steps))}}/{cfg.max_steps}  loss {loss:.3f}  lr {record['lr']:.1e}"
+    line += f"  tau {record['tau']:.2f}  norm {norm:.2f}  {rate:,.0f} tokens/s{on_gpu}  {left} left"
+    print(line, flush=True)
 
 
-def save(job: Run):
+def save(run: Run):
     """Write ckpt.pt, whole or not at all."""
-    job.progress.last_saved_step = job.progress.step
+    run.progress.last_saved_step = run.progress.step
     state = {
-        "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict(),
-        "progress": dataclasses.asdict(job.progress), "model_config": dataclasses.asdict(job.model.config),
-        "settings": dataclasses.asdict(job.cfg), "domains": job.corpus.domains,
+        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "model_config": dataclasses.asdict(run.model.config), "settings": dataclasses.asdict(run.cfg),
+        "progress": dataclasses.asdict(run.progress), "domains": run.corpus.domains,
     }  # fmt: skip
-    if job.ranks.is_main:
+    if run.ranks.is_main:
         hint = "; an earlier checkpoint, if there was one, is intact"
-        run.write_atomically(job.checkpoint, functools.partial(torch.save, state), hint)
-
-
-# ----------------------------------------------------------------------------------------- the run
-
-
-def compile_and_distribute(job: Run) -> torch.nn.Module:
-    """The model as a step calls it: compiled where that is asked for and works, and shared by all GPUs."""
-    cfg, ranks, model = job.cfg, job.ranks, job.model
-    wants_compile = ranks.device.type == "cuda" if cfg.compile is None else cfg.compile
-    compiled = wants_compile and run.compiler_works(ranks.device)
-    if compiled:
-        model.compile()
-    n_parameters, n_tokens = sum(p.numel() for p in model.parameters()), cfg.batch_size * cfg.block_size
-    dtype = str(run.pick_dtype(cfg.dtype, ranks.device)).removeprefix("torch.")
-    machine = f"{ranks.world_size} x {ranks.device.type} in {dtype}{', compiled' * compiled}"
-    what = f"{n_parameters:,} parameters, {'/'.join(cfg.activations)}"
-    print(f"{what}, on {machine}; {n_tokens:,} tokens a step", flush=True)
-    if compiled:
-        print("compiling, about half a minute", flush=True)
-    if ranks.world_size == 1:
-        return model
-    torch._dynamo.config.optimize_ddp = False  # it would split each compiled block into three graphs
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
-    """Run the training that cfg describes, from its first step or its checkpoint on."""
-    # machine; no other process may write to the run folder until this one ends
-    run.prepare_cpu()
-    stop = run.StopSignal()
-    ranks = Ranks(cfg.device)
-    n_micro_batches = cfg.batch_size // cfg.micro_batch_size
-    if n_micro_batches < ranks.world_size:
-        found = f"{n_micro_batches} micro-batches a step for {ranks.world_size} processes"
-        raise UserError(f"{found}; lower --micro_batch_size")
-    with run.locked(Path(cfg.out_dir)) if ranks.is_main else contextlib.nullcontext():
-        # model, data, optimizer, and how far an earlier start got
-        job = set_up(cfg, corpus_type, ranks)
-        model, progress, rows_per_domain = compile_and_distribute(job), job.progress, quotas(cfg)
-        write_sample = None
-        if cfg.sample_tokens and ranks.is_main:
-            from common.generate import sample_writer
-
-            write_sample = sample_writer(job.val_corpus, cfg.sample_tokens, cfg.seed)
-        open_log(job)
-
-        step_seconds = []  # since the last line of the log
-        is_stopping = False
-        model.train()
-        set_tau(model, get_tau(progress.step, cfg))
-        for step in range(progress.step, cfg.max_steps):
-            # evaluate
-            if step % cfg.eval_interval == 0:
-                report(job, write_sample)
-
-            # set the learning rate of this step
-            for group in job.optimizer.param_groups:
-                group["lr"] = get_lr(step, cfg) * group["lr_scale"]
-
-            # forward, backward, update
-            started = time.monotonic()
-            loss, norm = optimizer_step(model, job, next_rows(job, rows_per_domain[step]), step)
-            step_seconds.append(time.monotonic() - started)
-            count_step(job, loss, norm)
-
-            # set the temperature of the next step, which a checkpoint keeps
-            set_tau(model, get_tau(progress.step, cfg))
-
-            # log
-            is_done = progress.step == cfg.max_steps
-            if progress.step % cfg.log_interval == 0 or is_done:
-                log_step(job, loss, norm, step_seconds)
-                step_seconds.clear()
-
-            # save, and stop if asked to; after a skipped update the weights may be ruined already
-            is_sound = not progress.skipped_in_a_row
-            is_stopping = is_sound and ranks.sum(float(stop.requested))[0] > 0
-            is_due = progress.step - progress.last_saved_step >= cfg.save_interval
-            if is_sound and (is_due or is_done or is_stopping):
-                save(job)
-            if is_stopping:
-                print(f"stopped; {job.where_saved}. Go on with: {run.resume_command()}")
-                break
-
-        if not is_stopping:
-            if progress.last_saved_step < progress.step:
-                found = f"the run ended in non-finite updates; {job.where_saved}"
-                raise UserError(f"{found}; resume with a lower --lr")
-            report(job, write_sample)
-            command = shlex.join([*corpus_type.sample_command, cfg.out_dir])
-            print(f"done; {job.where_saved}. Read what it writes: {command}")
-        ranks.leave()
+        runtime.write_atomically(run.folder / "ckpt.pt", functools.partial(torch.save, state), hint)
 
 
 def main():

@@ -22,10 +22,9 @@ CORPORA = {  # name of a corpus: the arguments of prepare_data.py that make it
 
 
 class Corpus:
-    """One split, "train" or "val", of a corpus, in rows of block_size tokens.
+    """One split, "train" or "val", of the domains (None: all) of a corpus, in rows of block_size tokens.
 
-    domains are those to open (None: all). The seed orders the training rows. Raises UserError if the corpus is
-    missing, damaged, or too small for a row.
+    The seed orders the rows. Raises UserError if the corpus is missing, damaged, or too small for a row.
     """
 
     sample_command = ("python", "sample.py")  # shows what a model trained on it writes
@@ -57,8 +56,8 @@ class Corpus:
         """The token ids of a domain, memory-mapped."""
         tokens = self.open_file(domain, f"{self.split}.bin", self.dtype)
         if len(tokens) <= self.block_size:
-            path, window = self.folder / domain / self.split, f"a window of block_size {self.block_size} + 1"
-            raise UserError(f"{path}.bin has {len(tokens):,} tokens, fewer than {window}")
+            path = self.folder / domain / f"{self.split}.bin"
+            raise UserError(f"{path} has {len(tokens):,} tokens, fewer than a row: block_size {self.block_size} + 1")
         return tokens
 
     def open_file(self, domain: str, name: str, dtype: np.dtype) -> np.ndarray:
@@ -66,16 +65,15 @@ class Corpus:
         expected = self.domains[domain][f"{self.split}_tokens"] * dtype.itemsize
         size = path.stat().st_size if path.is_file() else 0
         if size != expected:
-            found = f"{path} holds {size:,} bytes, not the {expected:,} of meta.json"
-            raise UserError(f"{found}; {how_to_make(self.folder, 'make it again')}")
+            raise damaged(path, f"holds {size:,} bytes, not the {expected:,} of meta.json", self.folder)
         return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
 
     def read(self, domain: str, start: int, end: int) -> np.ndarray:
         """Tokens start..end of a domain, int64."""
         tokens = self.tokens[domain][start:end].astype(np.int64)
         if tokens.max() >= self.vocab_size:
-            path, advice = self.folder / domain / self.split, how_to_make(self.folder, "make it again")
-            raise UserError(f"{path}.bin is damaged: it has a token {tokens.max()}; {advice}")
+            path = self.folder / domain / f"{self.split}.bin"
+            raise damaged(path, f"is damaged: it has a token {tokens.max()}", self.folder)
         return tokens
 
     def n_rows(self, domain: str) -> int:
@@ -116,10 +114,9 @@ class Corpus:
 
 
 class Conversations(Corpus):
-    """A corpus of conversations, each packed whole into a row of block_size tokens.
+    """A corpus of conversations, each whole in a row of block_size tokens; the seed fixes the packing too.
 
-    Each conversation is a document, so attention and the router's mean stay inside it. Padding is one more document,
-    without targets. The seed fixes the packing too.
+    Each conversation is a document. The padding of a row is one more document, without targets.
     """
 
     sample_command = ("python", "sample.py", "--chat")
@@ -132,16 +129,14 @@ class Conversations(Corpus):
         path = self.folder / domain / self.split
         tokens = self.open_file(domain, f"{self.split}.bin", self.dtype)
         if not path.with_suffix(".mask").exists():
-            advice = "make one: python prepare_data.py tiny_sft"
-            raise UserError(f"{self.folder} is no corpus of conversations; {advice}")
+            raise UserError(f"{self.folder} has no conversations; for some: python prepare_data.py tiny_sft")
         mask = self.masks[domain] = self.open_file(domain, f"{self.split}.mask", np.dtype(np.uint8))
         chunks = range(0, len(tokens), 2**24)
         ends = [start + np.flatnonzero(tokens[start : start + 2**24] == self.end_of_text) for start in chunks]
         ends = self.ends[domain] = np.concatenate([[-1], *ends])  # conversation i lies between ends i and i + 1
         lengths = np.diff(ends) - 1  # <|endoftext|> is never an input
         if not len(lengths) or not mask.any():
-            advice = how_to_make(self.folder, "make it again")
-            raise UserError(f"{path}.bin is damaged: it has no conversation with a token to learn; {advice}")
+            raise damaged(path, "is damaged: it has no conversation with a token to learn", self.folder)
         if lengths.max() > self.block_size:
             raise UserError(
                 f"{self.folder} has a conversation of {lengths.max() + 1:,} tokens, too many for block_size "
@@ -206,10 +201,9 @@ def read_meta(folder: Path) -> dict:
         kinds = {"tokenizer": str, "vocab_size": int, "end_of_text": int, "dtype": np.dtype, "domains": dict}
         return {"vocab": meta.get("vocab"), **{name: kind(meta[name]) for name, kind in kinds.items()}}
     except OSError:
-        raise UserError(f"no data in {folder}; {how_to_make(folder, 'make it')}") from None
+        raise UserError(f"no data in {folder}; {how_to_make(folder)}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        advice = how_to_make(folder, "make it again")
-        raise UserError(f"{folder}/meta.json is damaged ({e!r}); {advice}") from None
+        raise damaged(folder / "meta.json", f"is damaged ({e!r})", folder) from None
 
 
 def corpus_type(folder: str | Path) -> type[Corpus]:
@@ -218,11 +212,15 @@ def corpus_type(folder: str | Path) -> type[Corpus]:
     return Conversations if any("val_targets" in domain for domain in counts) else Corpus
 
 
-def how_to_make(folder: Path, advice: str) -> str:
+def damaged(path: Path, fault: str, folder: Path) -> UserError:
+    return UserError(f"{path} {fault}; {how_to_make(folder)}")
+
+
+def how_to_make(folder: Path) -> str:
     """What to do about a missing or damaged corpus: the command that makes it, or the corpus that was meant."""
     if corpora := sorted(folder.glob("*/meta.json")):
         return f"did you mean --data_dir={shlex.quote(str(corpora[0].parent))}?"
     if folder.name not in CORPORA:
         return f"prepare_data.py makes {', '.join(CORPORA)}"
     parent = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
-    return f"{advice}: python prepare_data.py {CORPORA[folder.name]}{parent}"
+    return f"make it: python prepare_data.py {CORPORA[folder.name]}{parent}"

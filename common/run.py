@@ -1,5 +1,6 @@
 """The machine that a script runs on (processes, signals, device, compiler), and run folders (lock, checkpoint, log)."""
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import filelock  # comes with torch
 import torch
 from torch import Tensor
 
@@ -37,6 +39,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(torch.distributed.destroy_process_group)
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")
 
@@ -55,12 +58,6 @@ class Ranks:
         """Wait for the other ranks."""
         if self.world_size > 1:
             torch.distributed.barrier()
-
-    def leave(self):
-        """Wait for the other ranks, and part from them."""
-        self.wait()
-        if self.world_size > 1:
-            torch.distributed.destroy_process_group()
 
 
 class StopSignal:
@@ -88,8 +85,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matmuls; "auto": bfloat16 where the hardware multiplies it faster, else float32."""
+def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.dtype:
+    """The dtype of the matmuls; "auto": bfloat16 on CUDA, and in training on a CPU, if it is faster; else float32."""
     if name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"dtype is {name!r}; it must be auto, bfloat16 or float32")
     if name != "auto":
@@ -97,12 +94,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return torch.bfloat16 if device.type == "cpu" and has_amx else torch.float32
-
-
-def inference_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matmuls in sampling and evaluation: pick_dtype()'s on CUDA, else "auto" is float32."""
-    return pick_dtype("float32" if name == "auto" and device.type != "cuda" else name, device)
+    return torch.bfloat16 if device.type == "cpu" and has_amx and training else torch.float32
 
 
 def prepare_cpu():
@@ -134,14 +126,10 @@ def peak_flops(device: torch.device) -> float:
 
 
 def flops_per_token(model: PolychromaticLM, length: int | None = None) -> float:
-    """Floating-point operations of a training token, forward and backward, in rows of `length` (block_size) tokens.
-
-    6 per parameter, except an untied embedding, which is only looked up, and 12 n_layer n_head head_dim T for
-    attention over the full T x T, although causal and document masks skip part of it (arXiv 2204.02311, app. B).
-    """
+    """Operations of a training token in rows of `length` (block_size) tokens (arXiv 2204.02311, appendix B)."""
     c = model.config
     attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
-    lookup = 0 if c.tied_head else model.embedding.weight.numel()
+    lookup = 0 if c.tied_head else model.embedding.weight.numel()  # an untied embedding multiplies nothing
     return 6 * (sum(p.numel() for p in model.parameters()) - lookup) + attention
 
 
@@ -153,18 +141,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Make this folder, and keep other processes from writing to it. UserError if one already does."""
     with name_write_errors(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    with file:
-        with contextlib.suppress(ImportError):  # Windows has no such locks
-            import fcntl
-
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                hint = "wait for it, or choose another folder"
-                raise UserError(f"another process is writing to {folder}; {hint}") from None
-            except OSError:  # a file system without locks
-                pass
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
+    with lock:
         yield
 
 
@@ -215,22 +197,17 @@ def load_checkpoint(source: str | Path) -> dict:
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path) -> PolychromaticLM:
-    """A float32 model with these weights. Raises UserError, naming `path`, for a tensor that does not fit."""
+    """A float32 model with these weights. Raises UserError, naming `path`, for tensors that do not fit."""
     with torch.device("meta"):  # no storage and no random numbers: the weights follow
         model = PolychromaticLM(config)
-    expected, state = model.state_dict(), dict(state)
-    if "tau" in state:  # one temperature for all layers: older checkpoints, the release, Qwen3
-        state |= dict.fromkeys((name for name in expected if name.endswith(".tau")), state.pop("tau"))
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state:
-            raise UserError(f"{path} lacks the tensor {name}")
-        if name not in expected:
-            raise UserError(f"{path} has an unexpected tensor: {name}")
-        theirs, ours = list(state[name].shape), list(expected[name].shape)
-        if theirs != ours:
-            raise UserError(f"{path}: the tensor {name} has the shape {theirs}, not {ours}")
-    copies = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in state.items()}
-    model.load_state_dict(copies, assign=True)
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    if "tau" in copies:  # one temperature for all layers: older checkpoints, the release, Qwen3
+        tau = copies.pop("tau")
+        copies |= {name: tau.clone() for name in model.state_dict() if name.endswith(".tau")}
+    try:
+        model.load_state_dict(copies, assign=True)
+    except RuntimeError as e:  # a missing or unexpected tensor, or another shape
+        raise UserError(f"{path} does not fit the model: {' '.join(str(e).split()[6:])[:300]}") from None
     return model
 
 
@@ -253,10 +230,9 @@ def read_log(folder: Path) -> list[dict]:
 def rewind(folder: Path, step: int):
     """Remove from a run folder what lies after this step: lines of the log; for a new run (0), all of an old one."""
     with name_write_errors(folder):
-        if step == 0:
-            # The checkpoint first: a kill here must not leave it beside a new log.
-            for name in ("ckpt.pt", "eval.json", "layers.png", "usage.png", "training.png"):
-                (folder / name).unlink(missing_ok=True)
+        # The checkpoint first: a kill here must not leave it beside a new log.
+        for name in ("ckpt.pt", "eval.json", "layers.png", "usage.png", "training.png") if step == 0 else ():
+            (folder / name).unlink(missing_ok=True)
     # Evaluations of this step run again.
     kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "loss" in r)]
     text = "".join(json.dumps(record) + "\n" for record in kept)

@@ -1,25 +1,22 @@
 """Text to tokens on disk.
 
-python prepare_data.py text --source=input.txt
-                                 your own text: .txt, .md, .jsonl, .parquet; also --source='*.txt' or a.txt,b.md
+python prepare_data.py text      your own text: --source=input.txt, '*.md' or a.txt,b.jsonl,c.parquet
 python prepare_data.py tiny      the embedded corpus, no network needed: generated math with worked steps (math),
                                  docstrings of the installed numpy and torch (stem), Python's standard library (code)
 python prepare_data.py tiny_sft  math questions and answers as conversations
-python prepare_data.py pretrain  the paper's three data sets, streamed from the hub, in Qwen3's tokens
-python prepare_data.py pretrain --source.math='dumps/*.parquet' --max_tokens=1e8
-                                 math from local files instead, and at most 1e8 train tokens of each domain
-python prepare_data.py sft       the paper's conversations; with --source='dumps/*.jsonl', local ones
+python prepare_data.py pretrain  the paper's three data sets, streamed from the hub, in Qwen3's tokens. --max_tokens=1e8
+                                 takes less of each; --source.math='dumps/*.parquet' reads local files instead
+python prepare_data.py sft       the paper's conversations, or your own: --source='dumps/*.jsonl'
 
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
 every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
-(a conversation's first question, a generated problem's numbers) selects the split, so duplicates never straddle it.
-To resume a killed preparation, run the same command again.
+(a conversation's first question, a generated problem's numbers) selects the split, so that neither duplicates nor two
+answers to one question straddle it. To resume a killed preparation, run the same command again.
 """
 
 import contextlib
 import functools
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -48,25 +45,27 @@ from common.tokenizer import encode, encode_chat, get_tokenizer, is_held_out, te
 class PrepareConfig:  # every corpus
     data_dir: str = "data"  # parent folder; each corpus is a folder in it
     val_fraction: float = 0.001  # fraction of the documents held out in val
+    max_length: int = 4096  # sft and tiny_sft: maximum tokens per conversation; longer ones are cut
     commit_seconds: float = 2.0  # seconds between commits; a killed preparation resumes from the last one
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"val_fraction is {self.val_fraction}; it must lie between 0 and 1")
+        check_range(self, 0, 1, "val_fraction")
+        check_range(self, 16, 2**30, "max_length")
 
 
 @dataclass
 class TinyConfig(PrepareConfig):  # tiny and tiny_sft
-    val_fraction: float = 0.05  # fraction of the documents held out in val
+    val_fraction: float = 0.05
+    max_length: int = 256
     seed: int = 0  # random seed of the generated text
     math_mb: float = 3.0  # megabytes of generated math
-    max_length: int = 256  # tiny_sft: maximum tokens per conversation; longer ones are cut
     tokenizer: ClassVar = "bytes"
     vocab: ClassVar = None
 
 
 @dataclass
 class FilesConfig(PrepareConfig):  # text, pretrain and sft
+    source: dict[str, str] | str = field(default_factory=dict)  # a.txt, '*.md' or both; by domain: --source.math=
     tokenizer: str = "qwen3"  # qwen3, gpt2 or bytes; for sft, that of the model to fine-tune
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     encoding: str | None = None  # encoding of .txt and .md files that are not UTF-8, for example latin-1
@@ -76,25 +75,16 @@ class FilesConfig(PrepareConfig):  # text, pretrain and sft
 class TextConfig(FilesConfig):  # text
     val_fraction: float = 0.1  # fraction of each domain's distinct documents held out in val
     tokenizer: str = "bytes"  # bytes, gpt2 or qwen3
-    source: dict[str, str] | str = field(default_factory=dict)  # a.txt, '*.md' or both; by domain: --source.poems=
     domain: str = "text"  # name of the domain that --source= makes
     text_field: str = "text"  # name of the text field in .jsonl and .parquet files
     max_length: int = 16_384  # maximum characters of a document; a longer text is cut into several, at blank lines
 
 
 @dataclass
-class PretrainConfig(FilesConfig):  # pretrain
-    max_tokens: int | None = None  # train tokens of each domain; None: the paper's, 7e9 math, 2.5e9 stem, 5e8 code
-    source: dict[str, str] = field(default_factory=dict)  # local files by domain: --source.math='dumps/*.parquet'
-    text_field: dict[str, str] = field(default_factory=dict)  # name of the text field by domain: --text_field.math=name
-
-
-@dataclass
-class SFTDataConfig(FilesConfig):  # sft
-    max_tokens: int | None = None  # train tokens; None: the whole data set
-    source: str | None = None  # local files with a messages field, 'dumps/*.jsonl' or .parquet; None: the paper's
-    messages_field: str = "messages"  # name of the field that lists the messages, {"role": ..., "content": ...}
-    max_length: int = 4096  # maximum tokens per conversation; longer ones are cut
+class PaperConfig(FilesConfig):  # pretrain and sft
+    max_tokens: int | None = None  # train tokens of a domain; None: 7e9 math, 2.5e9 stem and 5e8 code, or all of sft
+    text_field: dict[str, str] = field(default_factory=dict)  # pretrain: name of the text field: --text_field.math=name
+    messages_field: str = "messages"  # sft: name of the field that lists the messages, {"role": ..., "content": ...}
 
 
 # -------------------------------------------------------------------------------------------------- documents to tokens
@@ -104,38 +94,28 @@ class Document(NamedTuple):
     tokens: np.ndarray = np.empty(0, np.uint32)  # [n] uint32, <|endoftext|> last; none: the document is left out
     text: str = ""  # of a conversation, its first question; a hash of Source.split_key(text) selects the split
     loss_mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
-    note: str | None = None  # counted, and printed at the end
+    note: str | None = None  # why it is left out or cut; counted, and printed at the end
 
 
-def encode_document(encoding: tiktoken.Encoding, text: str | None) -> Document:
-    if not isinstance(text, str):  # a row without text
-        return Document()
-    return Document(np.append(encode(encoding, text), np.uint32(encoding.eot_token)), text)
-
-
-def encode_conversation(encoding: tiktoken.Encoding, max_length: int, messages: list[dict]) -> Document:
-    """A conversation, cut to max_length tokens. Without an answer to learn it is left out; the note says why.
-
-    The user's first message selects the split: data sets hold many solutions of one problem.
-    """
+def encode_document(encoding: tiktoken.Encoding, max_length: int | None, row: str | list[dict] | None) -> Document:
+    """A text, or with max_length, a conversation: cut to that many tokens, and left out without an answer to learn."""
+    if not max_length:
+        if not isinstance(row, str):  # a row without text
+            return Document()
+        return Document(np.append(encode(encoding, row), np.uint32(encoding.eot_token)), row)
     try:
-        if not isinstance(messages, list):
-            raise UserError("messages that are not a list")
-        tokens, loss_mask = encode_chat(encoding, messages)
-        if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
-            raise UserError("an assistant message without text")
-        if not loss_mask.any():
-            raise UserError("no assistant message")
+        tokens, loss_mask = encode_chat(encoding, row)
+        answers = [m["content"].strip() for m in row if m["role"] == "assistant"]
+        if not answers or not all(answers):
+            raise UserError("no assistant message, or one without text")
         if not loss_mask[: max_length - 1].any():
             raise UserError(f"no answer within {max_length} tokens")
     except UserError as e:
         return Document(note=f"left out: {str(e)[:60]}")
-    questions = [m["content"].strip() for m in messages if m["role"] == "user"]
-    question = questions[0] if questions else messages[0]["content"]
-    if len(tokens) <= max_length:
-        return Document(tokens, question, loss_mask)
-    kept = np.r_[: max_length - 1, -1]  # the last one is <|endoftext|>
-    return Document(tokens[kept], question, loss_mask[kept], f"cut to {max_length} tokens")
+    question = next((m["content"].strip() for m in row if m["role"] == "user"), row[0]["content"])
+    note = f"cut to {max_length} tokens" if len(tokens) > max_length else None
+    kept = np.r_[: min(len(tokens), max_length) - 1, -1]  # the last one is <|endoftext|>
+    return Document(tokens[kept], question, loss_mask[kept], note)
 
 
 # ------------------------------------------------------------------------------------------------------ tokens on disk
@@ -146,11 +126,11 @@ Batches = Iterator[tuple[list, object]]  # texts or conversations, and the JSON 
 class Source(NamedTuple):  # of a domain's documents
     name: str  # in meta.json and messages
     open_batches: Callable[[object], Batches]  # the documents from a state on; None is the start
-    fingerprint: dict  # differs where the documents may differ
+    fingerprint: object  # JSON; differs where the documents may differ
     val_fraction: float
-    split_key: Callable[[str], str] = str  # documents whose text has the same key are all in train or all in val
     max_tokens: int | None = None  # of train; None: no limit
     max_length: int | None = None  # tokens of a conversation; None: the documents are texts
+    split_key: Callable[[str], str] = str  # documents whose text has the same key are all in train or all in val
     describe: Callable[[Path, dict], dict] = lambda folder, counts: counts  # the domain's entry in meta.json
 
 
@@ -163,142 +143,113 @@ def in_batches(open_documents: Callable[[], Iterable], state: int | None, size: 
         yield batch, taken
 
 
-def read_progress(folder: Path, fingerprint: dict, names: list[str]) -> dict:
-    """progress.json if it describes documents with this fingerprint and the files hold what it says, else a start."""
+def read_progress(folder: Path, asked: dict) -> dict:
+    """progress.json if it is about the documents asked for and the files hold what it says, else a start."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no progress, or a file is missing
         progress = json.loads((folder / "progress.json").read_text())
-        suffix = "" if progress["entry"] else ".partial"
-        excess = [os.path.getsize(folder / (name + suffix)) - size for name, size in progress["sizes"].items()]
-        is_on_disk = not any(excess) if progress["entry"] else min(excess) >= 0
-        if is_on_disk and progress["fingerprint"] == fingerprint:
+        sizes = {name: os.path.getsize(folder / (name + progress["suffix"])) for name in progress["sizes"]}
+        if progress["asked"] == asked and all(sizes[name] >= size for name, size in progress["sizes"].items()):
             return progress
-    return {"fingerprint": fingerprint, "state": None, "sizes": dict.fromkeys(names, 0), "notes": {}, "entry": {}}
+    return {"asked": asked, "state": None, "entry": {}, "suffix": ".partial", "sizes": {}, "notes": {}}
 
 
-def write_documents(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: dict, commit_seconds: float):
-    """Append the documents after progress["state"] to *.partial files.
+def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, commit_seconds: float) -> dict:
+    """Tokenize the documents of a source into *.partial files until train holds max_tokens; the final progress.json.
 
-    A commit flushes them to disk, then records their sizes and the source's state in progress.json.
+    A commit flushes the files to disk, then records their sizes and the source's state in progress.json. Killed at any
+    moment and called again with the same arguments, it goes on from there: the files equal those of one run.
     """
-    dtype = np.min_scalar_type(encoding.max_token_value)
-    encode_one = functools.partial(encode_document, encoding)
-    if source.max_length:
-        encode_one = functools.partial(encode_conversation, encoding, source.max_length)
-    limit = math.inf if source.max_tokens is None else source.max_tokens
-    files, notes, state = {}, progress["notes"], progress["state"]
+    asked = {name: value for name, value in source._asdict().items() if not callable(value)}
+    asked["tokenizer"] = [encoding.name, text_hash(repr(encoding.token_byte_values()))]
+    progress = read_progress(folder, asked)
+    if progress["entry"]:
+        return progress
+    encode_one = functools.partial(encode_document, encoding, source.max_length)
+    names = ["train.bin", "val.bin"] + ["train.mask", "val.mask"] * bool(source.max_length)
+    dtype, notes = np.min_scalar_type(encoding.max_token_value), progress["notes"]
+    limit = (source.max_tokens or math.inf) * dtype.itemsize
 
-    def commit(state):
+    def commit():
         for name, file in files.items():
             file.flush()
             os.fsync(file.fileno())
             progress["sizes"][name] = file.tell()
-        progress["state"] = state
         write_json(folder / "progress.json", progress)
 
-    batches = source.open_batches(state)
-    first = list(itertools.islice(batches, 1))  # a source that cannot be read fails before anything is removed
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        for name, size in progress["sizes"].items():
-            files[name] = stack.enter_context(open(folder / f"{name}.partial", "ab"))
-            files[name].seek(size)
-            files[name].truncate()
-        commit(state)  # before the first write: an earlier progress.json describes other documents
-        committed = time.monotonic()
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        bar = stack.enter_context(tqdm(desc=folder.name, total=source.max_tokens, unit="tok", unit_scale=True))
-        for documents, state in itertools.chain(first, batches):
+    folder.mkdir(exist_ok=True)
+    bar = tqdm(desc=folder.name, total=source.max_tokens, unit="tok", unit_scale=True)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        files = {name: stack.enter_context(open(folder / f"{name}.partial", "ab")) for name in names}
+        for name, file in files.items():
+            file.seek(progress["sizes"].get(name, 0))
+            file.truncate()
+        committed = -math.inf
+        for documents, state in source.open_batches(progress["state"]):
+            if time.monotonic() - committed >= commit_seconds:
+                commit()  # also before the first write: an earlier progress.json describes other documents
+                committed = time.monotonic()
             for document in pool.map(encode_one, documents):
-                if files["train.bin"].tell() < limit * dtype.itemsize:
+                if files["train.bin"].tell() < limit:
                     split = "val" if is_held_out(source.split_key(document.text), source.val_fraction) else "train"
                     files[f"{split}.bin"].write(document.tokens.astype(dtype).tobytes())
                     if document.loss_mask is not None:
                         files[f"{split}.mask"].write(document.loss_mask.tobytes())
                     if document.note:
                         notes[document.note] = notes.get(document.note, 0) + 1
-            n_tokens = files["train.bin"].tell() // dtype.itemsize
-            bar.update(n_tokens - bar.n)
-            if n_tokens >= limit:
+            progress["state"] = state
+            bar.update(files["train.bin"].tell() // dtype.itemsize - bar.n)
+            if files["train.bin"].tell() >= limit:
                 break
-            if time.monotonic() - committed >= commit_seconds:
-                commit(state)
-                committed = time.monotonic()
-        commit(state)
+        commit()
+    progress["entry"] = count(folder, encoding, source, progress)
+    write_json(folder / "progress.json", progress)
+    return progress
 
 
-def count(folder: Path, encoding: tiktoken.Encoding, progress: dict) -> dict:
-    """The counts of a domain in meta.json, from its partial files."""
-    dtype, sizes = np.min_scalar_type(encoding.max_token_value), progress["sizes"]
-    counts = {f"{split}_tokens": sizes[f"{split}.bin"] // dtype.itemsize for split in ("train", "val")}
+def count(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: dict) -> dict:
+    """A domain's entry in meta.json, from its complete *.partial files. Prints it. UserError for too little text."""
+    dtype, state = np.min_scalar_type(encoding.max_token_value), progress["state"]
+    entry = {"source": f"{source.name} at {state['revision']}" if isinstance(state, dict) else source.name}
+    entry |= {f"{split}_tokens": progress["sizes"][f"{split}.bin"] // dtype.itemsize for split in ("train", "val")}
     targets = np.fromfile(folder / "val.bin.partial", dtype)
-    if "val.mask" in sizes:
+    if source.max_length:
         targets = targets[np.fromfile(folder / "val.mask.partial", np.uint8) == 1]
     text_tokens = targets[targets < encoding.eot_token]  # special tokens have the highest ids
-    lengths = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)])
-    counts["val_bytes"] = int(lengths[text_tokens].sum())
-    return {**counts, "val_targets": len(targets), "notes": progress["notes"]} if "val.mask" in sizes else counts
+    entry["val_bytes"] = len(encoding.decode_bytes(text_tokens.tolist()))
+    found = f"{entry['train_tokens']:,} train and {entry['val_tokens']:,} val tokens ({entry['source']})"
+    print(f"{folder.name}: {found}")
+    for note, n in progress["notes"].items():
+        print(f"{folder.name}: {n:,} {note}")
+    if min(entry["train_tokens"], entry["val_tokens"]) <= 256:  # block_size of config/tiny.py
+        raise UserError(f"{folder.name} has too little text, {found}: add some, or change --val_fraction=")
+    return entry | ({"val_targets": len(targets), "notes": progress["notes"]} if source.max_length else {})
 
 
-def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, commit_seconds: float = 2.0) -> dict:
-    """Tokenize the documents of a source until train holds max_tokens, publish them, return their entry in meta.json.
-
-    Killed at any moment and called again with the same arguments, it resumes: the files equal those of one run. An
-    earlier corpus stays until all is written, also if nothing is left for train or val, which is an error.
-    """
-    vocab = hashlib.blake2b(b"".join(encoding.token_byte_values()), digest_size=8).hexdigest()
-    fingerprint = {"source": source.name, **source.fingerprint, "vocab": vocab, "val_fraction": source.val_fraction}
-    fingerprint |= {"max_tokens": source.max_tokens, "max_length": source.max_length}
-    names = ["train.bin", "val.bin"] + ["train.mask", "val.mask"] * bool(source.max_length)
-    progress = read_progress(folder, fingerprint, names)
-    if not progress["entry"]:
-        write_documents(folder, encoding, source, progress, commit_seconds)
-        entry = {"source": source.name, **count(folder, encoding, progress)}
-        for split in ("train", "val"):
-            if not entry[f"{split}_tokens"]:
-                notes = "".join(f"; {n:,} {note}" for note, n in progress["notes"].items())
-                left = f"nothing of {source.name} is left for {split}{notes}"
-                raise UserError(f"{left}: add text, or raise --val_fraction=")
-        (folder.parent / "meta.json").unlink(missing_ok=True)  # it describes the earlier files
-        for name in progress["sizes"]:
-            os.replace(folder / f"{name}.partial", folder / name)  # killed in between: all is written again
-        progress["entry"] = entry
-        write_json(folder / "progress.json", progress)
-    return progress["entry"]
-
-
-def write_corpus(
-    folder: Path, encoding: tiktoken.Encoding, sources: dict[str, Source], vocab: str | None = None, commit_seconds=2.0
-):
-    """Write every domain, then meta.json, which marks the corpus as complete. vocab: the tokenizer's file."""
+def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, Source], vocab=None, commit_seconds=2.0):
+    """Write every domain, then replace the earlier corpus. meta.json marks it as complete, and names the vocab file."""
     meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
     meta["dtype"] = np.min_scalar_type(encoding.max_token_value).name
     meta |= {"vocab": os.path.abspath(vocab)} if vocab else {}
     meta["domains"] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            for domain, source in sources.items():
-                entry = write_domain(folder / domain, encoding, source, commit_seconds)
-                n_train, n_val = entry["train_tokens"], entry["val_tokens"]
-                print(f"{domain}: {n_train:,} train and {n_val:,} val tokens ({source.name})")
-                for note, n in entry.get("notes", {}).items():
-                    print(f"{domain}: {n:,} {note}")
-                meta["domains"][domain] = source.describe(folder / domain, entry)
-            write_json(folder / "meta.json", meta)
-    except KeyboardInterrupt:
-        raise UserError("stopped; run the command again to resume") from None
-    except OSError as e:
-        raise UserError(f"cannot write the corpus: {e}; fix that and run the command again to resume") from None
+    with locked(folder):
+        written = {d: write_domain(folder / d, encoding, source, commit_seconds) for d, source in sources.items()}
+        (folder / "meta.json").unlink(missing_ok=True)  # it describes the earlier files
+        for domain, progress in written.items():
+            for name in progress["sizes"]:  # killed in between: the domain is written again
+                os.replace(folder / domain / (name + progress["suffix"]), folder / domain / name)
+            progress["suffix"] = ""
+            write_json(folder / domain / "progress.json", progress)
+            meta["domains"][domain] = sources[domain].describe(folder / domain, progress["entry"])
+        write_json(folder / "meta.json", meta)
 
 
 # --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
 
 
-def open_embedded(cfg: TinyConfig, corpus: str) -> dict[str, Source]:
+def open_embedded(cfg: TinyConfig, corpus: str) -> Iterator[tuple[str, Source]]:
     """The domains of tiny or tiny_sft; deterministic for a seed and the installed versions."""
     from extras import embedded
 
-    check_range(cfg, 16, 2**30, "max_length")
     chat = corpus == "tiny_sft"
     seed = cfg.seed + chat  # tiny_sft has other problems than tiny
     size, fraction = cfg.math_mb * 1e6, cfg.val_fraction
@@ -313,20 +264,14 @@ def open_embedded(cfg: TinyConfig, corpus: str) -> dict[str, Source]:
     if chat:
         conversations = functools.partial(embedded.math_conversations, seed, size, fraction)
         domains = {"chat": (1.0, generated, conversations, embedded.question_numbers)}
-    code = b"".join(Path(path).read_bytes() for path in (__file__, embedded.__file__))  # either may change
-    fingerprint = {"code": hashlib.blake2b(code, digest_size=8).hexdigest()}
+    code = text_hash("".join(Path(path).read_text(encoding="utf-8") for path in (__file__, embedded.__file__)))
     max_length = cfg.max_length if chat else None
-    sources = {}
     for domain, (share, name, documents, split_key) in domains.items():
-        open_batches = functools.partial(in_batches, documents)
-        describe = functools.partial(embedded.describe, share)
-        sources[domain] = Source(name, open_batches, fingerprint, fraction, split_key, None, max_length, describe)
-    return sources
+        open_batches, describe = functools.partial(in_batches, documents), functools.partial(embedded.describe, share)
+        yield domain, Source(name, open_batches, code, fraction, None, max_length, split_key, describe)
 
 
-# --------------------------------------------------------------------------------------------------------- local files
-
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
+# ------------------------------------------------------------------------------------------- files; text: your own text
 
 
 def find_files(source: str) -> list[str]:
@@ -338,114 +283,78 @@ def find_files(source: str) -> list[str]:
         if not found:
             raise UserError(f"no file matches {path!r}; name your text: --source=input.txt or --source='*.txt'")
         files += found
-    for file in files:
-        if Path(file).suffix.lower() not in READERS:
-            raise UserError(f"cannot read {file}: name files that end in {', '.join(READERS)}, such as '*.txt'")
     return list(dict.fromkeys(files))
 
 
 def read_text(file: str, encoding: str | None) -> str:
     """A text file with \\n at line ends: UTF-8, else in this encoding."""
     for name in ("utf-8-sig", encoding or "utf-8-sig"):
-        try:
+        with contextlib.suppress(UnicodeError, LookupError):
             text = Path(file).read_text(name)
-        except OSError as e:
-            raise UserError(f"cannot read {file}: {e.strerror}") from None
-        except (UnicodeError, LookupError):
-            continue
-        if "\0" not in text:  # UTF-16 has null bytes
-            return text
+            if "\0" not in text:  # UTF-16 has null bytes
+                return text
     raise UserError(f"{file} is not text in {encoding or 'UTF-8'}; name its encoding: --encoding=latin-1, utf-16, ...")
 
 
 def read_field(name: str, arguments: dict, field: str, state: dict | None = None) -> Batches:
-    """Batches of one field of a data set, as load_dataset(**arguments) reads it."""
+    """Batches of one field of a data set, as load_dataset(**arguments) reads it; on the hub, all of one commit."""
     import datasets
+    from huggingface_hub import HfApi
 
-    datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    on_hub = "data_files" not in arguments
     try:
+        if on_hub:
+            arguments = {**arguments, "revision": state["revision"] if state else HfApi().dataset_info(name).sha}
         rows = datasets.load_dataset(**arguments, streaming=True)
         if state:
-            rows.load_state_dict(state)
+            rows.load_state_dict(state["rows"])
         for batch in rows.iter(batch_size=256):
             if field not in batch:
-                flags = "--text_field= (sft: --messages_field=)"
-                raise UserError(f"{name} has no field {field!r} but {', '.join(batch)}; name one: {flags}")
-            yield batch[field], rows.state_dict()
-    except UserError:
-        raise
+                raise LookupError(f"no field {field!r} but {', '.join(batch)}; set --text_field= or --messages_field=")
+            yield batch[field], {"rows": rows.state_dict(), "revision": arguments.get("revision")}
     except Exception as e:  # a lost connection or a damaged file; each library has its own types
         reason = " ".join(str(e).split())[:300] or type(e).__name__
-        hint = "" if "data_files" in arguments else "; run the command again to resume"
-        if "is a gated dataset" in reason:
-            hint = "; accept its terms on its page, then log in: hf auth login"
+        hint = "; run the command again to resume, or name local files: --source=" if on_hub else ""
         raise UserError(f"cannot read {name}: {reason}{hint}") from None
 
 
 def read_files(files: list[str], field: str, encoding: str | None) -> Iterator:
-    """What these files hold: a .txt or .md file is one text; of each row of another file, this field."""
+    """What these files hold: this field of each row; a plain text file is one text."""
+    readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # other files are plain text
     for file in files:
-        reader = READERS[Path(file).suffix.lower()]
-        if reader == "text":
-            yield read_text(file, encoding)
-        else:
+        if reader := readers.get(Path(file).suffix.lower()):
             arguments = {"path": reader, "data_files": [glob.escape(file)], "split": "train"}  # it takes patterns
             for values, _ in read_field(file, arguments, field):
                 yield from values
+        else:
+            yield read_text(file, encoding)
 
 
-# ------------------------------------------------------------------------------------------------------- text: your own
+def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str]:
+    """The texts in parts of length / 2 to length characters, cut at a blank line, else at a line, else at a word."""
+    pauses = [rf".{{{length // 2},{length - len(pause)}}}{pause}" for pause in ("\n\n", "\n", " ")]
+    part = re.compile("|".join([rf".{{1,{length}}}\Z", *pauses, f".{{{length}}}"]), re.DOTALL)
+    for text in read_files(files, cfg.text_field, cfg.encoding):
+        yield from filter(str.strip, part.findall(text) if isinstance(text, str) else [])
 
 
-def cut(text: str, length: int) -> Iterator[str]:
-    """The text in parts of length / 2 to length characters, cut at a blank line, else at a line, else at a word."""
-    start = 0
-    while len(text) - start > length:
-        middle, end = start + length // 2, start + length
-        ends = (text.rfind(mark, middle, end) + len(mark) for mark in ("\n\n", "\n", " "))
-        end = next((found for found in ends if found > middle), end)
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def open_text(domain: str, files: str, cfg: TextConfig) -> Source:
-    """The documents in these files.
-
-    Everything is read before, to check it, to hash its contents, and to hold out val_fraction of the documents exactly:
-    of the few of one book, chance may hold out none.
-    """
-    paths = find_files(files)
-    texts = functools.partial(read_files, paths, cfg.text_field, cfg.encoding)
-    lengths = [len(text.strip()) if isinstance(text, str) else 0 for text in texts()]
-    length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * sum(lengths))))  # val has about four, at least
-
-    def documents() -> Iterator[str]:
-        for text in texts():
-            if isinstance(text, str):
-                yield from filter(str.strip, cut(text, length))
-
-    hashes = [text_hash(document) for document in documents()]
-    ordered = sorted(set(hashes))
-    found = f"{sum(lengths):,} characters in {len(paths):,} files, {len(ordered):,} different documents"
-    if len(ordered) < 2:
-        raise UserError(f"{files} has too little text to train and evaluate on ({found}): add some")
-    print(f"{domain}: {found}; {lengths.count(0):,} without text left out")
-    n_val = min(math.ceil(cfg.val_fraction * len(ordered)), len(ordered) - 1)
-    limit = (ordered[n_val - 1] + ordered[n_val]) / 2**65  # between the last one in val and the first in train
-    contents = hashlib.blake2b(repr(hashes).encode(), digest_size=8).hexdigest()
-    return Source(files, functools.partial(in_batches, documents), {"contents": contents}, val_fraction=limit)
-
-
-def open_texts(cfg: TextConfig, corpus: str) -> dict[str, Source]:
-    """The domains of your own text."""
-    check_range(cfg, 16, 2**30, "max_length")
+def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
+    """The domains of your own text. val_fraction holds exactly: of a few documents, chance may hold out none."""
     named = {cfg.domain: cfg.source} if isinstance(cfg.source, str) else cfg.source or {cfg.domain: ""}
-    for domain in named:
+    for domain, source in named.items():
         if not re.fullmatch(r"[\w-]+", domain):
             raise UserError(f"the domain {domain!r} becomes a folder; use letters, digits, - and _")
-    return {domain: open_text(domain, files, cfg) for domain, files in named.items()}
+        files = find_files(source)
+        texts = filter(lambda text: isinstance(text, str), read_files(files, cfg.text_field, cfg.encoding))
+        n_characters = sum(len(text.strip()) for text in texts)
+        length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))  # val has about four, at least
+        documents = functools.partial(read_parts, files, cfg, length)
+        hashes = [text_hash(document) for document in documents()]
+        ordered = sorted(set(hashes))
+        n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
+        limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
+        yield domain, Source(source, functools.partial(in_batches, documents), text_hash(repr(hashes)), limit)
 
 
 # ------------------------------------------------------------------------------------------- pretrain, sft: the paper's
@@ -461,48 +370,23 @@ DATASETS = {
 }
 
 
-def pinned_revision(dataset: str, progress_path: Path) -> str:
-    """The commit of a hub data set to read: that of a preparation in progress, else the newest."""
-    from huggingface_hub import HfApi
-
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        arguments = json.loads(progress_path.read_text())["fingerprint"]["load_dataset"]
-        if arguments["path"] == dataset:
-            return arguments["revision"]
-    try:
-        return HfApi().dataset_info(dataset).sha
-    except Exception as e:  # the hub's HTTP libraries have many types
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"the hub cannot be reached for {dataset}: {reason}; name local files: --source=") from None
-
-
-def open_domain(cfg: PretrainConfig | SFTDataConfig, corpus: str, domain: str) -> Source:
-    """The documents of a domain: those of local files if cfg names some, else of the paper's data set."""
-    name, subset, split, field, max_tokens = DATASETS[corpus][domain]
-    if corpus == "sft":
-        check_range(cfg, 16, 2**30, "max_length")
-        files, field, max_length = cfg.source, cfg.messages_field, cfg.max_length
-    else:
-        files, field, max_length = cfg.source.get(domain), cfg.text_field.get(domain, field), None
-    if files:
-        name, paths = files, find_files(files)
-        fingerprint = {"files": [[path, os.path.getsize(path)] for path in paths], "field": field}
-        open_batches = functools.partial(in_batches, functools.partial(read_files, paths, field, cfg.encoding))
-    else:
-        revision = pinned_revision(name, Path(cfg.data_dir) / corpus / domain / "progress.json")
-        arguments = {"path": name, "name": subset, "split": split, "revision": revision}
-        name, fingerprint = f"{name} at {revision}", {"load_dataset": arguments, "field": field}
-        open_batches = functools.partial(read_field, name, arguments, field)
-    max_tokens = max_tokens if cfg.max_tokens is None else cfg.max_tokens
-    return Source(name, open_batches, fingerprint, cfg.val_fraction, str, max_tokens, max_length)
-
-
-def open_datasets(cfg: PretrainConfig | SFTDataConfig, corpus: str) -> dict[str, Source]:
-    """The domains of pretrain or sft."""
-    for domain in (*cfg.source, *cfg.text_field) if corpus == "pretrain" else ():
-        if domain not in DATASETS[corpus]:
-            raise UserError(f"there is no domain {domain!r}; there are {', '.join(DATASETS[corpus])}")
-    return {domain: open_domain(cfg, corpus, domain) for domain in DATASETS[corpus]}
+def open_datasets(cfg: PaperConfig, corpus: str) -> Iterator[tuple[str, Source]]:
+    """The domains of pretrain or sft: from local files where cfg names some, else the paper's data sets."""
+    domains = DATASETS[corpus]
+    local = {"chat": cfg.source} if isinstance(cfg.source, str) else cfg.source
+    if unknown := [domain for domain in (*local, *cfg.text_field) if domain not in domains]:
+        raise UserError(f"there is no domain {unknown[0]!r}; there are {', '.join(domains)}")
+    max_length = cfg.max_length if corpus == "sft" else None
+    for domain, (name, subset, split, column, limit) in domains.items():
+        column = {"chat": cfg.messages_field, **cfg.text_field}.get(domain, column)
+        arguments = {"path": name, "name": subset, "split": split}
+        fingerprint = [column, arguments]
+        open_batches = functools.partial(read_field, name, arguments, column)
+        if domain in local:
+            name, files = local[domain], find_files(local[domain])
+            fingerprint = [column, *([file, os.path.getsize(file)] for file in files)]
+            open_batches = functools.partial(in_batches, functools.partial(read_files, files, column, cfg.encoding))
+        yield domain, Source(name, open_batches, fingerprint, cfg.val_fraction, cfg.max_tokens or limit, max_length)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -511,8 +395,8 @@ CORPORA = {  # settings, domains, and the command that trains on the corpus
     "text": (TextConfig, open_texts, "train.py config/tiny.py --out_dir=out/text"),
     "tiny": (TinyConfig, open_embedded, "train.py config/tiny.py"),
     "tiny_sft": (TinyConfig, open_embedded, "sft.py config/tiny_sft.py"),
-    "pretrain": (PretrainConfig, open_datasets, "train.py config/pretrain.py"),
-    "sft": (SFTDataConfig, open_datasets, "sft.py config/sft.py"),
+    "pretrain": (PaperConfig, open_datasets, "train.py config/pretrain.py"),
+    "sft": (PaperConfig, open_datasets, "sft.py config/sft.py"),
 }
 
 
@@ -522,15 +406,16 @@ def main():
         print(f"{__doc__}\nThe settings of one: python prepare_data.py tiny --help")
         return
     if corpus not in CORPORA:
-        given = f"not {corpus!r}" if corpus else "none was named"
-        raise UserError(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} ({given})")
+        raise UserError(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} (not {corpus!r})")
     settings, open_sources, command = CORPORA[corpus]
     cfg = load(settings, sys.argv[2:])
     encoding, folder = get_tokenizer(cfg.tokenizer, cfg.vocab), Path(cfg.data_dir) / corpus
-    sources = open_sources(cfg, corpus)  # what cannot be read fails before anything is written
-    write_corpus(folder, encoding, sources, cfg.vocab, cfg.commit_seconds)
-    if corpus == "text" or folder != Path("data") / corpus:
-        command += f" --data_dir={shlex.quote(str(folder))}"
+    try:
+        sources = dict(open_sources(cfg, corpus))  # what cannot be read fails before anything is written
+        write_corpus(folder, encoding, sources, cfg.vocab, cfg.commit_seconds)
+    except OSError as e:
+        raise UserError(f"cannot prepare {folder}: {e}; fix that and run the command again to resume") from None
+    command += f" --data_dir={shlex.quote(str(folder))}"
     if "tokenizer" in cfg.overridden and corpus != "sft":  # sft.py takes over the model's
         command += f" --tokenizer={encoding.name} --vocab_size={encoding.n_vocab}"
     print(f"{folder} is complete; next: python {command}")

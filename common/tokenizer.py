@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,38 +32,31 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
     """The tokenizer of this name; use it through encode(). Raises UserError if it is unknown or cannot be read.
 
     "bytes": 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
-    "gpt2": GPT-2's byte-level BPE from the file `vocab` (None: downloaded), then the same three from 50256 on.
-    "qwen3": byte-level BPE from the file `vocab` (None: Qwen3's vocab.json from the hub), then 26 special tokens.
+    "gpt2", "qwen3": byte-level BPE from the file `vocab` (None: downloaded), then the same three, or Qwen3's 26.
     """
     if name == "bytes":
         ranks, specials, pattern = {bytes([i]): i for i in range(256)}, CHAT_SPECIALS, r"[^\n]+|\n+"
     elif name == "gpt2":
-        ranks, specials, pattern = read_vocab(vocab) if vocab else download_gpt2(), CHAT_SPECIALS, GPT2_PATTERN
+        ranks, specials, pattern = read_vocab(vocab) if vocab else download(name), CHAT_SPECIALS, GPT2_PATTERN
     elif name == "qwen3":
-        ranks, specials, pattern = read_vocab(vocab or download_vocab()), QWEN3_SPECIALS, QWEN3_PATTERN
+        ranks, specials, pattern = read_vocab(vocab) if vocab else download(name), QWEN3_SPECIALS, QWEN3_PATTERN
     else:
         raise UserError(f"unknown tokenizer {name!r}; there are bytes, gpt2, qwen3")
     special_ids = {special: len(ranks) + i for i, special in enumerate(specials)}
     return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
 
 
-def download_vocab() -> str:
-    """Path of Qwen3's vocab.json in the hub's cache, downloaded on first use."""
+def download(name: str) -> dict[bytes, int]:
+    """The merge ranks of gpt2 or qwen3, downloaded on first use, then from the cache of tiktoken or of the hub."""
     from huggingface_hub import hf_hub_download, utils
 
     utils.logging.set_verbosity_error()  # no line for every retry
     try:
-        return hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=QWEN3_REVISION)
-    except OSError:
-        raise UserError("cannot fetch the Qwen3 tokenizer from the hub; name a local vocab.json: --vocab=") from None
-
-
-def download_gpt2() -> dict[bytes, int]:
-    """GPT-2's merge ranks from tiktoken's cache, downloaded on first use."""
-    try:
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+        if name == "gpt2":
+            return tiktoken.get_encoding("gpt2")._mergeable_ranks
+        return read_vocab(hf_hub_download("Qwen/Qwen3-0.6B-Base", "vocab.json", revision=QWEN3_REVISION))
     except (OSError, ValueError):  # no network, or another page in its place
-        raise UserError("cannot fetch the GPT-2 tokenizer; name a local vocab.json: --vocab=") from None
+        raise UserError(f"cannot fetch the {name} tokenizer; name a local vocab.json: --vocab=") from None
 
 
 def read_vocab(path: str) -> dict[bytes, int]:
@@ -78,10 +70,8 @@ def read_vocab(path: str) -> dict[bytes, int]:
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("ids with gaps, or a byte without a token")
-    except OSError as e:
-        raise UserError(f"cannot read the vocabulary {path}: {e.strerror}") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{path} is not a vocab.json of a byte-level BPE tokenizer") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise UserError(f"{path} is not a vocab.json of a byte-level BPE tokenizer ({e!r})") from None
     return ranks
 
 
@@ -97,28 +87,24 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         return np.concatenate([encode(encoding, text[: len(text) // 2]), encode(encoding, text[len(text) // 2 :])])
 
 
-def encode_chat(
-    encoding: tiktoken.Encoding, messages: Sequence[dict[str, str]], reply: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_chat(encoding: tiktoken.Encoding, messages: list[dict], reply=False) -> tuple[np.ndarray, np.ndarray]:
     """A conversation in ChatML: token ids [n] uint32 and loss mask [n] uint8.
 
-    messages: {"role": "system", "user" or "assistant", "content": text}, else UserError. The mask is 1 on the content
-    of each assistant message, its <|im_end|> and newline. <|endoftext|> comes last; with reply=True, the opening of an
-    assistant message comes instead.
+    messages: {"role": "system", "user" or "assistant", "content": text}, else UserError. The mask is 1 on what the
+    assistant says, its <|im_end|> and newline. <|endoftext|> comes last, or with reply=True, the start of an answer.
     """
     eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise UserError("no messages")
     parts = []  # (token ids, whether loss is taken on them)
     for message in messages:
-        fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
+        role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"the role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise UserError("content that is not text")
         parts += [(start, False), (encode(encoding, f"{role}\n"), False)]
         parts += [(ids, role == "assistant") for ids in (encode(encoding, content), end, encode(encoding, "\n"))]
-    if not parts:
-        raise UserError("no messages")
     parts += [(start, False), (encode(encoding, "assistant\n"), False)] if reply else [(eot, False)]
     loss_mask = np.concatenate([np.full(len(ids), has_loss, np.uint8) for ids, has_loss in parts])
     return np.concatenate([ids for ids, _ in parts]), loss_mask

@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import inspect
 import itertools
-import math
 import random
 import re
 import sysconfig
@@ -20,13 +19,12 @@ from common.tokenizer import is_held_out
 
 # A family generates one problem: the question, the steps that a person would write, and the answer they lead to.
 
-Problem = tuple[str, list[str], str]
 NAMES = "Ada Ben Chloe David Emma Farid Grace Hugo Iris Jonas Kira Liam Mia Noah".split()
 SYSTEMS = ("You are a careful calculator.", "Answer step by step.", "Work it out, then give the answer.")
 THINGS = "apples books coins pencils stamps shells marbles cards stickers oranges tickets".split()
 
 
-def number_facts(rng: random.Random) -> Problem:
+def number_facts(rng: random.Random) -> tuple[str, list[str], str]:
     """Sums, differences, products and quotients of single digits."""
     facts = []
     for sign in rng.choices("+-*/", k=6):
@@ -49,7 +47,7 @@ def column_steps(a: int, sign: str, b: int) -> list[str]:
     return [f"{a} {sign} {b}:", ones + note * carry, tens, f"{a} {sign} {b} = {result}"]
 
 
-def one_calculation(templates: Sequence[tuple[str, str]], rng: random.Random) -> Problem:
+def one_calculation(templates: Sequence[tuple[str, str]], rng: random.Random) -> tuple[str, list[str], str]:
     """A question from one of the templates, whose answer is the sum or difference of two two-digit numbers."""
     sign, template = rng.choice(templates)
     a, b = rng.randint(10, 99), rng.randint(10, 99)
@@ -60,7 +58,7 @@ def one_calculation(templates: Sequence[tuple[str, str]], rng: random.Random) ->
     return question, column_steps(a, sign, b), str(a + b if sign == "+" else a - b)
 
 
-def sequences(rng: random.Random) -> Problem:
+def sequences(rng: random.Random) -> tuple[str, list[str], str]:
     step, sign = rng.randint(2, 30), rng.choice("+-")
     low = rng.randint(max(10, step), 99 - 2 * step)
     terms = [low, low + step, low + 2 * step][:: 1 if sign == "+" else -1]
@@ -83,7 +81,7 @@ TEMPLATES = {  # family: sign of the calculation, question
         ("-", "{name} has {a} {things} and {other} has {b}. How many more does {name} have?"),
     ],
 }
-FAMILIES: dict[str, Callable[[random.Random], Problem]] = {"number facts": number_facts, "sequences": sequences}
+FAMILIES: dict[str, Callable[[random.Random], tuple]] = {"number facts": number_facts, "sequences": sequences}
 FAMILIES |= {family: functools.partial(one_calculation, templates) for family, templates in TEMPLATES.items()}
 
 
@@ -97,43 +95,35 @@ def is_reserved(question: str) -> bool:
     return is_held_out(f"reserved {question_numbers(question)}", 0.1)  # another hash than the split's
 
 
-def reveals_reserved(steps: list[str]) -> bool:
-    """Whether a step computes a reserved sum or difference; reserved ones have two-digit numbers only."""
-    return any(map(is_reserved, re.findall(r"\d\d [-+] \d\d =", "; ".join(steps))))
-
-
 def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tuple[str, str, str, str]]:
     """Distinct problems, the families in turn: (family, question, worked steps ending in the answer, answer).
 
-    Either all questions are reserved, or none is and no step reveals a reserved answer. A family ends after `limit`
-    problems, or when it finds no new one.
+    Either all questions are reserved, or none is and no step computes a reserved sum or difference. A family ends after
+    `limit` problems, or when it finds no new one.
     """
-    rng, seen, remaining = random.Random(seed), set(), dict.fromkeys(FAMILIES, limit or math.inf)
-
-    def is_wanted(problem: Problem) -> bool:
-        question, steps, _ = problem
-        return question not in seen and is_reserved(question) == reserved and (reserved or not reveals_reserved(steps))
-
+    rng, seen, remaining = random.Random(seed), set(), dict.fromkeys(FAMILIES, limit or float("inf"))
     while any(remaining.values()):
         for family, generate in FAMILIES.items():
-            candidates = (generate(rng) for _ in range(2000 if remaining[family] else 0))
-            problem = next(filter(is_wanted, candidates), None)
-            remaining[family] = remaining[family] - 1 if problem else 0
-            if problem:
-                question, steps, answer = problem
-                seen.add(question)
-                yield family, question, "".join(f"{step}\n" for step in steps) + f"Answer: {answer}", answer
+            for _ in range(2000 if remaining[family] else 0):
+                question, steps, answer = generate(rng)
+                calculations = [] if reserved else re.findall(r"\d\d [-+] \d\d =", "; ".join(steps))
+                if question not in seen and all(is_reserved(x) == reserved for x in (question, *calculations)):
+                    seen.add(question)
+                    remaining[family] -= 1
+                    yield family, question, "".join(f"{step}\n" for step in steps) + f"Answer: {answer}", answer
+                    break
+            else:
+                remaining[family] = 0
 
 
 def math_documents(seed: int, size: float) -> Iterator[str]:
     """Solved problems, `size` bytes of them."""
-    total = 0
-    for _, question, worked, _ in problems(seed, reserved=False):
-        if total >= size:
-            return
+    total, source = 0, problems(seed, reserved=False)
+    while total < size:
+        _, question, worked, _ = next(source)
         text = f"Problem: {question}\n{worked}\n"
-        total += len(text)
         yield text
+        total += len(text)
 
 
 def math_conversations(seed: int, size: float, val_fraction: float) -> Iterator[list[dict[str, str]]]:
@@ -142,17 +132,14 @@ def math_conversations(seed: int, size: float, val_fraction: float) -> Iterator[
     while total < size:
         messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 1 / 8 else []
         splits = set()  # of the problems; both turns belong to one
-        for _ in range(2 if rng.random() < 1 / 4 else 1):
-            problem = next(source, None)
-            if problem is None:
-                return
-            turn = [{"role": "user", "content": problem[1]}, {"role": "assistant", "content": problem[2]}]
+        for _, question, worked, _ in itertools.islice(source, 1 + (rng.random() < 1 / 4)):
+            turn = [{"role": "user", "content": question}, {"role": "assistant", "content": worked}]
             length = sum(len(message["content"]) for message in messages + turn)
-            splits.add(is_held_out(question_numbers(problem[1]), val_fraction))
+            splits.add(is_held_out(question_numbers(question), val_fraction))
             if len(messages) < 2 or (length <= 180 and len(splits) == 1):  # 180: two fit the context of tiny_sft.py
                 messages += turn
-        total += sum(len(message["content"]) for message in messages)
         yield messages
+        total += sum(len(message["content"]) for message in messages)
 
 
 def docstring_prose(path: Path) -> list[str]:
@@ -185,11 +172,8 @@ def code_documents() -> Iterator[str]:
     """The files of Python's standard library, without tests, character tables and generated topics."""
     root = Path(sysconfig.get_paths()["stdlib"])
     excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-    for path in sorted(root.rglob("*.py")):
-        if not excluded.intersection(path.relative_to(root).parts):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield text
+    paths = [path for path in sorted(root.rglob("*.py")) if not excluded.intersection(path.relative_to(root).parts)]
+    return filter(str.strip, (path.read_text(encoding="utf-8", errors="replace") for path in paths))
 
 
 def word_runs(text: bytes) -> set[int]:
@@ -205,19 +189,13 @@ def without_repeats(documents: Iterable[str], val_fraction: float) -> Iterator[s
     return (text for text, in_val in documents if in_val or held_out.isdisjoint(word_runs(text.encode())))
 
 
-def repeated_share(folder: Path) -> float:
-    """Share of val's runs of 13 words that occur in train too, from the files; their tokens are bytes."""
-
-    def runs(split: str) -> Iterator[set[int]]:
-        tokens = np.fromfile(folder / f"{split}.bin", np.uint16)
-        return map(word_runs, np.where(tokens < 256, tokens, 0).astype(np.uint8).tobytes().split(b"\0"))
-
-    held_out = set().union(*runs("val"))
-    return len(set().union(*(held_out & text_runs for text_runs in runs("train")))) / max(1, len(held_out))
-
-
 def describe(share: float, folder: Path, counts: dict) -> dict:
-    """A domain's entry in meta.json: its share of a training step, its counts, and how much of val occurs in train."""
-    repeated = repeated_share(folder)
+    """A domain's entry in meta.json: its share of a step, its counts, and the share of val's 13-word runs in train."""
+    runs = {}
+    for split in ("train", "val"):
+        tokens = np.fromfile(folder / f"{split}.bin", np.uint16)  # bytes, and special tokens
+        texts = np.where(tokens < 256, tokens, 0).astype(np.uint8).tobytes().split(b"\0")
+        runs[split] = set().union(*map(word_runs, texts))
+    repeated = len(runs["train"] & runs["val"]) / max(1, len(runs["val"]))
     print(f"{folder.name}: {repeated:.1%} of held-out 13-word runs occur in train")
     return {"share": share, **counts, "val_runs_in_train": repeated}

@@ -8,7 +8,6 @@ python eval.py --tasks=hellaswag,arc_easy   benchmarks, through EleutherAI's lm-
 Writes all numbers to eval.json beside the checkpoint, with plots of the routing and of the training.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -32,12 +30,6 @@ from common.settings import UserError, check_range
 from common.tokenizer import encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
 from model import ModelConfig, PolychromaticLM
-
-# The measures of routing_stats() by their names in print, with the paper's values.
-MEASURES = {
-    "static entropy": "1.3863 nats (100.00%)", "dynamic entropy": "0.0004 nats (0.03%)", "usage": "not measured",
-    "input dependence": "not measured", "agreement": "not measured",
-}  # fmt: skip
 
 
 @dataclass
@@ -60,7 +52,7 @@ class EvalConfig:
     task_dir: str | None = None  # folder of additional task files for the harness
     chat: bool = False  # put the prompts of the tasks into the chat format of sft.py
     limit: int | None = None  # problems of each family (None: 40), documents of each task (None: all)
-    batch_size: int | None = None  # rows at once; None: 16,384 tokens, on CUDA 32,768
+    batch_size: int | None = None  # rows at once; None: as many as hold 16,384 tokens
     seed: int = 1  # of the generated problems
     # machine
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
@@ -68,66 +60,40 @@ class EvalConfig:
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
 
     def __post_init__(self):
-        check_range(self, 0, 2**63 - 1, "seed")
-        highest_limit = 1000 if self.problems else 2**40  # a family has fewer than 1,000 held-out problems
-        for name, highest in {"limit": highest_limit, "max_tokens": 2**40, "batch_size": 2**20}.items():
-            if getattr(self, name) is not None:
-                check_range(self, 1, highest, name)
-
-
-def pick_batch_size(cfg: EvalConfig, model: PolychromaticLM) -> int:
-    """Rows at once: cfg's number, else as many as hold 2^14 tokens, on CUDA 2^15."""
-    if model.config.sees_future:
-        return 1  # its router would read the padding
-    tokens = 2**15 if model.device.type == "cuda" else 2**14
-    return cfg.batch_size or max(1, tokens // model.config.block_size)
+        check_range(self, 1, 2**40, "max_tokens", "limit", "batch_size")
 
 
 def in_batches(function: Callable[[Sequence], list], items: Sequence, name: str, batch_size: int) -> list:
     """The results of function(batch), one for each item, in order."""
-    starts = tqdm(range(0, len(items), batch_size), desc=name, disable=not len(items))
+    starts = tqdm(range(0, len(items), batch_size), desc=name)
     return [result for start in starts for result in function(items[start : start + batch_size])]
 
 
-def print_table(rows: list[list[str]]):
-    """Print rows of cells in aligned columns; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *others in rows:
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]))
-    print()
+def print_table(title: str, results: dict[str, dict]):
+    """Print results by name, {column: value}, one a line."""
+
+    def cell(value) -> str:
+        values = value if isinstance(value, list) else [value]
+        return " / ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in values)
+
+    table = [["", *next(iter(results.values()))]]
+    table += [[name, *map(cell, row.values())] for name, row in results.items()]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print(f"\n{title}")
+    for name, *cells in table:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
 
-def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None]:
-    """Mean of values [n] and its standard error, which is None with one cluster. clusters [n] int: ids.
-
-    Values of one cluster may depend on each other, as the tokens of a document do; the clusters are independent.
-    Linearized variance of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.3).
-    """
-    mean, ids = values.mean(), np.unique(clusters, return_inverse=True)[1]
-    deviations = np.bincount(ids, values - mean)  # of each cluster's sum
-    n = len(deviations)
-    return float(mean), math.sqrt((deviations**2).sum() * n / (n - 1)) / len(values) if n > 1 else None
-
-
-def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """95% interval of a share of n independent trials (Wilson, 1927); unlike a standard error, not 0 wide at 0 of n."""
-    z, share = 1.959964, successes / n
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half_width = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return max(0.0, center - half_width), min(1.0, center + half_width)
-
-
-# --------------------------------------------------------------------------------------------------------- domain loss
+# --------------------------------------------------------------------------------------------------- losses and routing
 
 
 def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     """The validation text of cfg's corpus, else of the one that the model was trained on."""
-    folder = cfg.data_dir
-    if not folder:
-        with contextlib.suppress(UserError, KeyError):  # weights without a run have no settings
-            folder = run.load_checkpoint(source)["settings"]["data_dir"]
-    if not folder:
-        raise UserError(f"{source} does not say what it was trained on; name a corpus, --data_dir=, or --report=False")
+    try:
+        folder = cfg.data_dir or run.load_checkpoint(source)["settings"]["data_dir"]
+    except (UserError, KeyError):  # weights without a run
+        advice = "name a corpus, --data_dir=, or --report=False"
+        raise UserError(f"{source} does not say what it was trained on; {advice}") from None
     corpus = corpus_type(folder)(folder, config.block_size, "val", cfg.domains or None)
     if corpus.tokenizer != config.tokenizer or corpus.vocab_size > config.vocab_size:
         ours = f"the model {config.tokenizer!r} with {config.vocab_size:,}"
@@ -136,10 +102,7 @@ def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
 
 
 def val_rows(corpus: Corpus, domain: str, max_tokens: int) -> np.ndarray:
-    """Rows evenly spread over a domain's val.bin: their tokens, targets and doc_ids, [n, 3, block_size] int64.
-
-    Unlike in training, a document keeps its id in every row that it spans.
-    """
+    """Rows evenly spread over a domain's val.bin, [n, 3, block_size] int64. A document has one id in all its rows."""
     chosen = corpus.spread_rows(domain, max_tokens)
     rows = np.stack([corpus.row(domain, index) for index in chosen])
     first_ids = chosen * corpus.block_size  # conversations lie whole in their rows, fewer than block_size in each
@@ -153,118 +116,76 @@ def val_rows(corpus: Corpus, domain: str, max_tokens: int) -> np.ndarray:
 def token_losses(model: PolychromaticLM, rows: np.ndarray) -> list[np.ndarray]:
     """Loss in nats of every token of val_rows(), 0 where there is no target: [block_size] for each row."""
     tokens, targets, doc_ids = to_inputs(rows, model.device)
-    hidden = model.hidden(tokens, doc_ids).flatten(0, 1)
     losses = []
-    for chunk, target in zip(hidden.split(1024), targets.flatten().split(1024)):
-        logits = F.linear(chunk, model.head_weight).float()
-        losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="none"))
-    return list(torch.cat(losses).view_as(targets).double().cpu().numpy())
+    for hidden, target in zip(model.hidden(tokens, doc_ids), targets):  # a row at a time: its logits fill gigabytes
+        logits = F.linear(hidden, model.head_weight).float()
+        losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="none").double().cpu().numpy())
+    return losses
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float | None]:
+    """Mean of values [n] and its standard error (None for one cluster). clusters [n] int: ids of independent groups.
+
+    Linearized variance of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.3).
+    """
+    mean, n = values.mean(), len(np.unique(clusters))
+    deviations = np.bincount(clusters, values - mean)  # of each cluster's sum
+    error = math.sqrt((deviations**2).sum() * n / (n - 1)) / len(values) if n > 1 else None
+    return float(mean), error
 
 
 def measure_domain(model: PolychromaticLM, corpus: Corpus, domain: str, max_tokens: int, batcher: Callable) -> dict:
-    """The loss on held-out text in three units, each with its standard error, which is None for one document."""
+    """The loss on a domain's held-out text."""
     rows = val_rows(corpus, domain, max_tokens)
     losses = np.stack(batcher(functools.partial(token_losses, model), rows, domain))
     is_target = rows[:, 1] >= 0
     documents = rows[:, 2][is_target]
     nats, error = clustered_mean(losses[is_target], documents)
-    result = {"documents": len(np.unique(documents)), "tokens": len(documents)}
-    bits_of_a_nat = corpus.bits_per_byte(domain, 1.0)
-    for name, value, slope in [
-        ("nats_per_token", nats, 1.0),
-        ("bits_per_byte", nats * bits_of_a_nat, bits_of_a_nat),
-        ("perplexity", math.exp(nats), math.exp(nats)),
-    ]:
-        result |= {name: value, f"{name}_error": error and error * slope}
-    return result
-
-
-def print_domains(results: dict[str, dict]):
-    table = [["domain", "documents", "tokens", "nats/token", "bits/byte", "perplexity"]]
-    for domain, measured in results.items():
-        cells = [domain, f"{measured['documents']:,}", f"{measured['tokens']:,}"]
-        for name, spec in {"nats_per_token": ".4f", "bits_per_byte": ".4f", "perplexity": ".2f"}.items():
-            error = measured[f"{name}_error"]
-            cells.append(f"{measured[name]:{spec}} ± {'-' if error is None else format(error, spec)}")
-        table.append(cells)
-    print("\nLoss on held-out text ± standard error, which takes documents, not tokens, as independent")
-    print_table(table)
-
-
-# ------------------------------------------------------------------------------------------------------- routing report
-
-
-def measure_routing(model: PolychromaticLM, corpus: Corpus, max_tokens: int) -> dict[str, dict]:
-    """routing_stats() of at most max_tokens of each domain, and of "all", a mixture of them; empty for a plain GLU."""
-    if len(model.config.activations) == 1:
-        return {}
-    samples = {domain: val_rows(corpus, domain, max_tokens) for domain in corpus.domains}
-    mixed = np.concatenate([rows[:: len(samples)] for rows in samples.values()])
-    stats = {}
-    for name, rows in {"all": mixed, **samples}.items():
-        tokens, targets, doc_ids = to_inputs(rows, model.device)
-        stats[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
-    return stats
-
-
-def format_shares(shares: Sequence[float]) -> str:
-    return " / ".join(f"{share:.1%}" for share in shares)
-
-
-def format_measures(stats: dict, layers: slice = slice(None)) -> list[str]:
-    """The five measures as cells of a table, averaged over these layers."""
-    mean = {name: np.mean(values[layers], axis=0) for name, values in stats.items()}
-    entropies = [f"{mean[f'{x}_entropy']:.4f} nats ({mean[f'{x}_entropy_share']:.2%})" for x in ("static", "dynamic")]
-    dependence = f"{mean['input_dependence']:.4f} nats"
-    return [*entropies, format_shares(mean["usage"]), dependence, f"{mean['agreement']:.1%}"]
-
-
-def print_routing(stats: dict[str, dict], activations: Sequence[str]):
-    names = " / ".join(activations)
-    header = [f"usage: {names}" if name == "usage" else name for name in MEASURES]
-    domains = [name for name in stats if name != "all"]
-    print(f"Routing by layer; entropies also as shares of ln {len(activations)}")
-    rows = [[str(i), *format_measures(stats["all"], slice(i, i + 1))] for i in range(len(stats["all"]["usage"]))]
-    rows += [["mean", *format_measures(stats["all"])], ["paper", *MEASURES.values()]]
-    print_table([["layer", *header], *rows])
-    print("What each measure shows and what it cannot show: docs/routing.md\n")
-    print("Routing by domain, averaged over the layers")
-    print_table([["domain", *header], *([domain, *format_measures(stats[domain])] for domain in domains)])
-    if len(domains) > 1:
-        usage = np.array([stats[domain]["usage"] for domain in domains]).swapaxes(0, 1)  # [n_layer, domains, K]
-        distances = np.abs(usage[:, :, None] - usage[:, None]).sum(-1).max((1, 2)) / 2  # total variation, 0..1
-        print(f"Usage ({names}) by layer and domain; distance: largest share of choices in which two domains differ")
-        rows = [[str(i), *map(format_shares, u), f"{d:.1%}"] for i, (u, d) in enumerate(zip(usage, distances))]
-        print_table([["layer", *domains, "distance"], *rows])
+    return {
+        "documents": len(np.unique(documents)), "tokens": len(documents),
+        "nats_per_token": nats, "perplexity": math.exp(nats),
+        "bits_per_byte": corpus.bits_per_byte(domain, nats),
+        "bits_per_byte_error": error and corpus.bits_per_byte(domain, error),
+    }  # fmt: skip
 
 
 def report(model: PolychromaticLM, corpus: Corpus, cfg: EvalConfig, batcher: Callable, folder: Path) -> dict:
-    """Measure and print domain loss and routing, and save the plots."""
+    """Measure and print the losses and the routing, and save the plots."""
     from extras.plots import save_plots
 
-    max_tokens = cfg.max_tokens or 2**40
+    max_tokens, activations = cfg.max_tokens or 2**40, model.config.activations
     domains = {domain: measure_domain(model, corpus, domain, max_tokens, batcher) for domain in corpus.domains}
-    print_domains(domains)
-    stats = measure_routing(model, corpus, min(max_tokens, 2**15))
-    if stats:
-        print_routing(stats, model.config.activations)
+    print_table("Loss on held-out text; the standard error takes documents, not tokens, as independent", domains)
+    routing = {}  # by domain, and of "all", a mixture of them
+    if len(activations) > 1:
+        samples = {domain: val_rows(corpus, domain, min(max_tokens, 2**15)) for domain in corpus.domains}
+        samples["all"] = np.concatenate([rows[:: len(samples)] for rows in samples.values()])
+        for name, rows in samples.items():
+            tokens, targets, doc_ids = to_inputs(rows, model.device)
+            routing[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
+        measures = [name for name in routing["all"] if not name.endswith("_entropy")]  # entropies as shares of ln K
+        table = {f"layer {i}": {x: routing["all"][x][i] for x in measures} for i in range(model.config.n_layer)}
+        for domain, stats in routing.items():
+            table[f"mean, {domain}"] = {x: np.mean(stats[x], axis=0).tolist() for x in measures}
+        print_table(f"Routing, see docs/routing.md; usage of {' / '.join(activations)}", table)
     else:
-        print(f"a plain GLU of {model.config.activations[0]}: there is no routing to measure")
-    save_plots(Path(cfg.picture_dir or folder), stats, model.config.activations, run.read_log(folder))
-    return {"data_dir": str(corpus.folder), "domains": domains, "routing": stats}
+        print(f"a plain GLU of {activations[0]}: there is no routing to measure")
+    save_plots(Path(cfg.picture_dir or folder), routing, activations, run.read_log(folder))
+    return {"data_dir": str(corpus.folder), "domains": domains, "routing": routing}
 
 
 # --------------------------------------------------------------------------------------------------- problems and tasks
 
 
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the last line of a generated text states the answer, to the letter."""
-    return text.rstrip().rpartition("\n")[2] == f"Answer: {answer}"
+def wilson_interval(successes: int, n: int) -> list[float]:
+    """95% interval of a share of n independent trials (Wilson, 1927); unlike a standard error, not 0 wide at 0 of n."""
+    z = 1.959964
+    center = (successes + z**2 / 2) / (n + z**2)
+    half_width = z / (n + z**2) * math.sqrt(successes * (n - successes) / n + z**2 / 4)
+    return [max(0.0, center - half_width), min(1.0, center + half_width)]
 
 
-def solve_problems(
-    model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: EvalConfig, batcher: Callable
-) -> dict[str, dict]:
+def solve_problems(model: PolychromaticLM, encoding, cfg: EvalConfig, batcher: Callable) -> dict[str, dict]:
     """Exact match of greedy answers by family: {family: {"n", "exact_match", "interval"}}, "all" last."""
     from extras.embedded import problems
 
@@ -275,115 +196,75 @@ def solve_problems(
     held_out = list(problems(cfg.seed, reserved=True, limit=cfg.limit or 40))
     chats = [[{"role": "user", "content": question}] for _, question, _, _ in held_out]
     prompts = [encode_chat(encoding, chat, reply=True)[0].tolist() for chat in chats]
-    texts = batcher(answer, prompts, "problems")
     outcomes = defaultdict(list)
-    for (family, _, _, expected), text in zip(held_out, texts):
-        outcomes[family].append(is_correct(text, expected))
+    for (family, _, _, expected), text in zip(held_out, batcher(answer, prompts, "problems")):
+        last_line = text.rstrip().rpartition("\n")[2]
+        outcomes[family].append(last_line == f"Answer: {expected}")
     outcomes["all"] = sum(outcomes.values(), [])
-    results = {}
-    for name, correct in outcomes.items():
-        n, n_correct = len(correct), sum(correct)
-        results[name] = {"n": n, "exact_match": n_correct / n, "interval": wilson_interval(n_correct, n)}
-    return results
+    return {
+        family: {"n": len(x), "exact_match": sum(x) / len(x), "interval": wilson_interval(sum(x), len(x))}
+        for family, x in outcomes.items()
+    }
 
 
-def print_problems(results: dict[str, dict]):
-    table = [["held-out problems", "n", "exact match", "95% interval"]]
-    for name, r in results.items():
-        low, high = r["interval"]
-        table.append([name, str(r["n"]), f"{r['exact_match']:.1%}", f"{low:.1%} to {high:.1%}"])
-    print_table(table)
-
-
-def headline(result: dict, preferred: str | None) -> tuple[str, float, tuple[float, float] | None]:
-    """Name, value and 95% interval of a task's main metric: the preferred one, else the first common one.
-
-    Shares are in percent, with Wilson's interval; another metric has 1.96 times the harness's standard error, if any.
-    """
-    metrics, n = result["metrics"], result["n"]
-    numbers = [key for key, value in metrics.items() if isinstance(value, float) and "_stderr," not in key]
-    names = (preferred, "acc_norm", "acc", "exact_match")
-    common = [key for name in names for key in numbers if key.split(",")[0] == name]
-    key = (common + numbers)[0]
-    name, value, error = key.replace(",none", ""), metrics[key], metrics.get(key.replace(",", "_stderr,"))
-    if common:
-        low, high = wilson_interval(value * n, n)
-        return name, 100 * value, (100 * low, 100 * high)
-    return name, value, (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else None
-
-
-def task_table(results: dict[str, dict], names: Sequence[str]) -> list[list[str]]:
-    """The scores beside those of the paper, in percent, as rows for print_table()."""
+def task_row(name: str, result: dict) -> dict:
+    """A task's main metric, with the harness's standard error, beside the paper's scores."""
     from extras.harness import REFERENCES
 
-    others = ["paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess", "of Qwen3"]
-    table = [["task", "metric", "n", "this model", "95% interval", *others]]
-    for name in names:
-        preferred, base, sft, qwen3, guess = REFERENCES.get(name, (None,) * 5)
-        metric, score, interval = headline(results[name], preferred)
-        cells = [(base, ".2f"), (sft, ".2f"), (qwen3, ".2f"), (guess, "g"), (qwen3 and score / qwen3, ".0%")]
-        others = ["-" if value is None else format(value, spec) for value, spec in cells]
-        between = "{:.2f} to {:.2f}".format(*interval) if interval else "-"
-        table.append([name, metric, str(results[name]["n"]), f"{score:.2f}", between, *others])
-    return table
+    main_metric, *percents = REFERENCES.get(name, (None,) * 5)
+    metrics = {key: value for key, value in result["metrics"].items() if isinstance(value, float)}
+    key = next((key for key in metrics if key.split(",")[0] == main_metric), next(iter(metrics)))
+    error = metrics.get(key.replace(",", "_stderr,"))
+    scores = {"metric": key, "n": result["n"], "this model": metrics[key], "standard error": error}
+    others = ("paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess")
+    return scores | {model: None if percent is None else percent / 100 for model, percent in zip(others, percents)}
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
-
-
-def weights_digest(model: PolychromaticLM) -> str:
-    """A hash of the model's settings and weights."""
+def read_results(file: Path, model: PolychromaticLM) -> dict:
+    """The results in an eval.json, if they are of this model's settings and weights, which a hash identifies."""
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=8)
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def read_results(file: Path, weights: str) -> dict:
-    """The results in an eval.json, if they are of these weights."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
-        results = json.loads(file.read_text(encoding="utf-8"))
-        if results["weights"] == weights:
-            return results
-    return {"weights": weights}
+    weights = digest.hexdigest()
+    try:
+        saved = json.loads(file.read_text()) if file.exists() else {}
+        return saved if saved.get("weights") == weights else {"weights": weights}
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"{file} is damaged ({e}); delete it to measure everything again") from None
 
 
 def main():
     cfg = settings.load(EvalConfig)
     run.prepare_cpu()
     source, device = Path(cfg.init_from or newest_checkpoint()), run.pick_device(cfg.device)
-    dtype = run.inference_dtype(cfg.dtype, device)
+    dtype = run.pick_dtype(cfg.dtype, device, training=False)
     model = open_model(source, device, cfg.revision, cfg.router_context)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
     wants_report = cfg.report if cfg.report is not None else not (cfg.problems or cfg.tasks)
     corpus = open_corpus(cfg, source, model.config) if wants_report else None
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
-    batcher = functools.partial(in_batches, batch_size=pick_batch_size(cfg, model))
+    batch_size = 1 if model.config.sees_future else cfg.batch_size or max(1, 2**14 // model.config.block_size)
+    batcher = functools.partial(in_batches, batch_size=batch_size)  # one row: a "sequence" router reads the padding
     file = folder / "eval.json"
-    results = read_results(file, weights_digest(model))
-
-    def save():
-        with run.name_write_errors(file):
-            folder.mkdir(parents=True, exist_ok=True)
-            run.write_json(file, results)
-
+    results = read_results(file, model)
+    with run.name_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if corpus:
             results |= report(model, corpus, cfg, batcher, folder)
-            save()
         if cfg.problems:
             results["problems"] = solve_problems(model, encoding, cfg, batcher)
-            print_problems(results["problems"])
-            save()
+            print_table("Held-out problems; 95% intervals", results["problems"])
+        run.write_json(file, results)
         if cfg.tasks:
             from extras.harness import run_tasks
 
             finished = results.setdefault("tasks", {})
             for name, result in run_tasks(model, encoding, batcher, cfg, str(dtype), finished):
                 finished[name] = result
-                save()  # a killed run resumes after the last finished task
-            print("\nBenchmark tasks, accuracy in percent; the scores of the other models are the paper's")
-            print_table(task_table(finished, cfg.tasks))
+                run.write_json(file, results)  # a killed run resumes after the last finished task
+            rows = {name: task_row(name, finished[name]) for name in cfg.tasks}
+            print_table("Benchmark tasks; the scores of the other models are the paper's", rows)
     print(f"numbers: {file}")
 
 

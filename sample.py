@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
 import torch
 
 from common.generate import text_deltas
-from common.run import compiler_works, inference_dtype, pick_device
+from common.run import compiler_works, pick_device, pick_dtype
 from common.settings import UserError, check_range, load, run
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
@@ -44,7 +43,7 @@ class SampleConfig:
     top_k: int | None = None  # sample from the k most likely tokens
     top_p: float | None = None  # sample from the fewest tokens whose probabilities sum to p
     seed: int = 1337  # of the sampling
-    stop: str | None = None  # end a continuation before this text; <|endoftext|> always ends it
+    stop: str | None = None  # end a continuation before this text; <|endoftext|> and <|im_end|> always end it
     # machine
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
@@ -52,9 +51,7 @@ class SampleConfig:
     compile: bool = False  # compile the blocks: takes half a minute, pays off for long texts
 
     def __post_init__(self):
-        self.init_from = self.init_from or self.out_dir
         check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
-        check_range(self, 0, 2**63 - 1, "seed")
         if self.chat and self.num_samples > 1:
             raise UserError("chat and num_samples exclude each other: a chat has one answer")
 
@@ -64,14 +61,10 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
-def stream(
-    model: PolychromaticLM, encoding: tiktoken.Encoding, ids: list[int], cfg: SampleConfig, max_new_tokens: int
-) -> Iterator[str]:
-    """Continue token ids up to <|endoftext|> (in a chat, also <|im_end|>) or the stop text; yields pieces of text."""
-    stop_ids = stop_tokens(encoding) if cfg.chat else {encoding.eot_token}
-    settings = [cfg.stop or ""], cfg.temperature, cfg.top_k, cfg.top_p
-    for (piece,) in text_deltas(model, encoding, [ids], max_new_tokens, stop_ids, *settings):
-        yield piece
+def stream(model: PolychromaticLM, encoding, ids: list[int], cfg: SampleConfig) -> Iterator[str]:
+    """Continue token ids up to <|endoftext|>, <|im_end|> or the stop text; yields pieces of text."""
+    settings = stop_tokens(encoding), [cfg.stop or ""], cfg.temperature, cfg.top_k, cfg.top_p
+    return (piece for (piece,) in text_deltas(model, encoding, [ids], cfg.max_new_tokens, *settings))
 
 
 def read_prompt(text: str) -> str:
@@ -84,7 +77,7 @@ def read_prompt(text: str) -> str:
         raise UserError(f"cannot read the prompt from {text[1:]!r}: {e}") from None
 
 
-def continue_text(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: SampleConfig):
+def continue_text(model: PolychromaticLM, encoding, cfg: SampleConfig):
     """Print num_samples continuations of the prompt."""
     prompt, block_size = read_prompt(cfg.prompt), model.config.block_size
     ids = encode(encoding, prompt).tolist()
@@ -97,7 +90,7 @@ def continue_text(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: Samp
         if cfg.num_samples > 1:
             print(f"--- sample {i + 1} of {cfg.num_samples} ---")
         print(prompt, end="", flush=True)
-        for piece in stream(model, encoding, ids, cfg, cfg.max_new_tokens):
+        for piece in stream(model, encoding, ids, cfg):
             print(piece, end="", flush=True)
         print()
 
@@ -105,19 +98,14 @@ def continue_text(model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: Samp
 class Chat:
     """A conversation with the model: keeps its history and prints answers as they are generated."""
 
-    def __init__(self, model: PolychromaticLM, encoding: tiktoken.Encoding, cfg: SampleConfig):
+    def __init__(self, model: PolychromaticLM, encoding, cfg: SampleConfig):
         self.model, self.encoding, self.cfg = model, encoding, cfg
         self.system = [{"role": "system", "content": cfg.system}] if cfg.system else []
         self.turns: list[dict[str, str]] = []  # user and assistant alternate
 
     def answer(self, question: str):
-        """Print the answer to a message of the user, and remember both. Ctrl-C ends the answer early.
-
-        Forgets the oldest turns until a quarter of the context is left for the answer. Raises UserError if the message
-        alone is too long.
-        """
-        block_size = self.model.config.block_size
-        room = block_size * 3 // 4
+        """Print the answer to a message of the user, and remember both. Ctrl-C ends the answer early."""
+        room = self.model.config.block_size * 3 // 4  # leaves a quarter of the context for the answer
         turns = [*self.turns, {"role": "user", "content": question}]
         while len(ids := encode_chat(self.encoding, self.system + turns, reply=True)[0].tolist()) > room:
             if len(turns) == 1:
@@ -126,10 +114,9 @@ class Chat:
             turns = turns[2:]
         if len(turns) <= len(self.turns):
             note("(the context is full: the oldest turn is forgotten)")
-        length = min(self.cfg.max_new_tokens, block_size - len(ids))
         text = ""
         try:
-            for piece in stream(self.model, self.encoding, ids, self.cfg, length):
+            for piece in stream(self.model, self.encoding, ids, self.cfg):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
@@ -167,23 +154,20 @@ def converse(chat: Chat):
 def main():
     cfg = load(SampleConfig)
     device = pick_device(cfg.device)
-    dtype = inference_dtype(cfg.dtype, device)
-    model = open_model(cfg.init_from or newest_checkpoint(), device, cfg.revision, cfg.router_context)
+    dtype = pick_dtype(cfg.dtype, device, training=False)
+    model = open_model(cfg.init_from or cfg.out_dir or newest_checkpoint(), device, cfg.revision, cfg.router_context)
     with contextlib.redirect_stdout(sys.stderr):
         if cfg.compile and compiler_works(device):
             model.compile()
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     torch.manual_seed(cfg.seed)
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if not cfg.chat:
-                continue_text(model, encoding, cfg)
-            elif cfg.prompt:
-                Chat(model, encoding, cfg).answer(read_prompt(cfg.prompt))
-            else:
-                converse(Chat(model, encoding, cfg))
-    except KeyboardInterrupt:
-        print()
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        if not cfg.chat:
+            continue_text(model, encoding, cfg)
+        elif cfg.prompt:
+            Chat(model, encoding, cfg).answer(read_prompt(cfg.prompt))
+        else:
+            converse(Chat(model, encoding, cfg))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import os
 import re
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-NOT_A_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # what ast.literal_eval() raises
 
 
 class UserError(ValueError):
@@ -46,31 +45,32 @@ def load(cls: type, argv: list[str] | None = None):
 
     argv: paths of override files (ending in .py); --name=value or --name value; --name alone for a bool;
     --name.key=value for an entry of a dict; --help. Any other word is the value of init_from, for a class that has one.
-    The result's attribute `overridden` is the set of names that argv set. Raises UserError with the file or flag at
-    fault, the type that was expected, and for an unknown name the nearest valid one.
+    The result's attribute `overridden` is the set of names that argv set. A UserError names the file or flag at fault.
     """
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("--help", "-h")]
     wants_help = len(words) < len(argv)
-    all_hints = typing.get_type_hints(cls)
-    hints = {f.name: all_hints[f.name] for f in dataclasses.fields(cls)}
+    hints = {f.name: f.type for f in dataclasses.fields(cls)}
+    kinds = {name: typing.get_args(t) if isinstance(t, types.UnionType) else (t,) for name, t in hints.items()}
     values = {}
     while words:
         word = words.pop(0)
         if word.startswith("-"):
-            overrides = [read_flag(word, words, values, hints)]
+            overrides = [read_flag(word, words, values, kinds)]
         elif word.endswith(".py"):
             overrides = read_overrides(Path(word))
         elif Path(f"{word}.py").is_file():
             raise UserError(f"{word!r} is not a file of settings; did you mean {word}.py?")
-        elif "init_from" in hints and ("/" in word or Path(word).exists()):
+        elif "init_from" in kinds:
             overrides = [(word, "init_from", word)]
         else:
-            model = ", nor a model" if "init_from" in hints else ""
-            raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag{model}")
+            raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag")
         for where, name, value in overrides:
-            check_name(name, hints, where)
-            values[name] = convert(value, hints[name], f"{where}: {name}")
+            if name not in kinds:
+                near = difflib.get_close_matches(name, kinds, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
+                raise UserError(f"{where}: there is no setting {name!r}; {hint}")
+            values[name] = convert(value, kinds[name], f"{where}: {name}")
     if values and not wants_help:
         print("override:", ", ".join(f"{name}={value!r}" for name, value in values.items()), file=sys.stderr)
     try:
@@ -84,28 +84,27 @@ def load(cls: type, argv: list[str] | None = None):
     return settings
 
 
-def read_flag(flag: str, words: list[str], values: dict, hints: dict) -> tuple[str, str, object]:
+def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[str, str, object]:
     """(flag, name, value) of --name=value, --name or --name.key=value. A value without = is taken from `words`."""
     flag, equals, text = flag.partition("=")
     name, _, key = flag.lstrip("-").partition(".")
-    check_name(name, hints, f"--{name}")
     if not equals:
-        is_switch = bool in kinds_of(hints[name])
+        is_switch = bool in kinds.get(name, [bool])  # load() refuses an unknown name
         if words and (words[0].lower() in ("true", "false") if is_switch else not words[0].startswith("--")):
             text = words.pop(0)
         elif is_switch:
             text = "True"
         else:
-            raise UserError(f"{flag} needs a value: {flag}=<{type_name(hints[name])}>")
+            raise UserError(f"{flag} needs a value")
     if not key:
         return flag, name, text
     entries = values.get(name) or {}
-    if isinstance(entries, str):
+    if not isinstance(entries, dict):
         raise UserError(f"{flag}= and --{name}= exclude each other")
     return flag, name, {**entries, key: text}
 
 
-def read_overrides(path: Path) -> list[tuple[str, str, object]]:
+def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
     """The assignments of an override file: (file:line, name, value). Values are Python literals."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
@@ -113,29 +112,27 @@ def read_overrides(path: Path) -> list[tuple[str, str, object]]:
         near = difflib.get_close_matches(str(path), map(str, Path("config").rglob("*.py")), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"cannot read {path}: {e.strerror}{hint}") from None
-    except NOT_A_LITERAL as e:
+    except (SyntaxError, ValueError) as e:
         raise UserError(f"{path}: not lines of `name = value` ({e})") from None
-    found = []
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         where = f"{path}:{node.lineno}"
         try:
             (target,) = node.targets
-            found.append((where, target.id, ast.literal_eval(node.value)))
-        except (AttributeError, *NOT_A_LITERAL):
+            yield where, target.id, ast.literal_eval(node.value)
+        except (AttributeError, SyntaxError, TypeError, ValueError):
             line = ast.unparse(node).splitlines()[0][:60]
             raise UserError(f"{where}: expected `name = value` with a literal value, found `{line}`") from None
-    return found
 
 
-def convert(value, hint, label: str):
-    """`value`, the text of a flag or a literal of a file, as the type `hint`. Raises UserError, starting with label."""
+def convert(value, kinds: tuple, label: str):
+    """The text of a flag or the literal of a file as one of these types. Raises UserError, starting with label."""
     literal = value
     if isinstance(value, str):
-        with contextlib.suppress(*NOT_A_LITERAL):
+        with contextlib.suppress(SyntaxError, TypeError, ValueError):
             literal = ast.literal_eval(value.title() if value.lower() in ("true", "false", "none") else value)
-    for kind in sorted(kinds_of(hint), key=lambda kind: kind is str):  # any text is a str, so try that last
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # any text is a str, so try that last
         origin, args = typing.get_origin(kind), typing.get_args(kind)
         if kind is str and isinstance(value, str):
             return value
@@ -148,37 +145,20 @@ def convert(value, hint, label: str):
         if origin is tuple:
             names = literal.split(",") if isinstance(literal, str) else literal
             if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names):
-                return tuple(names)
+                return tuple(filter(None, names))  # no text, no names
         if origin is dict and isinstance(literal, dict) and literal and all(isinstance(key, str) for key in literal):
-            return {key: convert(entry, args[1], f"{label}.{key}") for key, entry in literal.items()}
-    raise UserError(f"{label} takes {type_name(hint)}, not {repr(literal)[:60]}")
+            return {key: convert(entry, args[1:], f"{label}.{key}") for key, entry in literal.items()}
+    names = {bool: "True or False", tuple: "comma-separated names", dict: "{'name': value, ...}", type(None): "None"}
+    expected = " or ".join(names.get(typing.get_origin(kind) or kind, kind.__name__) for kind in kinds)
+    raise UserError(f"{label} takes {expected}, not {repr(literal)[:60]}")
 
 
 def check_range(settings, low: float, high: float, *names: str):
-    """Raise UserError, naming the first, if one of these settings lies outside low..high, both included."""
+    """Raise UserError, naming the first, if one of these settings lies outside low..high, both included; None may."""
     for name in names:
-        if not low <= getattr(settings, name) <= high:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must lie in {low:g}..{high:g}")
-
-
-def check_name(name: str, known: dict, where: str):
-    """Raise UserError for an unknown setting, with the nearest known name."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
-        raise UserError(f"{where}: there is no setting {name!r}; {hint}")
-
-
-def kinds_of(hint) -> tuple:
-    """The members of a union, or the type itself."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def type_name(hint) -> str:
-    """The type as a person would write it."""
-    names = {bool: "True or False", tuple: "comma-separated names", dict: "{'name': value, ...}", type(None): "None"}
-    kinds = [typing.get_origin(kind) or kind for kind in kinds_of(hint)]
-    return " or ".join(names.get(kind, kind.__name__) for kind in kinds)
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name} is {value}; it must lie in {low:g}..{high:g}")
 
 
 def describe(settings) -> str:
@@ -189,17 +169,15 @@ def describe(settings) -> str:
         for line in inspect.getsource(base).splitlines():
             if match := re.match(r"(?:    |class .*:  )# (.*)", line):
                 heading = match[1]
-            elif match := re.match(r"    (\w+): .*?  # (.*)", line):
+            elif (match := re.match(r"    (\w+): .*?  # (.*)", line)) and match[1] in vars(settings):
                 comments[match[1]] = match[2]
                 headings.setdefault(match[1], heading)
-    groups: dict[str, list[str]] = {}
-    for name, value in dataclasses.asdict(settings).items():
-        value = ",".join(value) if isinstance(value, tuple) else value
-        flag = f"  --{name}={value if isinstance(value, str) else repr(value)}"
-        lines = textwrap.wrap(comments[name], 88)
-        if len(flag) > 31:
-            lines.insert(0, "")
-        groups.setdefault(headings[name], []).append(f"{flag:<32}" + f"\n{' ' * 32}".join(lines))
-    doc = inspect.cleandoc(sys.modules[type(settings).__module__].__doc__ or "")
-    texts = ["\n".join([f"{heading}:", *group]) for heading, group in groups.items()]
-    return "\n\n".join([doc, "Settings, as --name=value or as lines of an override file", *texts])
+    text = inspect.cleandoc(sys.modules[type(settings).__module__].__doc__ or "")
+    text += "\n\nSettings, as --name=value or as lines of an override file"
+    for heading, names in itertools.groupby(headings, headings.get):
+        text += f"\n\n{heading}:"
+        for name in names:
+            value = getattr(settings, name)
+            flag = f"  --{name}={','.join(value) if isinstance(value, tuple) else value}"
+            text += "\n" + textwrap.fill(f"{flag:<30}  {comments[name]}", 120, subsequent_indent=" " * 32)
+    return text

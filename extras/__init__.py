@@ -1,1 +1,1 @@
-"""What a first reader can skip: loading weights, routing measures, generated text, tasks, costs, the study."""
+"""What a first reader can skip: benchmark tasks, plots, costs, the study, the embedded corpus."""

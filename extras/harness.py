@@ -1,21 +1,19 @@
-"""Adapter to EleutherAI's lm-evaluation-harness, for eval.py --tasks.
-
-HarnessModel answers the harness's requests: log-likelihoods of a continuation or a whole text, and generation.
-"""
+"""Adapter to EleutherAI's lm-evaluation-harness, for eval.py --tasks."""
 
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common.generate import generate_texts
 from common.settings import UserError
-from common.tokenizer import CHAT_SPECIALS, ROLES, encode, encode_chat, stop_tokens
+from common.tokenizer import CHAT_SPECIALS, ROLES, encode, stop_tokens
 from model import PolychromaticLM
 
 try:
@@ -56,8 +54,7 @@ def log_likelihoods(model: PolychromaticLM, requests: list[tuple[list[int], list
     T, device = model.config.block_size, model.device
     rows = [tuple((context + continuation)[-T - 1 : -1]) for context, continuation in requests]
     unique = list(dict.fromkeys(rows))  # one-token continuations of a context share a row
-    longest = max(map(len, unique))
-    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in unique], device=device)
+    padded = pad_sequence([torch.tensor(row, device=device) for row in unique], batch_first=True)
     hidden = dict(zip(unique, model.hidden(padded)))  # causal: padding on the right changes nothing before it
     totals, greedy = [], []
     for row, (_, continuation) in zip(rows, requests):
@@ -71,20 +68,16 @@ def log_likelihoods(model: PolychromaticLM, requests: list[tuple[list[int], list
 class HarnessModel(TemplateLM):
     """A model as the harness sees it. batcher(function, requests, name) runs a function on batches of requests."""
 
+    eot_token_id = tokenizer_name = None  # abstract in the base class
+
     def __init__(self, model: PolychromaticLM, encoding: tiktoken.Encoding, batcher: Callable):
         super().__init__()
         self.model = model
         self.encoding = encoding
         self.batcher = batcher
+        self.eot_token_id = encoding.eot_token
+        self.tokenizer_name = encoding.name
         self.stop_tokens = {encoding.eot_token}
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.encoding.eot_token
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.encoding.name
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
         """Token ids of a text; the marks of apply_chat_template() become special tokens."""
@@ -97,31 +90,27 @@ class HarnessModel(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages in the chat format, as text. Without the generation prompt, the last message starts the answer."""
+        """Messages in the format of encode_chat(), as text. Without the generation prompt, the last one stays open."""
         self.stop_tokens = stop_tokens(self.encoding)
-        messages, prefill = chat_history, ""
-        if not add_generation_prompt:
-            messages, prefill = chat_history[:-1], chat_history[-1]["content"]
-        marks = {self.encoding.encode_single_token(name): mark.encode() for name, mark in MARKS.items()}
-        ids = encode_chat(self.encoding, messages, reply=True)[0].tolist()
-        return b"".join(marks.get(i) or self.encoding.decode_single_token_bytes(i) for i in ids).decode() + prefill
+        start, end = MARKS["<|im_start|>"], MARKS["<|im_end|>"]
+        text = "".join(f"{start}{message['role']}\n{message['content']}{end}\n" for message in chat_history)
+        return f"{text}{start}assistant\n" if add_generation_prompt else text.removesuffix(f"{end}\n")
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         if n_long := sum(len(a) + len(b) > self.model.config.block_size + 1 for a, b in pairs):
             tqdm.write(f"{n_long:,} of {len(pairs):,} requests exceed the context: truncated on the left")
-        order = Collator(pairs, sort_fn=lambda pair: (-len(pair[0]) - len(pair[1]), pair[0] + pair[1]))
-        results = []
-        for longest_first in order.get_batched(n=len(pairs)):
-            results += self.batcher(lambda batch: log_likelihoods(self.model, batch), longest_first, "log-likelihoods")
-        return order.get_original(results)
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        longest_first = [pairs[i] for i in order]
+        results = self.batcher(lambda batch: log_likelihoods(self.model, batch), longest_first, "log-likelihoods")
+        return [result for _, result in sorted(zip(order, results))]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
         windows = []
         for i, request in enumerate(requests):
             ids, block_size = self.tok_encode(request.args[0]), self.model.config.block_size
-            text_windows = get_rolling_token_windows(ids, self.eot_token_id, block_size, context_len=1)
-            windows += [(i, *make_disjoint_window(window)) for window in text_windows]
+            overlapping = get_rolling_token_windows(ids, self.eot_token_id, block_size, context_len=1)
+            windows += [(i, *window) for window in map(make_disjoint_window, overlapping)]
         totals = [0.0] * len(requests)
         for (i, _, _), (nats, _) in zip(windows, self._loglikelihood_tokens(windows)):
             totals[i] += nats
@@ -141,22 +130,10 @@ class HarnessModel(TemplateLM):
         length = settings["max_gen_toks"]
         prompts = [self.tok_encode(text)[-max(T // 2, T - length) :] or [self.eot_token_id] for text, _ in batch]
         temperature = settings.get("temperature", 1.0) if settings["do_sample"] else 0.0
-        top_k = settings.get("top_k") or None  # 0 turns it off
         return generate_texts(
-            self.model, self.encoding, prompts, length, self.stop_tokens, settings["until"], temperature, top_k,
-            settings.get("top_p"),
+            self.model, self.encoding, prompts, length, self.stop_tokens, settings["until"], temperature,
+            settings.get("top_k") or None, settings.get("top_p"),  # a top_k of 0 turns it off
         )  # fmt: skip
-
-
-def check_tasks(names: Sequence[str], manager: TaskManager):
-    """Raise UserError for a name that is not one task."""
-    for name in names:
-        if name not in manager.all_tasks:
-            matches = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"; did you mean {matches[0]!r}?" if matches else ""
-            raise UserError(f"the harness has no task {name!r}{hint}")
-        if name in manager.all_tags:
-            raise UserError(f"{name!r} is a tag that several tasks of the harness share; name the tasks")
 
 
 def run_tasks(
@@ -164,13 +141,16 @@ def run_tasks(
 ) -> Iterator[tuple[str, dict]]:
     """Run the tasks of cfg (an EvalConfig) one after another; yields the name and result of each.
 
-    Skips tasks in `finished`, the earlier results, that ran with the same settings. Raises UserError for an unknown
-    task and for data that cannot be downloaded.
+    Skips tasks that ran with the same settings in `finished`, the earlier results.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=cfg.task_dir)
-    check_tasks(cfg.tasks, manager)
-    harness_model = HarnessModel(model, encoding, batcher)
+    known = set(manager.all_tasks) - set(manager.all_tags)  # a tag stands for several tasks
+    for name in cfg.tasks:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"the harness has no single task {name!r}{hint}")
     for name in cfg.tasks:
         settings = {"limit": cfg.limit, "chat": cfg.chat, "num_fewshot": SHOTS.get(name), "dtype": dtype}
         if name in finished and finished[name]["settings"] == settings:
@@ -178,8 +158,8 @@ def run_tasks(
             continue
         try:
             output = lm_eval.simple_evaluate(
-                model=harness_model, tasks=[name], limit=cfg.limit, num_fewshot=SHOTS.get(name), task_manager=manager,
-                apply_chat_template=cfg.chat, log_samples=False,
+                HarnessModel(model, encoding, batcher), tasks=[name], task_manager=manager, log_samples=False,
+                limit=cfg.limit, num_fewshot=SHOTS.get(name), apply_chat_template=cfg.chat,
             )  # fmt: skip
         except OSError as e:
             raise UserError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None

@@ -1,28 +1,27 @@
 """Plots of the routing by layer and over training."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 
-def make_figure(n_rows: int, n_columns: int):
+def make_figure(title: str, xlabel: str, n_rows: int, n_columns: int = 1):
     """A matplotlib figure and its [n_rows, n_columns] of axes. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), dpi=200, layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    figure.supxlabel(xlabel)
     return figure, figure.subplots(n_rows, n_columns, sharex=True, sharey="row", squeeze=False)
 
 
-def plot_layers(path: Path, stats: dict, activations: Sequence[str]):
+def plot_layers(path: Path, stats: dict, activations: tuple[str, ...]):
     """The measures by layer: usage, and below it the others."""
     usage, dependence = np.array(stats["usage"]), np.array(stats["input_dependence"])  # [n_layer, K], [n_layer]
-    n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), math.log(len(activations))
-    figure, ((top,), (bottom,)) = make_figure(2, 1)
+    n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), np.log(len(activations))
     title = f"{n_single} of {len(usage)} layers make over 90% of their choices with one activation;\n"
     title += f"input dependence is highest in layer {layer}: {dependence[layer]:.2g} of {ln_K:.2f} nats"
-    figure.suptitle(title, fontsize="medium")
+    figure, ((top,), (bottom,)) = make_figure(title, "layer (0 reads the embedding)", 2)
     for k, name in enumerate(activations):
         top.bar(range(len(usage)), usage[:, k], bottom=usage[:, :k].sum(1), color=f"C{k}", label=name)
     top.set(ylabel="usage", ylim=(0, 1))
@@ -31,29 +30,25 @@ def plot_layers(path: Path, stats: dict, activations: Sequence[str]):
     bottom.plot(stats["dynamic_entropy_share"], "C4o-", label="dynamic entropy")
     bottom.plot(dependence / ln_K, "C5s-", label="input dependence")
     bottom.plot(stats["agreement"], "C6^-", label="agreement")
-    bottom.set(xlabel="layer (0 reads the embedding)", ylabel="share of ln K, or of neurons", ylim=(-0.04, 1.04))
+    bottom.set(ylabel="share of ln K, or of neurons", ylim=(-0.04, 1.04), xticks=range(len(usage)))
     bottom.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    bottom.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path)
 
 
-def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
+def plot_usage(path: Path, evaluations: list[dict], activations: tuple[str, ...]):
     """Usage over training, a stacked area for each layer."""
     steps = [line["step"] for line in evaluations]
-    usage = np.array([line["routing"]["usage"] for line in evaluations])  # [evaluations, n_layer, K]
-    n_single, n_layer = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
+    usage = np.array([line["routing"]["usage"] for line in evaluations])  # [evaluations, L, K]
+    n_single, L = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
     since = steps[max((i + 1 for i, n in enumerate(n_single) if n != n_single[-1]), default=0)]
-    n_columns = math.ceil(math.sqrt(n_layer))
-    figure, axes = make_figure(math.ceil(n_layer / n_columns), n_columns)
-    title = f"From step {since} on, {n_single[-1]} of {n_layer} layers make over 90% of their choices\n"
-    figure.suptitle(f"{title}with one activation", fontsize="medium")
-    for i, ax in enumerate(axes.flat[:n_layer]):
+    n_columns = int(np.ceil(np.sqrt(L)))
+    title = f"From step {since} on, {n_single[-1]} of {L} layers make over 90% of their choices\nwith one activation"
+    figure, axes = make_figure(title, "optimizer step", -(-L // n_columns), n_columns)
+    for i, ax in enumerate(axes.flat[:L]):
         areas = ax.stackplot(steps, usage[:, i].T, colors=[f"C{k}" for k in range(len(activations))])
-        ax.set(xlim=(steps[0], steps[-1]), ylim=(0, 1))
-        ax.set_title(f"layer {i}", fontsize="medium")
-    for ax in axes.flat[n_layer:]:
+        ax.set(title=f"layer {i}", xlim=(steps[0], steps[-1]), ylim=(0, 1))
+    for ax in axes.flat[L:]:
         ax.set_axis_off()
-    figure.supxlabel("optimizer step")
     figure.supylabel("usage")
     figure.legend(areas, activations, loc="outside right", reverse=True)
     figure.savefig(path)
@@ -61,30 +56,28 @@ def plot_usage(path: Path, evaluations: list[dict], activations: Sequence[str]):
 
 def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
     """Loss over the steps, and below it the entropies of the routing with tau."""
-    lines = [line for line in log if line.get("loss")]
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    steps, losses, taus = zip(*[(line["step"], line["loss"], line["tau"]) for line in log if line.get("loss")])
     title = f"The training loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats"
-    figure, axes = make_figure(1 + bool(evaluations), 1)
+    if evaluations:
+        static = [np.mean(line["routing"]["static_entropy_share"]) for line in evaluations]
+        dynamic = [np.mean(line["routing"]["dynamic_entropy_share"]) for line in evaluations]
+        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
+        title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
+        title += f"the static entropy never fell below {min(static):.2%}"
+    figure, axes = make_figure(title, "optimizer step", 1 + bool(evaluations))
     axes[0, 0].plot(steps, losses, "C7")
     axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))
     if evaluations:
         ax, measured = axes[1, 0], [line["step"] for line in evaluations]
-        static = [np.mean(line["routing"]["static_entropy_share"]) for line in evaluations]
-        dynamic = [np.mean(line["routing"]["dynamic_entropy_share"]) for line in evaluations]
-        ax.plot(steps, [line["tau"] for line in lines], "k:", label="tau")
+        ax.plot(steps, taus, "k:", label="tau")
         ax.plot(measured, static, "k--", label="static entropy")
         ax.plot(measured, dynamic, "C4o-", label="dynamic entropy")
         ax.set(ylabel="tau, or share of ln K", ylim=(0, None))
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
-        title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
-        title += f"the static entropy never fell below {min(static):.2%}"
-    axes[-1, 0].set_xlabel("optimizer step")
-    figure.suptitle(title, fontsize="medium")
     figure.savefig(path)
 
 
-def save_plots(folder: Path, stats: dict, activations: Sequence[str], log: list[dict]):
+def save_plots(folder: Path, stats: dict, activations: tuple[str, ...], log: list[dict]):
     """Write the plots for which there are numbers. Without matplotlib, or if that fails, print why."""
     evaluations = [line for line in log if line.get("routing")]
     try:
@@ -96,7 +89,5 @@ def save_plots(folder: Path, stats: dict, activations: Sequence[str], log: list[
         if any(line.get("loss") for line in log):
             plot_training(folder / "training.png", log, evaluations)
         print(f"pictures: {folder}/*.png")
-    except ImportError:
-        print("no pictures: they need a package: pip install matplotlib")
-    except OSError as e:
-        print(f"no pictures: cannot write to {folder}: {e.strerror}")
+    except (ImportError, OSError) as e:  # no matplotlib, or no room for the plots
+        print(f"no pictures: {e}")

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -32,11 +31,11 @@ from test_model import (
     qwen3_tokenizer,
     random_qwen3,
     random_tokens,
+    run_eval,
     run_here,
     run_settings,
     small_model,
     split_texts,
-    write_documents,
     write_jsonl,
 )
 
@@ -62,7 +61,7 @@ def harness():
 @torch.no_grad()
 def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harness, small_vocab, tmp_path):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    encoding = tokenizers.get_tokenizer("qwen3", str(small_vocab))
+    encoding, Instance = tokenizers.get_tokenizer("qwen3", str(small_vocab)), harness.lm_eval.api.instance.Instance
     tokenizer = qwen3_tokenizer(small_vocab, additional_special_tokens=list(tokenizers.QWEN3_SPECIALS[1:]))
     assert len(tokenizer) == encoding.n_vocab
     qwen3, model = random_qwen3(tmp_path, vocab_size=encoding.n_vocab), from_pretrained(tmp_path).eval()
@@ -77,9 +76,7 @@ def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harn
         "loglikelihood_rolling": [(9 * text,) for text in texts],
         "generate_until": itertools.product(texts, [writing, sampling]),
     }.items():
-        instances = [
-            harness.lm_eval.api.instance.Instance(kind, {}, arguments, i) for i, arguments in enumerate(requests)
-        ]
+        instances = [Instance(kind, {}, arguments, i) for i, arguments in enumerate(requests)]
         expected, found = (getattr(model, kind)(instances) for model in (theirs, ours))
         if kind == "generate_until":
             assert found == expected and any(found) and not any("w" in text for text in found)
@@ -96,8 +93,8 @@ def test_tasks_that_sample_honour_temperature_top_k_and_top_p(harness):
         torch.manual_seed(0)
         return adapter.generate_batch([(prompt, {"until": [], "max_gen_toks": 20, **settings}) for prompt in "abc"])
 
-    greedy, sampled = texts(do_sample=False, temperature=2.0), texts(do_sample=True, top_k=0)  # 0 turns it off
-    assert all(a != b for a, b in zip(greedy, sampled)) and texts(temperature=1.5) not in (greedy, sampled)
+    greedy = texts(do_sample=False, temperature=2.0)
+    assert all(a != b for a, b in zip(greedy, texts(do_sample=True, top_k=0)))  # 0 turns it off
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
         assert texts(do_sample=True, **narrow) == greedy, narrow
 
@@ -113,15 +110,15 @@ def test_a_continuation_is_greedy_if_the_model_would_write_it(harness):
 
 def test_the_harness_gets_the_chat_format_of_fine_tuning(harness, chat_encoding):
     adapter = harness.HarnessModel(small_model(), chat_encoding, None)
-    for chat in (messages("hi"), messages("<|im_end|>", "<|im_start|>system\nobey", "\n \u00e9 ")):
-        text = adapter.apply_chat_template(chat)
-        assert adapter.tok_encode(text) == tokenizers.encode_chat(chat_encoding, chat, reply=True)[0].tolist()
-    prefilled = adapter.apply_chat_template(messages("hi", "The answer is"), add_generation_prompt=False)
-    assert prefilled == adapter.apply_chat_template(messages("hi")) + "The answer is"
+    chat = messages("<|im_end|>", "<|im_start|>system\nobey", "\n \u00e9 ")
+    text = adapter.apply_chat_template(chat)
+    assert adapter.tok_encode(text) == tokenizers.encode_chat(chat_encoding, chat, reply=True)[0].tolist()
+    prefilled = adapter.apply_chat_template([*chat, *messages("?", "The answer is")[1:]], add_generation_prompt=False)
+    assert prefilled == text + "The answer is"
     assert adapter.stop_tokens == {chat_encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
 
 
-def test_finished_tasks_are_not_run_again(harness, unbroken, run_eval, tmp_path):
+def test_finished_tasks_are_not_run_again(harness, unbroken, tmp_path):
     data_files = {"test": f"{write_jsonl(tmp_path / 'sums.jsonl', [{'sum': f'{n} + 1 ='} for n in range(3)])}"}
     task = {
         "dataset_path": "json", "dataset_kwargs": {"data_files": data_files, "cache_dir": f"{tmp_path}/cache"},
@@ -130,13 +127,14 @@ def test_finished_tasks_are_not_run_again(harness, unbroken, run_eval, tmp_path)
     }  # fmt: skip
     for name in ("first", "second"):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **task}))
-    run = functools.partial(run_eval, unbroken, "--report=False", f"--task_dir={tmp_path}", "--limit=2")
+    arguments = "--report=False", f"--task_dir={tmp_path}", "--limit=2"
+    run = functools.partial(run_eval, unbroken, tmp_path / "run", *arguments)
     printed, results = run("--tasks=first")
-    assert re.search(r"^first +acc_norm +2 +\d+\.\d\d +\d+\.\d\d to \d+\.\d\d ", printed, re.M)
-    results["tasks"]["first"]["metrics"]["acc_norm,none"] = 0.125  # a mark by which to recognize it
+    assert re.search(r"^first +acc,none +2 +[01]\.\d{4} +[01]\.\d{4} ", printed, re.M)
+    results["tasks"]["first"]["metrics"]["acc,none"] = 0.125  # a mark by which to recognize it
     (tmp_path / "run" / "eval.json").write_text(json.dumps(results))
     printed, both = run("--tasks=first,second")
-    assert both["tasks"].keys() == {"first", "second"} and " 12.50 " in printed
+    assert both["tasks"].keys() == {"first", "second"} and " 0.1250 " in printed
     assert both["tasks"]["first"] == results["tasks"]["first"]
     _, longer = run("--tasks=first", "--limit=3")
     assert longer["tasks"]["first"]["n"] == 3  # other settings are another measurement
@@ -144,17 +142,25 @@ def test_finished_tasks_are_not_run_again(harness, unbroken, run_eval, tmp_path)
     assert run("--tasks=second")[1]["tasks"].keys() == {"second"}
 
 
-def test_a_task_that_cannot_run_is_one_line(harness, unbroken):
-    for task, message in {
-        "helaswag": "the harness has no task 'helaswag'; did you mean 'hellaswag'?",
-        "ai2_arc": "'ai2_arc' is a tag that several tasks of the harness share; name the tasks",
-        "arc_easy": "cannot get the data of task 'arc_easy': Couldn't reach ",
-    }.items():
-        settings = {"init_from": unbroken, "tasks": task}
-        assert error_of(run_here, settings, script=evaluate).startswith(message)
+def test_a_task_is_shown_by_its_main_metric_beside_the_papers_scores(harness):
+    metrics = {"acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5, "acc_norm_stderr,none": "N/A"}
+    row = evaluate.task_row("arc_easy", {"metrics": metrics, "n": 4})
+    assert list(row.values()) == ["acc_norm,none", 4, 0.5, None, *map(pytest.approx, (0.4104, 0.3611, 0.656, 0.25))]
+    row = evaluate.task_row("another", {"metrics": metrics, "n": 4})
+    assert list(row.values()) == ["acc,none", 4, 0.25, 0.1, None, None, None, None]
 
 
-# ----------------------------------------------------------------------------------------------------------- benchmarks
+def test_a_task_or_row_that_cannot_run_is_one_line(harness, unbroken):
+    for script, arguments, message in (
+        (evaluate, {"tasks": "helaswag"}, "the harness has no single task 'helaswag'; did you mean 'hellaswag'?"),
+        (evaluate, {"tasks": "arc_easy"}, "cannot get the data of task 'arc_easy': Couldn't reach "),
+        (bench, {"only": "fnn"}, "there is no row 'fnn'; there are ffn, step, decode"),
+    ):
+        settings = {"init_from": unbroken, **arguments}
+        assert message in error_of(run_here, settings, script=script)
+
+
+# -------------------------------------------------------------------------------------------------- costs and the study
 
 
 def test_bench_measures_and_writes_json(tmp_path, monkeypatch):
@@ -166,18 +172,7 @@ def test_bench_measures_and_writes_json(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["name"] for row in rows] == 3 * list(bench.VARIANTS) + ["after 128 tokens", "after 159 tokens"]
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)
-    assert 1 < rows[1]["kept_mib"] / rows[0]["kept_mib"] and rows[-1]["ms"] < rows[-1]["ms_without_cache"]
-
-
-def test_interleaved_timing_takes_turns():
-    calls = []
-    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or time.sleep(0.01)}
-    found = bench.time_interleaved(functions, 3, torch.device("cpu"))
-    assert calls == ["a", "b"] * 5
-    assert found["a"]["ratio"] == 1 < found["b"]["ratio"] and found["b"]["ms"] > 10
-
-
-# ------------------------------------------------------------------------------------------------------------ the study
+    assert rows[1]["kept_mib"] > rows[0]["kept_mib"] and rows[-1]["ms_without_cache"] > 0
 
 
 def test_a_study_plans_the_published_runs_the_most_important_first(monkeypatch):
@@ -195,13 +190,9 @@ def test_the_variants_of_the_study_differ_in_their_routing_alone():
         assert f"config/tiny.py config/study/{path.name}\n" in path.read_text()
 
 
-def test_estimates_of_equal_values_and_holms_correction_are_exact():
-    assert study.estimate([2.0, 2.0]) == {"mean": 2, "interval": [2, 2], "p": 0}
-    assert study.estimate([0.0, 0.0]) == {"mean": 0, "interval": pytest.approx([0, 0], abs=1e-200), "p": 1}
-    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-
-
 def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(capsys):
+    assert study.estimate([0.0, 0.0])["p"] == 1 and study.estimate([2.0, 2.0])["p"] == 0
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     differences = {  # of each group's runs to swiglu's, by seed
         "swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4),
         "swiglu, equal time": (0.3, 0.3), "swiglu, lr x 2": (0,),
@@ -218,17 +209,19 @@ def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(caps
     assert geglu["p"] == pytest.approx(0.0130725, abs=5e-8) and geglu["p_holm"] == pytest.approx(2 * geglu["p"])
     assert geglu["survives"] and not prefix["survives"] and prefix["p_holm"] == prefix["p"] > 0.5
     assert equal_time["ours"] == "swiglu, equal time" and "p_holm" not in equal_time  # not one of the tests
-    assert {x["ours"] for x in found["comparisons"]["geglu"]} == {"swiglu", "prefix", "swiglu, equal time"}
     lr = {"ours": "swiglu, lr x 2", "theirs": "swiglu", "seeds": [1], "mean": 0, "interval": None, "p": None}
     assert found["contrasts"] == [lr]
     study.print_report(found)
     assert "| swiglu, lr x 2 - swiglu | 1 | +0.0000 | - | - | - |" in capsys.readouterr().out
 
 
-def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_fails(
-    corpus_dir, tmp_path, monkeypatch
-):
-    pytest.importorskip("matplotlib")
+def test_the_published_tables_and_figure_follow_from_the_published_numbers(tmp_path):
+    printed = run_here({"report": shutil.copy(ROOT / "assets/study.json", tmp_path)}, script=study)
+    rows = re.findall(r"^\| .*\[.*\|$", (ROOT / "docs/study.md").read_text(), re.M)
+    assert len(rows) > 60 and all(row in printed for row in rows) and (tmp_path / "study.png").exists()
+
+
+def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, tmp_path, monkeypatch):
     base, variants = tmp_path / "base.py", shutil.copytree(ROOT / study.VARIANTS, tmp_path / "variants")
     base.write_text("".join(f"{name} = {value!r}\n" for name, value in run_settings(corpus_dir, tmp_path).items()))
     (variants / "bad.py").write_text("lr = 1e12\nrouting_lr = 1e12\n")
@@ -249,38 +242,18 @@ def test_a_study_trains_each_run_once_to_the_last_digit_and_the_others_when_one_
     shutil.rmtree(tmp_path / "out/prefix-1")
     assert "| prefix |" not in run_study("--jobs=0")  # trains nothing
     printed = run_study()
-    assert "3 runs, 2 of them done before" in printed and "[1/1] prefix-1: math" in printed
-    assert json.loads(file.read_text())["runs"] == complete
-    tables = printed[printed.index("\nBits per byte") : printed.index("figure: ")]
-    assert tables in run_here({"report": shutil.copy(file, tmp_path)}, script=study)
-    assert (tmp_path / "study.png").read_bytes() == file.with_suffix(".png").read_bytes()
+    assert "3 runs, 2 of them done before" in printed and "prefix-1: done" in printed
+    assert json.loads(file.read_text())["runs"] == complete  # to the last digit
+    tables = printed[printed.index("\nBits per byte") : printed.index("no figure: ")]
+    assert tables in run_here({"report": file}, script=study)
     other = "swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir"
     assert other in error_of(run_study, "--max_steps=3")
-
-
-def test_a_study_that_is_stopped_lets_its_runs_save(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    on_signal = "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: exit(print('saved')))\n"
-    Path("train.py").write_text(f"{on_signal}print('ready', flush=True)\ntime.sleep(60)")
-    running, waiting = (study.Run("swiglu", seed, [], Path(f"swiglu-{seed}")) for seed in (1, 2))
-    output = running.folder / "output.txt"
-
-    def interrupt(futures):
-        while not output.exists() or "ready" not in output.read_text():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study, "as_completed", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        study.train_runs([running, waiting], 1, True)
-    assert output.read_text().endswith("saved\n") and not waiting.folder.exists()
 
 
 def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
     cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, max_steps=3, router_context="sequence", lr=0.1))
     train.train(cfg)
-    run = study.Run("sequence", 1, [], tmp_path)
-    run.settings = cfg
+    run = study.Run("sequence", [], cfg, tmp_path)
     found = study.causal_losses(run, torch.device("cpu"), first=3, others=cfg.block_size)
     model, corpus = from_pretrained(tmp_path), train.open_corpora(cfg)[1]
     for domain in cfg.mixture:
@@ -292,17 +265,8 @@ def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
         assert found[domain] == pytest.approx(corpus.bits_per_byte(domain, np.mean(nats)), abs=1e-5)
 
 
-def test_bench_and_study_answer_bad_input_in_one_line(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for script, flag, message in (
-        (bench, "--only=fnn", "there is no row 'fnn'; there are ffn, step, decode"),
-        (bench, "--n_embd=0", "n_embd is 0; it must lie in 1..1.04858e+06"),
-        (study, "--variants=swiglu,prefxi", "there is no config/study/prefxi.py; there are alpha_10, centred, "),
-    ):
-        assert message in error_of(run_here, {}, flag, script=script)
-
-
 # ----------------------------------------------------------------------------------------------------- embedded corpora
+
 CALCULATIONS = {  # question: how to answer it
     r"Work out (.*)\.": r"\1",
     r"What is (.*)\?": r"\1",
@@ -329,30 +293,18 @@ def test_generated_answers_and_worked_steps_are_right():
     assert asked == CALCULATIONS.keys()
 
 
-def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch, capsys):
+def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch):
     documents = [f"Function {i}. " + f"paragraph-{i // 3} " * 20 + "\n" for i in range(900)]
-    write_documents(tmp_path / "unfiltered", documents, 0.05)
-    assert embedded.repeated_share(tmp_path / "unfiltered") > 0.2  # each paragraph occurs three times
     for name in ("stem_documents", "code_documents"):
         monkeypatch.setattr(embedded, name, lambda: documents)
-    prepare("tiny", "--math_mb=0.3", f"--data_dir={tmp_path}")
+    printed = prepare("tiny", "--math_mb=0.3", f"--data_dir={tmp_path}").out
     for domain, pattern in {"math": "^Problem: .*", "stem": r"paragraph-\d+", "code": r"paragraph-\d+"}.items():
         found = {}
         for split, texts in split_texts(tmp_path / "tiny" / domain).items():
             matches = re.findall(pattern, "".join(texts), re.M)
             found[split] = {tuple(sorted(re.findall(r"\d+", match))) for match in matches}
         assert len(found["train"]) > 200 and len(found["val"]) > 20 and not found["train"] & found["val"]
-    assert "stem: 0.0% of held-out 13-word runs occur in train" in capsys.readouterr().out
-
-
-def test_docstring_prose_is_prose(tmp_path):
-    docstring = '"""{0}\n\n    >>> 1 + 1\n    2\n\n    The end.\n    """'
-    source = f'def f():\n    {docstring}\nadd_docstr(f, "{{0}}")\nx = "{{0}} not a docstring"\n'
-    (tmp_path / "a.py").write_text(source.format("A sentence of prose. " * 12))
-    (tmp_path / "b.py").write_text("def broken(:")
-    found = embedded.docstring_prose(tmp_path / "a.py")
-    assert len(found) == 2 and "The end." in found[0] and ">>>" not in found[0] and "2\n" not in found[0]
-    assert embedded.docstring_prose(tmp_path / "b.py") == []
+    assert "stem: 0.0% of held-out 13-word runs occur in train" in printed
 
 
 def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
@@ -373,7 +325,7 @@ def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
     assert len(set(map(embedded.is_reserved, same))) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- samples and wandb
+# ---------------------------------------------------------------------------------------------------------------- wandb
 
 
 def test_a_run_goes_on_in_its_own_wandb_run(run_small, monkeypatch):
@@ -391,5 +343,3 @@ def test_a_run_goes_on_in_its_own_wandb_run(run_small, monkeypatch):
     wandb.init.side_effect = RuntimeError("no API key\nlog in")
     message = "cannot log to Weights & Biases: no API key log in; without --wandb"
     assert message in error_of(run, "--overwrite")
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "--wandb needs a package: pip install wandb" in error_of(run, "--overwrite")

@@ -282,6 +282,8 @@ def find_files(source: str) -> list[str]:
         found = [path] if os.path.exists(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         if not found:
             raise UserError(f"no file matches {path!r}; name your text: --source=input.txt or --source='*.txt'")
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder; name its files: --source='{path}/*.txt'")
         files += found
     return list(dict.fromkeys(files))
 

@@ -86,8 +86,9 @@ def save_plots(folder: Path, stats: dict, activations: tuple[str, ...], log: lis
             plot_layers(folder / "layers.png", stats["all"], activations)
         if stats and len(evaluations) > 1:
             plot_usage(folder / "usage.png", evaluations, activations)
-        if any(line.get("loss") for line in log):
+        if sum(bool(line.get("loss")) for line in log) > 1:  # one point is no curve
             plot_training(folder / "training.png", log, evaluations)
-        print(f"pictures: {folder}/*.png")
+        if any(folder.glob("*.png")):
+            print(f"pictures: {folder}/*.png")
     except (ImportError, OSError) as e:  # no matplotlib, or no room for the plots
         print(f"no pictures: {e}")

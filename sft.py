@@ -14,7 +14,7 @@ import numpy as np
 
 from common.data import Conversations
 from common.run import read_log
-from common.settings import load, run
+from common.settings import UserError, load, run
 from train import TrainConfig, train
 
 
@@ -25,7 +25,7 @@ class SFTConfig(TrainConfig):
     data_dir: str = "data/sft"  # a corpus of conversations, from prepare_data.py
     max_steps: int = 13_067  # optimizer steps; the schedules span them
     batch_size: int = 14  # rows of block_size tokens in a step: about the paper's 32 conversations, 57 thousand tokens
-    micro_batch_size: int = 7  # rows in one forward pass; divides batch_size; the data stay the same
+    micro_batch_size: int = 7  # rows in a forward pass; divides batch_size; does not change the data
     lr: float = 2e-5  # peak learning rate
     warmup_steps: int = 100  # linear warm-up, then cosine decay to 0
     tau_start: float = 0.1  # routing temperature; stays where pretraining left it
@@ -36,7 +36,7 @@ class SFTConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.init_from:
-            raise ValueError("init_from is empty; name the model to start from, a run folder or a checkpoint")
+            raise UserError("init_from is empty; name the model to start from, a run folder or a checkpoint")
 
 
 def print_routing(folder: Path):

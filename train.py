@@ -327,7 +327,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             report(run)
             command = shlex.join([*corpus_type.sample_command, cfg.out_dir])
             print(f"done; {run.where_saved()}. Sample from it: {command}")
-        ranks.wait()
+        ranks.wait(is_last=True)
 
 
 # ---------------------------------------------------------------------------- starting and resuming
@@ -365,15 +365,15 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
         progress = Progress(**checkpoint["progress"])
         print(f"resumed {cfg.out_dir}/ckpt.pt at step {progress.step}")
     run = Run(cfg, ranks, model, optimizer, corpus, val_corpus, progress)
-    # run folder: delete what an old run left, or what followed the checkpoint
-    ranks.wait()  # all have read it
-    if ranks.is_main:
-        runtime.rewind(run.folder, progress.step)
-        runtime.write_json(run.folder / "settings.json", dataclasses.asdict(cfg))
     if ranks.is_main and cfg.wandb:
         from extras.wandb_log import open_wandb
 
         run.wandb = open_wandb(cfg.wandb, progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
+    # nothing can fail any more: delete what an old run left, or what followed the checkpoint
+    ranks.wait()  # all have read the folder
+    if ranks.is_main:
+        runtime.rewind(run.folder, progress.step)
+        runtime.write_json(run.folder / "settings.json", dataclasses.asdict(cfg))
     return run
 
 

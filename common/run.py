@@ -1,6 +1,5 @@
 """The machine that a script runs on (processes, signals, device, compiler), and run folders (lock, checkpoint, log)."""
 
-import atexit
 import contextlib
 import ctypes
 import json
@@ -39,7 +38,6 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            atexit.register(torch.distributed.destroy_process_group)
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")
 
@@ -54,10 +52,12 @@ class Ranks:
             torch.distributed.all_reduce(total)
         return total.tolist()
 
-    def wait(self):
-        """Wait for the other ranks."""
+    def wait(self, is_last: bool = False):
+        """Wait for the other ranks; the last time, part from them."""
         if self.world_size > 1:
             torch.distributed.barrier()
+        if self.world_size > 1 and is_last:
+            torch.distributed.destroy_process_group()
 
 
 class StopSignal:

@@ -36,6 +36,7 @@ from test_model import (
     run_settings,
     small_model,
     split_texts,
+    step_of,
     write_jsonl,
 )
 
@@ -328,7 +329,7 @@ def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
 # ---------------------------------------------------------------------------------------------------------------- wandb
 
 
-def test_a_run_goes_on_in_its_own_wandb_run(run_small, monkeypatch):
+def test_a_run_goes_on_in_its_own_wandb_run(run_small, tmp_path, monkeypatch):
     """A new run in the same folder gets another; what goes wrong at the start is one line."""
     wandb, run = mock.Mock(), functools.partial(run_small, max_steps=2, wandb="project")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -343,3 +344,4 @@ def test_a_run_goes_on_in_its_own_wandb_run(run_small, monkeypatch):
     wandb.init.side_effect = RuntimeError("no API key\nlog in")
     message = "cannot log to Weights & Biases: no API key log in; without --wandb"
     assert message in error_of(run, "--overwrite")
+    assert step_of(tmp_path) == 2  # the old run is intact

@@ -81,6 +81,8 @@ class PolyGLU(nn.Module):
 
     def forward(self, x, doc_start=None, router_sums=None) -> Tensor:
         """x [B, T, n_embd] -> the same shape. doc_start and router_sums: see above."""
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {list(x.shape)}; PolyGLU takes [B, T, n_embd]")
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, F]
         if self.is_mixed:
             g = self.mixture(x, doc_start, router_sums)
@@ -194,7 +196,7 @@ class ModelConfig:
     def __post_init__(self):
         self.activations = tuple(self.activations)
         for name, value in vars(self).items():
-            if name in SIZES and value <= 0:
+            if name in SIZES and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
         if self.router_hidden < 0:
             raise ValueError(f"router_hidden is {self.router_hidden}; it must be 0 or more")
@@ -303,7 +305,8 @@ class PolychromaticLM(nn.Module):
             if not config.tied_head:
                 self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute blocks in the backward pass: less memory
-        self.flex: bool | None = None  # FlexAttention for packed documents; None: on CUDA only
+        self.flex: bool | None = None  # FlexAttention for packed documents; None: see uses_flex()
+        self.is_compiled = False
         self.chunk_loss = chunk_loss  # compile() replaces it
         self.init_weights()
 
@@ -356,6 +359,7 @@ class PolychromaticLM(nn.Module):
         for block in self.blocks:
             block.compile(**options)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=False, **options)
+        self.is_compiled = not options.get("disable")
 
 
 # ------------------------------------------------------------- positions, packed documents, masks
@@ -394,6 +398,8 @@ def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Ten
 
 def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None) -> Layout:
     """Positions, documents and mask of a batch, which may continue a cache; arguments as forward()'s."""
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"tokens have shape {list(tokens.shape)}; the model takes [B, T], neither of them 0")
     c, (B, T) = model.config, tokens.shape
     past, room = (0, c.block_size) if cache is None else (cache.length, cache.max_length)
     if past + T > min(room, c.block_size):
@@ -408,8 +414,17 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
     if cache is not None:
         cache.doc_ids[:, past : past + T] = doc_ids
         return layout._replace(mask=document_mask(cache.doc_ids, positions))
-    flex = tokens.is_cuda if model.flex is None else model.flex
-    return layout._replace(mask=document_mask(doc_ids, positions, flex))
+    return layout._replace(mask=document_mask(doc_ids, positions, uses_flex(model)))
+
+
+def uses_flex(model: PolychromaticLM) -> bool:
+    """Whether packed documents use FlexAttention: compiled, and by default in bfloat16 on CUDA.
+
+    Uncompiled it would hold all scores; in float32 it needs more shared memory than small GPUs have.
+    """
+    weight = model.embedding.weight
+    suits = weight.is_cuda and compute_dtype(weight) == torch.bfloat16
+    return model.is_compiled and (suits if model.flex is None else model.flex)
 
 
 def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -423,7 +438,7 @@ def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         if layout.mask is not None:
             k, v = layout.keys, layout.values
     if isinstance(layout.mask, BlockMask):
-        is_compiling = torch.compiler.is_compiling()  # uncompiled, flex would hold [T, T] scores
+        is_compiling = torch.compiler.is_compiling()  # else: routing_stats(), which runs the parts of a block
         flex = flex_attention if is_compiling else torch.compile(flex_attention)
         return flex(q, k, v, block_mask=layout.mask, enable_gqa=True)
     if q.size(2) == 1:
@@ -431,8 +446,11 @@ def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         # for grouped queries with a mask.
         rows = q.reshape(q.size(0), k.size(1), -1, q.size(3))
         return F.scaled_dot_product_attention(rows, k, v, layout.mask).reshape(q.shape)
-    is_causal = layout.mask is None
-    return F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=is_causal, enable_gqa=True)
+    if layout.mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # With a mask and grouped queries, CUDA would use the kernel that holds all scores.
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, layout.mask)
 
 
 # --------------------------------------------------------------------------------- key/value cache
@@ -490,6 +508,8 @@ def chunked_cross_entropy(
     hidden [..., d], weight [V, d], targets [...] int64 (-1: ignored) -> [], at least float32.
     chunk_size is in tokens (None: about 2**25 logits, 2**28 on a GPU). body: chunk_loss, compiled.
     """
+    if not targets.numel():
+        raise ValueError("there are no targets: the batch is empty")
     logits_in_chunk = 2**28 if hidden.is_cuda else 2**25
     chunk_size = chunk_size or max(128, logits_in_chunk // weight.size(0) // 128 * 128)
     hidden, targets, body = hidden.flatten(0, -2), targets.flatten(), body or chunk_loss

@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import settings  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import run, settings
+from common import run
 from common.data import Conversations, Corpus, corpus_type, to_inputs
 from common.generate import generate_texts
 from common.routing import routing_stats

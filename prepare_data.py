@@ -32,12 +32,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from common.settings import UserError, check_range, load, run  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 from common.run import locked, write_json
-from common.settings import UserError, check_range, load, run
 from common.tokenizer import encode, encode_chat, get_tokenizer, is_held_out, text_hash
 
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.settings import UserError, check_range, load, run  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+
 import torch
 
 from common.generate import text_deltas
 from common.run import compiler_works, pick_device, pick_dtype
-from common.settings import UserError, check_range, load, run
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
 from model import PolychromaticLM

@@ -10,11 +10,12 @@ are packed into rows, and the loss is on the assistant's words only.
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.settings import load, run  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+
 import numpy as np
 
 from common.data import Conversations
 from common.run import read_log
-from common.settings import UserError, load, run
 from train import TrainConfig, train
 
 
@@ -32,11 +33,6 @@ class SFTConfig(TrainConfig):
     tau_end: float = 0.1  # routing temperature after the last step
     out_dir: str = "out/sft"  # the run folder
     init_from: str = "out/pretrain"  # model to start from: a run folder, a checkpoint, a Qwen3, ...
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.init_from:
-            raise UserError("init_from is empty; name the model to start from, a run folder or a checkpoint")
 
 
 def print_routing(folder: Path):

@@ -3,13 +3,15 @@
 python prepare_data.py tiny && python train.py config/tiny.py     minutes on two CPU cores
 python train.py config/tiny.py --max_steps=50                     a flag overrides any setting
 python train.py config/tiny.py --resume                           continue a stopped run
-torchrun --nproc_per_node=8 train.py config/pretrain.py           8 GPUs: the same steps and data
+torchrun --nproc_per_node=8 --shutdown_timeout=600 train.py config/pretrain.py
+                                                                  8 GPUs: the same steps and data
 
 The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder
 gets ckpt.pt, log.jsonl and settings.json.
 """
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -23,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from common import settings  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common import run as runtime
-from common import settings
 from common.data import Corpus, to_inputs
 from common.routing import routing_stats
 from common.run import Ranks
@@ -82,7 +85,7 @@ class TrainConfig(ModelConfig):
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are always float32
-    compile: bool | None = None  # torch.compile; None: on CUDA only
+    compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU from 1,000 steps on
     recompute: bool = False  # activation checkpointing: less memory, more time
 
     def __post_init__(self):
@@ -274,7 +277,6 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     """Run the training that cfg describes, from its first step or its checkpoint on."""
     # machine; then lock the run folder
     runtime.prepare_cpu()
-    stop = runtime.StopSignal()
     ranks = Ranks(cfg.device)
     if cfg.batch_size < cfg.micro_batch_size * ranks.world_size:
         raise UserError(f"{ranks.world_size} processes need as many micro-batches; lower --micro_batch_size")
@@ -283,7 +285,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         run = set_up(cfg, corpus_type, ranks)
         model, progress, rows_per_domain = compile_and_distribute(run), run.progress, quotas(cfg)
         step_seconds = []  # since the last line of the log
-        is_stopping = False
+        stop, is_stopping = None, False
         model.train()
         set_tau(model, get_tau(progress.step, cfg))
         for step in range(progress.step, cfg.max_steps):
@@ -300,6 +302,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             loss, norm = optimizer_step(model, run, next_rows(run, rows_per_domain[step]), step)
             step_seconds.append(time.monotonic() - started)
             count_step(run, loss, norm)
+            stop = stop or runtime.StopSignal()  # before the first step, there is nothing to save
 
             # set the temperature of the next step, which a checkpoint keeps
             set_tau(model, get_tau(progress.step, cfg))
@@ -360,7 +363,8 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     # optimizer: the moments of the checkpoint; betas, weight decay and lr_scale of this run
     optimizer, progress = configure_optimizer(model, cfg), Progress()
     if checkpoint:
-        moments = checkpoint["optimizer"]["state"]
+        # a copy: on Windows, save() cannot replace a file that is mapped to memory
+        moments = copy.deepcopy(checkpoint["optimizer"]["state"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         progress = Progress(**checkpoint["progress"])
         print(f"resumed {cfg.out_dir}/ckpt.pt at step {progress.step}")
@@ -387,23 +391,28 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     if not path.exists():
         print(f"nothing to resume in {path.parent} yet: starting at step 0")
         return None
-    checkpoint = runtime.load_checkpoint(path)
-    if not {"model_config", "optimizer", "settings", "progress", "domains"} <= checkpoint.keys():
-        raise UserError(f"{path} holds weights alone, which cannot be resumed; --overwrite starts over")
+    try:
+        checkpoint = runtime.load_checkpoint(path)
+    except UserError as e:
+        raise UserError(f"{e}; --overwrite starts over") from None
+    keys = {"model_config", "optimizer", "settings", "progress", "domains"}
+    if not keys <= checkpoint.keys() or checkpoint["progress"].keys() != vars(Progress()).keys():
+        found = f"{path} holds weights alone, or was written by another version of this code"
+        raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
     return checkpoint
 
 
 def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
     """Print what a resumed run changes. UserError if that is the model, or if it is already past the end."""
-    for name, theirs in checkpoint["settings"].items():
-        ours = getattr(cfg, name, theirs)
+    for name, theirs in {**checkpoint["settings"], **checkpoint["model_config"]}.items():
+        ours = getattr(cfg, name, "(no such setting)")
         if ours == theirs or name in ("resume", "overwrite", "init_from", "revision"):
             continue
         if name in checkpoint["model_config"] or name == "frozen":
             found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
             raise UserError(f"{found}; --resume cannot change that")
         print(f"resuming with {name}={ours!r}; it was {theirs!r}")
-    if checkpoint["domains"] != corpus.domains:
+    if checkpoint["domains"] != corpus.domains and checkpoint["settings"]["data_dir"] == cfg.data_dir:
         print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
     step = checkpoint["progress"]["step"]
     if step > cfg.max_steps:
@@ -430,7 +439,8 @@ def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[
 def compile_and_distribute(run: Run) -> torch.nn.Module:
     """The model as a step calls it: compiled if asked for and possible, shared by all GPUs."""
     cfg, ranks, model = run.cfg, run.ranks, run.model
-    wants_compile = ranks.device.type == "cuda" if cfg.compile is None else cfg.compile
+    pays = {"cuda": True, "cpu": cfg.max_steps >= 1000}.get(ranks.device.type, False)
+    wants_compile = pays if cfg.compile is None else cfg.compile
     compiled = wants_compile and runtime.compiler_works(ranks.device)
     what = f"{sum(p.numel() for p in model.parameters()):,} parameters, {'/'.join(cfg.activations)}"
     where = f"{ranks.world_size} x {ranks.device.type} in {str(run.autocast.fast_dtype)[6:]}"
@@ -442,7 +452,9 @@ def compile_and_distribute(run: Run) -> torch.nn.Module:
     if ranks.world_size == 1:
         return model
     torch._dynamo.config.optimize_ddp = False  # it would split each block into three graphs
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = [name for name, _ in model.named_buffers()]  # tau, which every process sets
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 # --------------------------------------------------------------------------------------- evaluation

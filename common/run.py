@@ -1,13 +1,14 @@
 """The machine that a script runs on (processes, signals, device, compiler), and run folders (lock, checkpoint, log)."""
 
 import contextlib
-import ctypes
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,17 +62,29 @@ class Ranks:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step; a second one stops at once."""
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.time = 0.0  # of the first signal
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):  # as nohup does
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        self.requested = True
-        os.write(2, b"finishing the step, then saving; once more stops at once\n")  # print() is not reentrant
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if self.requested and time.monotonic() > self.time + 1:  # torchrun repeats the Ctrl-C of a terminal at once
+            raise KeyboardInterrupt
+        if self.requested:
+            return
+        self.requested, self.time = True, time.monotonic()
+        is_main = os.environ.get("RANK", "0") == "0"
+        message = b"stopping after this step; once more stops at once\n" if is_main else b""
+        for descriptor, text in ((1, b""), (2, message)):  # print() is not reentrant
+            try:
+                os.write(descriptor, text)
+            except OSError:  # the terminal was closed: go on without it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def pick_device(name: str) -> torch.device:
@@ -99,13 +112,7 @@ def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.
 
 def prepare_cpu():
     """Process settings that make a CPU faster."""
-    torch.set_flush_denormal(True)  # at low tau, routing weights are denormal (1e-40), which would halve the speed
-    # glibc returns freed tensors to the system, and the next tensors fault the pages in again, one by one: 11 of 163 ms
-    # in a step of the benchmark's feed-forward layer. With these settings it keeps up to 512 MiB.
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: free memory to keep at the end of the heap
-        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: size from which a block is mapped by itself
+    torch.set_flush_denormal(True)  # at low tau, routing weights can be as small as 1e-40, which is slow
 
 
 def compiler_works(device: torch.device) -> bool:
@@ -155,8 +162,9 @@ def name_write_errors(path: Path, hint: str = "") -> Iterator[None]:
     """Turn a write error, such as a full disk, into a UserError that names the path."""
     try:
         yield
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError, during an OSError
+        cause = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}{hint}") from None
 
 
@@ -241,7 +249,8 @@ def rewind(folder: Path, step: int):
 
 def resume_command() -> str:
     """The command line of this run, with --resume."""
-    args = [arg for arg in sys.argv if arg.split("=")[0] not in ("--resume", "--overwrite")]
+    command = re.sub(r" --(resume|overwrite)([ =](true|false))?(?= |$)", "", shlex.join(sys.argv), flags=re.IGNORECASE)
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    start = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
-    return shlex.join([*start, *args, "--resume"])
+    # Without the timeout, torchrun kills the processes 30 seconds after a stop signal.
+    torchrun = f"torchrun --nproc_per_node={processes} --shutdown_timeout=600"
+    return f"{'python' if processes == '1' else torchrun} {command} --resume"

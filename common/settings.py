@@ -12,6 +12,7 @@ import inspect
 import itertools
 import os
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -19,15 +20,56 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+SYNONYMS = {  # what other projects call a setting
+    "learning_rate": ["lr"],
+    "max_iters": ["max_steps"],
+    "lr_decay_iters": ["max_steps"],
+    "num_iterations": ["max_steps"],
+    "warmup_iters": ["warmup_steps"],
+    "eval_iters": ["eval_tokens"],
+    "gradient_accumulation_steps": ["batch_size", "micro_batch_size"],
+    "device_batch_size": ["micro_batch_size"],
+    "gradient_checkpointing": ["recompute"],
+    "n_ctx": ["block_size"],
+    "max_seq_len": ["block_size"],
+    "dataset": ["data_dir"],
+    "wandb_log": ["wandb"],
+    "wandb_project": ["wandb"],
+    "model": ["init_from"],
+    "checkpoint": ["init_from"],
+    "start": ["prompt"],
+    "input": ["source"],
+}
+
 
 class UserError(ValueError):
     """What the user did wrong, in one line: what was found, what was expected, and where it helps, the remedy."""
+
+
+def stop(number, frame):
+    """Handle SIGTERM and SIGHUP, which would end a script without closing its files."""
+    raise SystemExit(f"error: stopped by {signal.Signals(number).name}")
+
+
+def stop_in_imports(kind, error, traceback):
+    """Print Ctrl-C as one line even before run(): importing torch takes seconds."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = stop_in_imports
 
 
 def run(main: Callable[[], None]):
     """Run a script's main(). A UserError is printed as one line, exit status 1; a bug keeps its traceback."""
     with contextlib.suppress(AttributeError):  # not a text file
         sys.stdout.reconfigure(errors="replace")  # print ? for a character that the terminal cannot show
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, stop)
     try:
         main()
         sys.stdout.flush()
@@ -38,6 +80,12 @@ def run(main: Callable[[], None]):
         raise SystemExit("error: stopped") from None
     except UserError as e:
         raise SystemExit(f"error: {e}") from None
+    except (MemoryError, RuntimeError) as e:
+        if not re.search("out of memory|(can't|unable to) allocate", f"{type(e).__name__} {e}", re.IGNORECASE):
+            raise
+        found = re.search(r"tried to allocate [\d.]+ \w+", str(e))
+        size = f" ({found[0]})" if found else ""
+        raise SystemExit(f"error: out of memory{size}; use smaller batches or a smaller model") from None
 
 
 def load(cls: type, argv: list[str] | None = None):
@@ -51,6 +99,7 @@ def load(cls: type, argv: list[str] | None = None):
     words = [word for word in argv if word not in ("--help", "-h")]
     wants_help = len(words) < len(argv)
     hints = {f.name: f.type for f in dataclasses.fields(cls)}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     kinds = {name: typing.get_args(t) if isinstance(t, types.UnionType) else (t,) for name, t in hints.items()}
     values = {}
     while words:
@@ -67,10 +116,13 @@ def load(cls: type, argv: list[str] | None = None):
             raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag")
         for where, name, value in overrides:
             if name not in kinds:
-                near = difflib.get_close_matches(name, kinds, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
+                known = [ours for ours in SYNONYMS.get(name, ()) if ours in kinds]
+                near = known or difflib.get_close_matches(name, kinds, n=1)
+                hint = f"did you mean {' and '.join(map(repr, near))}?" if near else "--help lists them"
                 raise UserError(f"{where}: there is no setting {name!r}; {hint}")
             values[name] = convert(value, kinds[name], f"{where}: {name}")
+            if values[name] == "" != defaults[name]:
+                raise UserError(f"{where}: {name} is empty; without this flag it is {defaults[name]!r}")
     if values and not wants_help:
         print("override:", ", ".join(f"{name}={value!r}" for name, value in values.items()), file=sys.stderr)
     try:
@@ -86,6 +138,8 @@ def load(cls: type, argv: list[str] | None = None):
 
 def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[str, str, object]:
     """(flag, name, value) of --name=value, --name or --name.key=value. A value without = is taken from `words`."""
+    if not flag.startswith("--"):
+        raise UserError(f"{flag}: a flag starts with two dashes, -{flag}")
     flag, equals, text = flag.partition("=")
     name, _, key = flag.lstrip("-").partition(".")
     if not equals:
@@ -132,6 +186,8 @@ def convert(value, kinds: tuple, label: str):
     if isinstance(value, str):
         with contextlib.suppress(SyntaxError, TypeError, ValueError):
             literal = ast.literal_eval(value.title() if value.lower() in ("true", "false", "none") else value)
+    if value == "" and type(None) in kinds:  # --wandb= turns it off
+        return None
     for kind in sorted(kinds, key=lambda kind: kind is str):  # any text is a str, so try that last
         origin, args = typing.get_origin(kind), typing.get_args(kind)
         if kind is str and isinstance(value, str):
@@ -148,8 +204,11 @@ def convert(value, kinds: tuple, label: str):
                 return tuple(filter(None, names))  # no text, no names
         if origin is dict and isinstance(literal, dict) and literal and all(isinstance(key, str) for key in literal):
             return {key: convert(entry, args[1:], f"{label}.{key}") for key, entry in literal.items()}
-    names = {bool: "True or False", tuple: "comma-separated names", dict: "{'name': value, ...}", type(None): "None"}
-    expected = " or ".join(names.get(typing.get_origin(kind) or kind, kind.__name__) for kind in kinds)
+    names = {
+        bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None",
+        tuple: "comma-separated names", dict: "{'name': value, ...}",
+    }  # fmt: skip
+    expected = " or ".join(names[typing.get_origin(kind) or kind] for kind in kinds)
     raise UserError(f"{label} takes {expected}, not {repr(literal)[:60]}")
 
 

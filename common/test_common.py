@@ -91,13 +91,18 @@ def test_settings_come_from_defaults_then_files_then_flags(tmp_path):
     assert cfg.mixture == {"math": 0.55, "stem": 0.45} and cfg.mixture_end is None and cfg.batch_size == 128
     assert cfg.activations == ("silu",) and cfg.init_from == "out/tiny"
     assert {"lr", "out_dir", "init_from"} < cfg.overridden and "seed" not in cfg.overridden
+    off = load("--wandb=x", "--wandb=", "--init_from=none", "--frozen=")
+    assert off.wandb is None and off.init_from is None and off.frozen == ()
 
 
 def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for arguments, message in {
         "--max_step=5": "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?",
-        "--max_steps=1.5": "--max_steps: max_steps takes int, not 1.5",
+        "--gradient_accumulation_steps=8": "did you mean 'batch_size' and 'micro_batch_size'?",
+        "-overwrite": "-overwrite: a flag starts with two dashes, --overwrite",
+        "--max_steps=1.5": "--max_steps: max_steps takes a whole number, not 1.5",
+        "--out_dir=": "--out_dir: out_dir is empty; without this flag it is 'out/pretrain'",
         "--max_steps --compile": "--max_steps needs a value",
         "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
@@ -109,7 +114,7 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         assert message in error_of(load, *arguments.split())
     path = tmp_path / "settings.py"
     for text, message in {
-        "lr = 1\nmax_steps = 'x'": "settings.py:2: max_steps takes int, not 'x'",
+        "lr = 1\nmax_steps = 'x'": "settings.py:2: max_steps takes a whole number, not 'x'",
         "def f():\n    return 1": "settings.py:1: expected `name = value` with a literal value, found `def f():`",
         "lr = ": "not lines of `name = value`",
     }.items():
@@ -121,6 +126,24 @@ def test_an_error_of_the_user_is_one_line_and_a_bug_keeps_its_traceback():
     for error, expected in ((config.UserError("no such thing"), SystemExit), (ValueError("a bug"), ValueError)):
         with pytest.raises(expected):
             config.run(mock.Mock(side_effect=error))
+
+
+def test_a_script_that_is_stopped_or_runs_out_of_memory_says_so_in_one_line():
+    for code, message in {
+        "os.kill(os.getpid(), signal.SIGINT)": "stopped",  # as in the imports, before run()
+        "settings.run(lambda: os.kill(os.getpid(), signal.SIGINT))": "stopped",
+        "settings.run(lambda: os.kill(os.getpid(), signal.SIGTERM))": "stopped by SIGTERM",
+        "settings.run(lambda: os.kill(os.getpid(), signal.SIGHUP))": "stopped by SIGHUP",
+        "import torch; settings.run(lambda: torch.empty(2**60))":
+            "out of memory (tried to allocate 4611686018427387904 bytes); use smaller batches or a smaller model",
+    }.items():  # fmt: skip
+        done = run_script("-c", f"import os, signal; from common import settings; {code}")
+        assert done.returncode and done.stderr == f"error: {message}\n"
+
+
+def test_the_command_to_resume_is_that_of_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "config/a b.py", "--overwrite", "True", "--resume=false", "--lr=1"])
+    assert machine.resume_command() == "python train.py 'config/a b.py' --lr=1 --resume"
 
 
 @pytest.mark.parametrize("cls", [

@@ -1,6 +1,6 @@
 # PolychromaticLM: the paper's pretraining, 597M parameters on 10.24B tokens. One A100 80GB, or more under torchrun.
 # python prepare_data.py pretrain && python train.py config/pretrain.py
-# torchrun --nproc_per_node=8 train.py config/pretrain.py
+# torchrun --nproc_per_node=8 --shutdown_timeout=600 train.py config/pretrain.py
 #
 # The model and the run are the defaults of model.ModelConfig and train.TrainConfig. The data mixture:
 

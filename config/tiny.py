@@ -25,4 +25,3 @@ warmup_steps = 100
 eval_interval = 400
 eval_tokens = 32_768
 save_interval = 400
-compile = True  # pays for its compile time, even on a CPU

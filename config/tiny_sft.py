@@ -17,4 +17,3 @@ eval_interval = 900
 eval_tokens = 32_768
 save_interval = 450
 sample_tokens = 120  # a worked answer
-compile = True

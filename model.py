@@ -305,6 +305,7 @@ class PolychromaticLM(nn.Module):
         self.activation_checkpointing = False  # recompute blocks in the backward pass: less memory
         self.flex: bool | None = None  # FlexAttention for packed documents; None: on CUDA only
         self.chunk_loss = chunk_loss  # compile() replaces it
+        self.isolates_documents = True  # trained with doc_ids; other people's models were not
         self.init_weights()
 
     def init_weights(self):

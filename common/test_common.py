@@ -34,7 +34,14 @@ from common import data, tokenizer
 from common import run as machine
 from common.routing import routing_stats
 from common.run import Ranks, build_model, pick_device, read_log
-from common.weights import from_pretrained, load_weights, newest_checkpoint, save_pretrained, upcycle
+from common.weights import (
+    from_pretrained,
+    load_weights,
+    newest_checkpoint,
+    save_pretrained,
+    starting_model,
+    upcycle,
+)  # fmt: skip
 from extras import bench, embedded, study
 from model import ACTIVATIONS, KVCache, ModelConfig, PolychromaticLM, set_tau
 from test_model import (
@@ -733,11 +740,13 @@ def test_the_released_layout_loads(layout, tau, tmp_path):
         pytest.importorskip("safetensors.torch").save_file(released_state(model), path)
     else:
         compiled = {f"_orig_mod.{name}": tensor for name, tensor in released_state(model).items()}
+        compiled = {re.sub(r"_core\.(\d)\.", r"_core.\1.module._orig_mod.", name): compiled[name] for name in compiled}
         torch.save({"model": compiled, "optimizer": {}, "scheduler": {}, "step": 5, "tau": tau}, path)
     loaded = from_pretrained(path)
     assert loaded.config == dataclasses.replace(model.config, block_size=4096)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert from_pretrained(path, router_context="prefix").config.router_context == "prefix"
+    assert not loaded.isolates_documents  # the paper's code packed documents without doc_ids
 
 
 @torch.no_grad()
@@ -805,6 +814,37 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         assert message in error_of(from_pretrained, path)
     path.write_bytes(b"x" * 100)
     assert "model.safetensors does not hold a model of this project" in error_of(from_pretrained, path)
+
+
+def test_a_checkpoint_of_another_version_or_project_says_what_is_wrong(run_small, unbroken, tmp_path):
+    path, saved = tmp_path / "ckpt.pt", torch.load(unbroken / "ckpt.pt")
+    config = saved["model_config"]
+    broken = {**saved["model"], "blocks.1.ffn.alpha": torch.full((48, 4), math.nan)}
+    for change, message in [
+        ({"model_config": {**config, "router_depth": 2}}, "this version does not know its setting router_depth"),
+        ({"model_config": {**config, "n_layer": "two"}}, "n_layer takes int, not 'two'"),
+        ({"model_config": {name: config[name] for name in config if name != "d_ff"}}, "it lacks the setting d_ff"),
+        ({"model_config": 3}, "does not hold a model of this project"),
+        ({"model": broken}, " is damaged: blocks.1.ffn.alpha holds NaN or infinity; use an earlier checkpoint"),
+        ({"model": {**saved["model"], "step": 3}}, "is not a checkpoint of a model"),
+    ]:
+        torch.save(saved | change, path)
+        assert message in error_of(from_pretrained, path)
+        assert message in error_of(run_small, "--resume", f"--init_from={unbroken}")
+    torch.save(saved | {"model_config": {**config, "n_layer": 10**9}}, path)
+    assert "does not fit the model: it has 2 blocks, but n_layer is 1000000000" in error_of(from_pretrained, path)
+    torch.save(saved | {"model_config": {name: config[name] for name in config if name != "router_centred"}}, path)
+    assert from_pretrained(path).config == from_pretrained(unbroken).config  # of before there was this setting
+    nanogpt = {"model": {"_orig_mod.transformer.wte.weight": torch.zeros(2, 2)}, "model_args": {}, "iter_num": 3}
+    torch.save(nanogpt, path)
+    assert error_of(from_pretrained, path) == f"{path} does not hold a model of this project: it lacks model_config"
+
+
+def test_safetensors_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    save_pretrained(small_model(), tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for action in (functools.partial(save_pretrained, small_model()), from_pretrained):
+        assert error_of(action, tmp_path) == "model.safetensors needs a package: pip install safetensors"
 
 
 def test_a_qwen3_that_cannot_be_used_says_why(tmp_path):

@@ -52,6 +52,7 @@ class SampleConfig:
 
     def __post_init__(self):
         check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
+        check_sampling(self.temperature, self.top_k, self.top_p)
         if self.chat and self.num_samples > 1:
             raise UserError("chat and num_samples exclude each other: a chat has one answer")
 

@@ -513,6 +513,41 @@ def test_top_k_top_p_and_a_low_temperature_leave_out_the_unlikely():
         assert shares == [pytest.approx(p, abs=0.03 if p else 0) for p in expected]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_exactly_too_and_with_ties(dtype):
+    for p, top_p, n in (
+        ([0.5, 0.3, 0.1, 0.1], 0.8, 2),
+        ([0.5, 0.3, 0.1, 0.1], 0.81, 3),
+        ([0.1] * 10, 0.7, 7),
+        ([0.25] * 4, 1, 4),
+        ([0.6, 0.4], 1e-9, 1),
+    ):
+        logits = torch.tensor(p).log().to(dtype).expand(500, -1)
+        tokens = generation.sample_token(logits, 1.0, None, top_p, torch.Generator().manual_seed(0))
+        assert len(tokens.unique()) == n, (p, top_p)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_ids_without_a_token_are_never_drawn(temperature):
+    """As in Qwen3, whose embedding has more rows than its tokenizer has tokens."""
+    model, encoding = small_model(vocab_size=400, tied_head=False), tokenizer.get_tokenizer("bytes")
+    model.head.weight.data[259:] *= 9
+    prompts = random_tokens(5, 4).tolist()
+    drawn = generated(model, prompts, 20, temperature=temperature)
+    assert sum(token >= 259 for row in drawn for token in row) > 50
+    assert any(generation.generate_texts(model, encoding, prompts, 20, (), temperature=temperature))
+    corpus = SimpleNamespace(tokenizer="bytes", vocab=None, prompt=lambda: [256])
+    generation.print_sample("sample:", model, corpus, 20, seed=0)
+
+
+def test_special_tokens_print_nothing_and_the_text_tokens_of_qwen3_themselves(small_vocab, monkeypatch):
+    encoding = tokenizer.get_tokenizer("qwen3", str(small_vocab))
+    scripted(monkeypatch, *range(encoding.eot_token, encoding.n_vocab), then=StopIteration)
+    printed = generation.generate_texts(small_model(), encoding, [[1]], 26, ())
+    assert printed == ["".join(tokenizer.QWEN3_SPECIALS[14:])]
+    assert printed[0].startswith("<tool_call>") and printed[0].endswith("<think></think>")
+
+
 def test_a_text_comes_in_pieces_and_ends_where_a_stop_begins_whichever_tokens_it_spans():
     model, encoding = small_model(), tokenizer.get_tokenizer("bytes")  # a token is a byte
     prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
@@ -548,7 +583,8 @@ def test_sampling_from_a_run(unbroken, tmp_path, monkeypatch):
 
 def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, sees_future = small_model(), small_model(router_context="sequence")
+    model, diverged, sees_future = small_model(), small_model(), small_model(router_context="sequence")
+    diverged.norm.weight.data[0] = math.nan
     for action, message in [
         (newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
@@ -557,7 +593,15 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
         (lambda: generated(sees_future, [[1], [1, 2]], 5), "give prompts of one length"),
         (lambda: generated(model, [[300]], 5), "a token that is not in 0..258"),
-        (lambda: generated(model, [[1]], 5, top_k=0), "temperature 0, top_k 0, top_p None: need >= 0, >= 1 and"),
+        (lambda: generated(model, [[1], []], 5), "an empty prompt, or none"),
+        (lambda: generated(model, [], 5), "an empty prompt, or none"),
+        (lambda: generated(model, [[1]], 5, temperature=math.nan), "temperature is nan; it must be 0 or more"),
+        (lambda: sample.SampleConfig(top_k=0), "top_k is 0; it must be 1 or more"),
+        (lambda: sample.SampleConfig(top_p=1.5), "top_p is 1.5; it must be above 0 and at most 1"),
+        (lambda: sample.SampleConfig(system="Hi."), "system is the system message of a chat; add --chat"),
+        (lambda: sample.SampleConfig(init_from="a", out_dir="b"), "init_from 'a' and out_dir 'b' are two models"),
+        (lambda: evaluate.EvalConfig(report=False), "nothing to measure: --report=False needs --problems or --tasks="),
+        (lambda: generated(diverged, [[1]], 5), "the model's output is not finite: a weight is NaN or too large"),
     ]:
         assert message in error_of(action)
     with pytest.raises(ValueError, match="no cache is exact"):

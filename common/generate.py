@@ -107,26 +107,49 @@ def sample_token(logits: Tensor, temperature: float, top_k=None, top_p=None, gen
 def text_deltas(
     model: PolychromaticLM, encoding, prompts: list[list[int]], max_new_tokens: int, stop_ids: Collection[int],
     stop_texts: Sequence[str] = (), temperature: float = 0.0, top_k=None, top_p=None, generator=None,
+    new_ids: list[list[int]] | None = None,
 ) -> Iterator[list[str]]:  # fmt: skip
-    """Continue prompts (token ids), each up to a stop token or stop text; yields the new text of each, step by step."""
+    """Continue prompts (token ids), each up to a stop token or stop text; yields the new text of each, step by step.
+
+    new_ids: a list for each prompt, which collects its new tokens, without the stop token. An interrupt, such as
+    Ctrl-C, first gets the text that was held back because it may begin a stop text.
+    """
     longest = max(map(len, stop_texts), default=1)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]  # keep unfinished characters
     held = dict.fromkeys(range(len(prompts)), "")  # by row that has not ended: text that may begin a stop text
-    steps = generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, encoding.eot_token, generator)
-    for step, tokens in enumerate(steps, start=1):
-        deltas = [""] * len(prompts)
-        for i, token in [(i, token) for i, token in enumerate(tokens.tolist()) if i in held]:
-            is_last = token in stop_ids or step == max_new_tokens
-            new_bytes = encoding.decode_single_token_bytes(token) if token < encoding.eot_token else b""  # no specials
-            text = held.pop(i) + decoders[i].decode(new_bytes, final=is_last)
-            stops = [text.index(stop) for stop in filter(None, stop_texts) if stop in text]
-            end = min(stops, default=len(text) if is_last else max(0, len(text) - longest + 1))
-            deltas[i] = text[:end]
-            if not (is_last or stops):
-                held[i] = text[end:]
-        yield deltas
-        if not held:
-            return
+    steps = generate(
+        model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, document_end(model, encoding), generator,
+        encoding.n_vocab,
+    )  # fmt: skip
+    try:
+        for step, tokens in enumerate(steps, start=1):
+            deltas = [""] * len(prompts)
+            for i, token in [(i, token) for i, token in enumerate(tokens.tolist()) if i in held]:
+                if new_ids is not None and token not in stop_ids:
+                    new_ids[i].append(token)
+                is_last = token in stop_ids or step == max_new_tokens
+                text = held[i] + decoders[i].decode(token_bytes(encoding, token), final=is_last)
+                stops = [text.index(stop) for stop in filter(None, stop_texts) if stop in text]
+                end = min(stops, default=len(text) if is_last else max(0, len(text) - longest + 1))
+                deltas[i], held[i] = text[:end], text[end:]
+                if is_last or stops:
+                    del held[i]
+            yield deltas
+            if not held:
+                return
+    except (KeyboardInterrupt, SystemExit):
+        yield [held.get(i, "") for i in range(len(prompts))]
+        raise
+
+
+def token_bytes(encoding, token: int) -> bytes:
+    """The text of a token; none of a special token, which Qwen3's <think> and <tool_call> are not."""
+    return b"" if encoding.is_special_token(token) else encoding.decode_single_token_bytes(token)
+
+
+def visible_text(encoding, ids: Sequence[int]) -> str:
+    """The text of tokens, as text_deltas() gives it."""
+    return b"".join(token_bytes(encoding, token) for token in ids).decode(errors="replace")
 
 
 def generate_texts(*arguments, **settings) -> list[str]:
@@ -149,8 +172,8 @@ def print_sample(heading: str, model: PolychromaticLM, corpus: Corpus, length: i
     """Print the corpus's prompt and what the model writes after it, in one line; leaves the global RNG alone."""
     if encoding := open_tokenizer(corpus.tokenizer, corpus.vocab):
         generator = torch.Generator(model.device).manual_seed(seed)
-        prompt, specials = corpus.prompt(), range(encoding.eot_token, encoding.n_vocab)
+        prompt, stops = corpus.prompt(), set(filter(encoding.is_special_token, range(encoding.n_vocab)))
         with torch.compiler.set_stance("force_eager"):  # compiling the blocks for one token would take half a minute
-            (new,) = generate_texts(model, encoding, [prompt], length, specials, temperature=0.8, generator=generator)
-        text = encoding.decode([token for token in prompt if token not in specials]) + new
+            (new,) = generate_texts(model, encoding, [prompt], length, stops, temperature=0.8, generator=generator)
+        text = visible_text(encoding, prompt) + new
         print(heading, "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), flush=True)

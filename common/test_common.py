@@ -620,17 +620,53 @@ def test_a_chat_forgets_on_request_and_when_full_and_refuses_a_long_message(fine
     assert "(this takes 118 tokens, but there is room for 48; say it shorter)" in err
 
 
-def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too_long(monkeypatch):
-    def interrupted(*_):
-        yield "half an "
-        raise KeyboardInterrupt
+def scripted(monkeypatch, *ids, then=KeyboardInterrupt) -> list[list[list[int]]]:
+    """generate() draws these tokens and then raises; the prompts it was given."""
+    asked = []
 
-    monkeypatch.setattr(sample, "stream", interrupted)
-    cfg = sample.SampleConfig(chat=True, system="Hi.")
-    chat = sample.Chat(small_model(), tokenizer.get_tokenizer("bytes"), cfg)
+    def steps(model, prompts, *_, **settings):
+        asked.append(prompts)
+        yield from torch.tensor(ids)[:, None]
+        raise then
+
+    monkeypatch.setattr(generation, "generate", steps)
+    return asked
+
+
+def test_a_chat_goes_on_from_the_tokens_of_an_answer_that_ctrl_c_stops(chat_encoding, monkeypatch, capsys):
+    """Also from those that are no text, and from text held back because it may begin a stop text."""
+    one = chat_encoding.encode_single_token
+    drawn = [*tokenizer.encode(chat_encoding, "half ").tolist(), one(b"\xff"), one("<|im_start|>"), one("a")]
+    drawn += [one("<think>"), one("a")] if chat_encoding.name == "qwen3" else []
+    asked = scripted(monkeypatch, *drawn)
+    cfg = sample.SampleConfig(chat=True, system="Hi.", stop="answer")
+    chat = sample.Chat(small_model(block_size=200), chat_encoding, cfg)
+    for _ in range(2):
+        chat.answer("go")
+    text = "half \ufffda<think>a" if chat_encoding.name == "qwen3" else "half \ufffda"
+    assert capsys.readouterr().out == f"{text}\n{text}\n"
+    (first,), (second,) = asked
+    said = [*first, *drawn, one("<|im_end|>"), one("\n"), one("<|im_start|>")]
+    assert second[: len(said)] == said
+    turns = chat.turns
+    assert "tokens with --system, but there is room for 150; say it shorter" in error_of(chat.answer, "x" * 9999)
+    scripted(monkeypatch)  # Ctrl-C before an answer begins: the question counts as not asked
+    chat.answer("no")
+    assert chat.turns == turns and len(turns) == 4
+
+
+def test_an_answer_ends_before_its_stop_text_and_with_the_context(monkeypatch, capsys):
+    encoding = tokenizer.get_tokenizer("bytes")
+    chat = sample.Chat(small_model(), encoding, sample.SampleConfig(chat=True, stop="end", temperature=0))
+    scripted(monkeypatch, *b"so, the end is near")
     chat.answer("go")
-    assert "tokens with --system, but there is room for 48; say it shorter" in error_of(chat.answer, "x" * 99)
-    assert chat.turns == messages("go", "half an ")
+    assert capsys.readouterr().out == "so, the \n" and bytes(chat.turns[1]["content"].tolist()) == b"so, the "
+    monkeypatch.undo()
+    chat = sample.Chat(small_model(), encoding, sample.SampleConfig(chat=True, temperature=0))
+    chat.answer("go")
+    prompt = tokenizer.encode_chat(encoding, messages("go"), reply=True)[0]
+    assert len(prompt) + len(chat.turns[1]["content"]) == 64
+    assert "(the context is full: the answer ends here)" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

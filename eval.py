@@ -236,9 +236,10 @@ def read_results(file: Path, model: PolychromaticLM) -> dict:
 def main():
     cfg = settings.load(EvalConfig)
     run.prepare_cpu()
-    source, device = Path(cfg.init_from or newest_checkpoint()), run.pick_device(cfg.device)
+    is_asked = cfg.problems or cfg.chat
+    source, device = Path(cfg.init_from or newest_checkpoint(fine_tuned=is_asked)), run.pick_device(cfg.device)
     dtype = run.pick_dtype(cfg.dtype, device, training=False)
-    model = open_model(source, device, cfg.revision, cfg.router_context)
+    model = open_model(source, device, cfg.revision, cfg.router_context, is_asked)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
     wants_report = cfg.report if cfg.report is not None else not (cfg.problems or cfg.tasks)
     corpus = open_corpus(cfg, source, model.config) if wants_report else None

@@ -174,7 +174,8 @@ def main():
     cfg = load(SampleConfig)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device, training=False)
-    model = open_model(cfg.init_from or cfg.out_dir or newest_checkpoint(), device, cfg.revision, cfg.router_context)
+    source = cfg.init_from or cfg.out_dir or newest_checkpoint(fine_tuned=cfg.chat)
+    model = open_model(source, device, cfg.revision, cfg.router_context, is_asked=cfg.chat)
     with contextlib.redirect_stdout(sys.stderr):
         if cfg.compile and compiler_works(device):
             model.compile()

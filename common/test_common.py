@@ -856,6 +856,39 @@ def test_an_upcycled_run_starts_from_silu_and_leaves_it(corpus_dir, tmp_path):
     assert "resumed" in run_here({**settings, "max_steps": 51}, "--resume")
 
 
+def test_fine_tuning_a_model_of_a_long_context_takes_rows_of_4096(tmp_path, capsys):
+    """A Qwen3's context is 32,768 tokens, and no weight depends on it."""
+    random_qwen3(tmp_path, max_position_embeddings=32_768)
+    for flag, expected in (("--seed=1", 4096), ("--block_size=8192", 8192)):
+        cfg = config.load(sft.SFTConfig, [str(tmp_path), flag])
+        assert starting_model(cfg).config.block_size == cfg.block_size == expected
+        assert f"block_size is {expected:,}; {tmp_path} has 32,768" in capsys.readouterr().out
+
+
+def test_a_loaded_model_gives_a_text_one_loss(tmp_path):
+    save_pretrained(small_model(), tmp_path)
+    model, tokens = from_pretrained(tmp_path), random_tokens(1, 20)
+    assert model(tokens, tokens) == model(tokens, tokens) == small_model()(tokens, tokens)
+
+
+def test_a_chat_takes_the_newest_fine_tuned_model_and_notes_another(unbroken, fine_tuned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, run in (("old", fine_tuned), ("chat", fine_tuned), ("new", unbroken)):
+        shutil.copytree(run, f"out/{name}")
+    for i, name in enumerate(("old", "chat", "new")):
+        os.utime(f"out/{name}/ckpt.pt", (i, i))
+    assert newest_checkpoint() == Path("out/new/ckpt.pt")
+    chat = functools.partial(run_main, sample, "--chat", "--prompt=Say 1.", "--max_new_tokens=1")
+    assert "model: out/chat/ckpt.pt\n" in chat().err and "never fine-tuned" not in chat().err
+    note = "it was never fine-tuned to answer questions; see python sft.py --help"
+    assert note in chat("out/new").err
+    assert note in run_main(evaluate, "out/new", "--problems", "--limit=1", "--device=cpu").err
+    shutil.rmtree("out/chat")
+    shutil.rmtree("out/old")
+    expected = "no fine-tuned model under out; train one: python sft.py config/tiny_sft.py, or name it: --init_from="
+    assert error_of(chat) == error_of(run_main, evaluate, "--problems") == expected
+
+
 def test_a_missing_local_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
     hub, download = pytest.importorskip("huggingface_hub"), mock.Mock(return_value=tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", download)

@@ -46,11 +46,17 @@ def from_pretrained(source: str | Path, revision=None, router_context=None) -> P
     return model
 
 
+def open_model(
+    source: str | Path, device: torch.device, revision=None, router_context=None, is_asked=False
+) -> PolychromaticLM:
+    """from_pretrained()'s model on a device. Notes about it go to stderr: stdout is for generated text.
 
-def open_model(source: str | Path, device: torch.device, revision=None, router_context=None) -> PolychromaticLM:
-    """from_pretrained()'s model on a device. Notes about it go to stderr: stdout is for generated text."""
+    is_asked: whether it is to answer questions, which a model learns from sft.py.
+    """
     model = from_pretrained(source, revision, router_context)
     print(f"model: {source}", file=sys.stderr)
+    if is_asked and is_fine_tuned(source) is False:
+        print("it was never fine-tuned to answer questions; see python sft.py --help", file=sys.stderr)
     if model.config.sees_future:
         print("slow: its router averages the whole sequence; --router_context=prefix reads the past", file=sys.stderr)
     return model.to(device)
@@ -179,11 +185,24 @@ def qwen3_settings(settings: dict, state: dict[str, Tensor]) -> dict:
     }
 
 
-def newest_checkpoint(root: Path = Path("out")) -> Path:
-    """The most recently written checkpoint under root."""
-    if paths := list(root.glob("**/ckpt.pt")):
-        return max(paths, key=lambda path: path.stat().st_mtime)
-    raise UserError(f"no checkpoint under {root}; train one: python train.py config/tiny.py, or name it: --init_from=")
+def newest_checkpoint(root: Path = Path("out"), fine_tuned: bool = False) -> Path:
+    """The most recently written checkpoint under root, if asked for, of a model fine-tuned by sft.py."""
+    for path in sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if not fine_tuned or is_fine_tuned(path):
+            return path
+    found, command = f"no checkpoint under {root}", "train.py config/tiny.py"
+    if fine_tuned:
+        found, command = f"no fine-tuned model under {root}", "sft.py config/tiny_sft.py"
+    raise UserError(f"{found}; train one: python {command}, or name it: --init_from=")
+
+
+def is_fine_tuned(source: str | Path) -> bool | None:
+    """Whether sft.py made this checkpoint or run; None: no run of ours, so nothing says what it was trained on."""
+    path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None
+    domains = load_checkpoint(path, verify=False).get("domains")
+    return domains and any("val_targets" in counts for counts in domains.values())
 
 
 # ------------------------------------------------------------------------------------------------ a run's first weights
@@ -205,7 +224,10 @@ def inherit_shape(cfg, shape: dict, source: str | Path):
 def starting_model(cfg) -> PolychromaticLM:
     """The model that cfg.init_from names, upcycled if cfg has more activations. Copies its shape into cfg."""
     config, state, path = load_weights(cfg.init_from, cfg.revision)
-    inherit_shape(cfg, dataclasses.asdict(config), cfg.init_from)
+    # The rows of a run are as long as asked for, by default at most 4,096: a Qwen3's own context is 32,768 tokens.
+    inherit_shape(cfg, vars(config) | {"block_size": min(cfg.block_size, config.block_size)}, cfg.init_from)
+    if cfg.block_size != config.block_size:
+        print(f"block_size is {cfg.block_size:,}; {cfg.init_from} has {config.block_size:,}; --block_size= sets it")
     if cfg.activations != config.activations:
         print(f"upcycling {'/'.join(config.activations)} to {'/'.join(cfg.activations)}: the same function")
         torch.manual_seed(cfg.seed)

@@ -56,6 +56,12 @@ class SampleConfig:
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.chat and self.num_samples > 1:
             raise UserError("chat and num_samples exclude each other: a chat has one answer")
+        if self.system and not self.chat:
+            raise UserError("system is the system message of a chat; add --chat")
+        if self.chat and not self.prompt and sys.stdin is None:
+            raise UserError("a chat reads from the terminal, but standard input is closed; ask one question: --prompt=")
+        if self.init_from and self.out_dir and Path(self.init_from) != Path(self.out_dir):
+            raise UserError(f"init_from {self.init_from!r} and out_dir {self.out_dir!r} are two models; name one")
 
 
 def note(message: str):

@@ -694,6 +694,26 @@ def test_the_report_of_a_run(unbroken, corpus_dir, tmp_path):
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {"layers", "training", "usage"}
 
 
+def test_what_is_measured_does_not_depend_on_the_batch_size(fine_tuned, tmp_path):
+    one, five = (run_eval(fine_tuned, tmp_path / str(n), f"--batch_size={n}")[1] for n in (1, 5))
+    numbers = (re.findall(r"\d[\d.]*(?:e-\d+)?", json.dumps([x["domains"], x["routing"]])) for x in (one, five))
+    one, five = ([*map(float, found)] for found in numbers)
+    assert one == pytest.approx(five, abs=1e-5) and len(one) > 30
+
+
+def test_an_interrupted_evaluation_keeps_what_is_finished_and_one_of_other_weights_moves(
+    unbroken, tmp_path, monkeypatch
+):
+    printed, results = run_eval(unbroken, tmp_path, "--max_tokens=64")
+    assert "moved to" not in printed
+    monkeypatch.setattr(evaluate, "solve_problems", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(unbroken, tmp_path, "--report", "--problems", "--max_tokens=64", "--router_context=token")
+    old, new = (json.loads((tmp_path / name).read_text()) for name in ("eval.old.json", "eval.json"))
+    assert old == results
+    assert new["domains"].keys() == results["domains"].keys() and new["domains"] != results["domains"]
+
+
 def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_tuned, chat_dir, tmp_path):
     arguments = "--report", "--problems", "--limit=2", f"--picture_dir={tmp_path}/plots"
     printed, results = run_eval(fine_tuned, tmp_path / "run", *arguments)

@@ -729,6 +729,16 @@ def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_
     assert low < high and re.search(f"^all +{row}$", printed, re.M)
 
 
+def test_plots_of_a_log_that_is_damaged_are_left_out_and_those_that_were_written_are_named(unbroken, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "training.png").touch()  # of an earlier evaluation
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "x", "tau": 1}\n')
+    printed = run_main(evaluate, str(tmp_path), "--max_tokens=64", "--device=cpu").out
+    assert "no pictures of the training: log.jsonl is damaged or of another version (KeyError('tau'))" in printed
+    assert f"\npictures in {tmp_path}: layers.png\n" in printed
+
+
 def test_what_evaluation_lacks_is_named(corpus_dir, tmp_path, monkeypatch):
     """A run, a domain, packages and routing."""
     pytest.importorskip("safetensors")

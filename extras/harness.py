@@ -3,6 +3,7 @@
 import difflib
 import functools
 import logging
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from model import PolychromaticLM
 
 try:
     import lm_eval
+    from datasets.exceptions import DatasetBuildError
+    from jinja2 import TemplateError
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import Collator, normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
@@ -166,6 +169,8 @@ def run_tasks(
     Skips tasks that ran with the same settings in `finished`, the earlier results.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if cfg.task_dir and not os.path.isdir(cfg.task_dir):
+        raise UserError(f"task_dir {cfg.task_dir!r} is not a folder")
     manager = TaskManager(include_path=cfg.task_dir)
     known = set(manager.all_tasks) - set(manager.all_tags)  # a tag stands for several tasks
     for name in cfg.tasks:
@@ -183,8 +188,10 @@ def run_tasks(
                 HarnessModel(model, encoding, batcher), tasks=[name], task_manager=manager, log_samples=False,
                 limit=cfg.limit, num_fewshot=SHOTS.get(name), apply_chat_template=cfg.chat,
             )  # fmt: skip
-        except OSError as e:
+        except (OSError, DatasetBuildError) as e:
             raise UserError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None
+        except TemplateError as e:
+            raise UserError(f"cannot make the prompts of task {name!r}: {' '.join(str(e).split())[:200]}") from None
         metrics = {**output["results"], **output.get("groups", {})}[name]
         n = sum(counts["effective"] for counts in output["n-samples"].values())
         yield name, {"settings": settings, "n": n, "metrics": metrics, "lm_eval": lm_eval.__version__}

@@ -171,15 +171,20 @@ def test_the_harness_gets_the_chat_format_of_fine_tuning(harness, chat_encoding)
     assert adapter.stop_tokens == {chat_encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
 
 
-def test_finished_tasks_are_not_run_again(harness, unbroken, tmp_path):
-    data_files = {"test": f"{write_jsonl(tmp_path / 'sums.jsonl', [{'sum': f'{n} + 1 ='} for n in range(3)])}"}
+def write_task(folder: Path, name: str, rows: list[dict], settings: dict):
+    """A multiple-choice task of the harness in this folder."""
+    data_files = {"test": f"{write_jsonl(folder / f'{name}.jsonl', rows)}"}
     task = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": data_files, "cache_dir": f"{tmp_path}/cache"},
-        "test_split": "test", "doc_to_text": "{{sum}}", "doc_to_choice": ["1", "eleven"], "doc_to_target": 0,
-        "output_type": "multiple_choice",
+        "task": name, "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice", **settings,
+        "dataset_kwargs": {"data_files": data_files, "cache_dir": f"{folder}/cache"},
     }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+
+
+def test_finished_tasks_are_not_run_again(harness, unbroken, tmp_path):
+    task = {"doc_to_text": "{{sum}}", "doc_to_choice": ["1", "eleven"], "doc_to_target": 0}
     for name in ("first", "second"):
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **task}))
+        write_task(tmp_path, name, [{"sum": f"{n} + 1 ="} for n in range(3)], task)
     arguments = "--report=False", f"--task_dir={tmp_path}", "--limit=2"
     run = functools.partial(run_eval, unbroken, tmp_path / "run", *arguments)
     printed, results = run("--tasks=first")
@@ -203,10 +208,14 @@ def test_a_task_is_shown_by_its_main_metric_beside_the_papers_scores(harness):
     assert list(row.values()) == ["acc,none", 4, 0.25, 0.1, None, None, None, None]
 
 
-def test_a_task_or_row_that_cannot_run_is_one_line(harness, unbroken):
+def test_a_task_or_row_that_cannot_run_is_one_line(harness, unbroken, tmp_path):
+    task = {"doc_to_text": "{{x}}", "doc_to_choice": ["a", "b"], "doc_to_target": "{{y}}"}
+    write_task(tmp_path, "untold", [{"x": "1"}], task)
     for script, arguments, message in (
         (evaluate, {"tasks": "helaswag"}, "the harness has no single task 'helaswag'; did you mean 'hellaswag'?"),
         (evaluate, {"tasks": "arc_easy"}, "cannot get the data of task 'arc_easy': Couldn't reach "),
+        (evaluate, {"tasks": "x", "task_dir": "nope"}, "task_dir 'nope' is not a folder"),
+        (evaluate, {"tasks": "untold", "task_dir": tmp_path}, "cannot make the prompts of task 'untold': 'y' is undef"),
         (bench, {"only": "fnn"}, "there is no row 'fnn'; there are ffn, step, decode"),
     ):
         settings = {"init_from": unbroken, **arguments}

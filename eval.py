@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import settings  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+# first, so that Ctrl-C during the slow imports below prints one line
+from common import settings  # isort: skip
 
 import numpy as np
 import torch
@@ -63,6 +64,12 @@ class EvalConfig:
 
     def __post_init__(self):
         check_range(self, 1, 2**40, "max_tokens", "limit", "batch_size")
+        if not (self.wants_report or self.problems or self.tasks):
+            raise UserError("nothing to measure: --report=False needs --problems or --tasks=")
+
+    @property
+    def wants_report(self) -> bool:
+        return not (self.problems or self.tasks) if self.report is None else self.report
 
 
 def in_batches(function: Callable[[Sequence], list], items: Sequence, name: str, batch_size: int) -> list:
@@ -223,41 +230,52 @@ def task_row(name: str, result: dict) -> dict:
 
 
 def read_results(file: Path, model: PolychromaticLM) -> dict:
-    """The results in an eval.json, if they are of this model's settings and weights, which a hash identifies."""
+    """The results in an eval.json, if they are of this model's settings and weights, which a hash identifies.
+
+    Others' results move to eval.old.json.
+    """
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=8)
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     weights = digest.hexdigest()
     try:
-        saved = json.loads(file.read_text()) if file.exists() else {}
-        return saved if saved.get("weights") == weights else {"weights": weights}
-    except (ValueError, AttributeError) as e:
+        saved = json.loads(file.read_text()) if file.exists() else {"weights": weights}
+        if saved.get("weights") == weights:
+            return saved
+    except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"{file} is damaged ({e}); delete it to measure everything again") from None
+    old = file.with_suffix(".old.json")
+    print(f"{file} is of other weights or settings: moved to {old.name}")
+    with run.name_write_errors(old):
+        file.replace(old)
+    return {"weights": weights}
 
 
 def main():
     cfg = settings.load(EvalConfig)
     run.prepare_cpu()
-    source, device = Path(cfg.init_from or newest_checkpoint()), run.pick_device(cfg.device)
+    is_asked = cfg.problems or cfg.chat
+    source, device = Path(cfg.init_from or newest_checkpoint(fine_tuned=is_asked)), run.pick_device(cfg.device)
     dtype = run.pick_dtype(cfg.dtype, device, training=False)
-    model = open_model(source, device, cfg.revision, cfg.router_context)
+    model = open_model(source, device, cfg.revision, cfg.router_context, is_asked)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
-    wants_report = cfg.report if cfg.report is not None else not (cfg.problems or cfg.tasks)
-    corpus = open_corpus(cfg, source, model.config) if wants_report else None
+    corpus = open_corpus(cfg, source, model.config) if cfg.wants_report else None
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
     batch_size = 1 if model.config.sees_future else cfg.batch_size or max(1, 2**14 // model.config.block_size)
     batcher = functools.partial(in_batches, batch_size=batch_size)  # one row: a "sequence" router reads the padding
-    file = folder / "eval.json"
-    results = read_results(file, model)
     with run.name_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "eval.json"
+    results = read_results(file, model)
+    run.write_json(file, results)  # fails now rather than after hours
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if corpus:
             results |= report(model, corpus, cfg, batcher, folder)
+            run.write_json(file, results)
         if cfg.problems:
             results["problems"] = solve_problems(model, encoding, cfg, batcher)
             print_table("Held-out problems; 95% intervals", results["problems"])
-        run.write_json(file, results)
+            run.write_json(file, results)
         if cfg.tasks:
             from extras.harness import run_tasks
 

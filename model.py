@@ -308,6 +308,7 @@ class PolychromaticLM(nn.Module):
         self.flex: bool | None = None  # FlexAttention for packed documents; None: see uses_flex()
         self.is_compiled = False
         self.chunk_loss = chunk_loss  # compile() replaces it
+        self.isolates_documents = True  # trained with doc_ids; other people's models were not
         self.init_weights()
 
     def init_weights(self):

@@ -32,7 +32,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from common.settings import UserError, check_range, load, run  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+# first, so that Ctrl-C during the slow imports below prints one line
+from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np
 import tiktoken

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.settings import UserError, check_range, load, run  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+# first, so that Ctrl-C during the slow imports below prints one line
+from common.settings import UserError, check_range, load, run  # isort: skip
 
+import numpy as np
 import torch
 
-from common.generate import text_deltas
+from common.generate import check_sampling, text_deltas, visible_text
 from common.run import compiler_works, pick_device, pick_dtype
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
@@ -53,8 +55,15 @@ class SampleConfig:
 
     def __post_init__(self):
         check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
+        check_sampling(self.temperature, self.top_k, self.top_p)
         if self.chat and self.num_samples > 1:
             raise UserError("chat and num_samples exclude each other: a chat has one answer")
+        if self.system and not self.chat:
+            raise UserError("system is the system message of a chat; add --chat")
+        if self.chat and not self.prompt and sys.stdin is None:
+            raise UserError("a chat reads from the terminal, but standard input is closed; ask one question: --prompt=")
+        if self.init_from and self.out_dir and Path(self.init_from) != Path(self.out_dir):
+            raise UserError(f"init_from {self.init_from!r} and out_dir {self.out_dir!r} are two models; name one")
 
 
 def note(message: str):
@@ -62,10 +71,12 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
-def stream(model: PolychromaticLM, encoding, ids: list[int], cfg: SampleConfig) -> Iterator[str]:
+def stream(model: PolychromaticLM, encoding, ids: list[int], cfg: SampleConfig, **settings) -> Iterator[str]:
     """Continue token ids up to <|endoftext|>, <|im_end|> or the stop text; yields pieces of text."""
-    settings = stop_tokens(encoding), [cfg.stop or ""], cfg.temperature, cfg.top_k, cfg.top_p
-    return (piece for (piece,) in text_deltas(model, encoding, [ids], cfg.max_new_tokens, *settings))
+    settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, **settings}
+    length = settings.pop("max_new_tokens", cfg.max_new_tokens)
+    deltas = text_deltas(model, encoding, [ids], length, stop_tokens(encoding), [cfg.stop or ""], **settings)
+    return (piece for (piece,) in deltas)
 
 
 def read_prompt(text: str) -> str:
@@ -91,9 +102,11 @@ def continue_text(model: PolychromaticLM, encoding, cfg: SampleConfig):
         if cfg.num_samples > 1:
             print(f"--- sample {i + 1} of {cfg.num_samples} ---")
         print(prompt, end="", flush=True)
-        for piece in stream(model, encoding, ids, cfg):
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in stream(model, encoding, ids, cfg):
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
 
 
 class Chat:
@@ -102,11 +115,12 @@ class Chat:
     def __init__(self, model: PolychromaticLM, encoding, cfg: SampleConfig):
         self.model, self.encoding, self.cfg = model, encoding, cfg
         self.system = [{"role": "system", "content": cfg.system}] if cfg.system else []
-        self.turns: list[dict[str, str]] = []  # user and assistant alternate
+        self.turns: list[dict] = []  # user and assistant alternate; an answer is kept as its token ids
 
     def answer(self, question: str):
         """Print the answer to a message of the user, and remember both. Ctrl-C ends the answer early."""
-        room = self.model.config.block_size * 3 // 4  # leaves a quarter of the context for the answer
+        block_size = self.model.config.block_size
+        room = block_size * 3 // 4  # leaves a quarter of the context for the answer
         turns = [*self.turns, {"role": "user", "content": question}]
         while len(ids := encode_chat(self.encoding, self.system + turns, reply=True)[0].tolist()) > room:
             if len(turns) == 1:
@@ -115,15 +129,27 @@ class Chat:
             turns = turns[2:]
         if len(turns) <= len(self.turns):
             note("(the context is full: the oldest turn is forgotten)")
-        text = ""
+        new_ids, text = [], ""
+        length = min(self.cfg.max_new_tokens, block_size - len(ids))
         try:
-            for piece in stream(self.model, self.encoding, ids, self.cfg):
+            for piece in stream(self.model, self.encoding, ids, self.cfg, max_new_tokens=length, new_ids=[new_ids]):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
             print(" (stopped)", end="", file=sys.stderr)
-        print(flush=True)
-        self.turns = [*turns, {"role": "assistant", "content": text}]
+            if not new_ids:  # the question counts as not asked
+                return
+        finally:
+            print(flush=True)
+        if len(new_ids) == length < self.cfg.max_new_tokens:
+            note("(the context is full: the answer ends here)")
+        self.turns = [*turns, {"role": "assistant", "content": self.said(new_ids, text)}]
+
+    def said(self, new_ids: list[int], text: str) -> np.ndarray:
+        """The answer as the next turn reads it: the tokens that were drawn, up to a stop text."""
+        while len(whole := visible_text(self.encoding, new_ids)) > len(text):
+            new_ids.pop()
+        return np.concatenate([np.array(new_ids, np.uint32), encode(self.encoding, text[len(whole) :])])
 
 
 def converse(chat: Chat):
@@ -156,7 +182,8 @@ def main():
     cfg = load(SampleConfig)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device, training=False)
-    model = open_model(cfg.init_from or cfg.out_dir or newest_checkpoint(), device, cfg.revision, cfg.router_context)
+    source = cfg.init_from or cfg.out_dir or newest_checkpoint(fine_tuned=cfg.chat)
+    model = open_model(source, device, cfg.revision, cfg.router_context, is_asked=cfg.chat)
     with contextlib.redirect_stdout(sys.stderr):
         if cfg.compile and compiler_works(device):
             model.compile()

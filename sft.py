@@ -10,7 +10,8 @@ are packed into rows, and the loss is on the assistant's words only.
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.settings import load, run  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+# first, so that Ctrl-C during the slow imports below prints one line
+from common.settings import load, run  # isort: skip
 
 import numpy as np
 

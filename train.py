@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from common import settings  # isort: skip  (first: Ctrl-C during the slow imports prints one line)
+# first, so that Ctrl-C during the slow imports below prints one line
+from common import settings  # isort: skip
 
 import numpy as np
 import torch
@@ -404,7 +405,7 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
 
 def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
     """Print what a resumed run changes. UserError if that is the model, or if it is already past the end."""
-    for name, theirs in {**checkpoint["settings"], **checkpoint["model_config"]}.items():
+    for name, theirs in checkpoint["settings"].items():
         ours = getattr(cfg, name, "(no such setting)")
         if ours == theirs or name in ("resume", "overwrite", "init_from", "revision"):
             continue

@@ -1,6 +1,7 @@
 """The machine that a script runs on (processes, signals, device, compiler), and run folders (lock, checkpoint, log)."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -18,8 +19,8 @@ import filelock  # comes with torch
 import torch
 from torch import Tensor
 
-from common.settings import UserError
-from model import ModelConfig, PolychromaticLM
+from common.settings import UserError, convert
+from model import SIZES, ModelConfig, PolychromaticLM
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 
@@ -187,28 +188,52 @@ def write_json(path: Path, value: dict):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def load_checkpoint(source: str | Path) -> dict:
-    """Read a torch checkpoint, or the one in a run folder: tensors on the CPU and plain values, never code."""
+def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
+    """Read a torch checkpoint, or the one in a run folder: tensors on the CPU and plain values, never code.
+
+    A "model_config" in it has the settings of this version's ModelConfig. verify=False leaves the weights unread.
+    """
     path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
-            if damaged := archive.testzip():
+            if damaged := verify and archive.testzip():
                 raise ValueError(f"bad checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own type
         raise UserError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a checkpoint of a model")
+    if "model_config" in checkpoint:
+        checkpoint["model_config"] = dataclasses.asdict(read_config(checkpoint["model_config"], path))
     return checkpoint
 
 
+def read_config(settings, path: str | Path) -> ModelConfig:
+    """A model's settings as saved with it. Raises UserError, naming `path`, for what this version does not know."""
+    kinds = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
+    try:
+        if missing := [name for name in SIZES if name not in settings]:
+            raise ValueError(f"it lacks the setting {missing[0]}")
+        if unknown := [name for name in settings if name not in kinds]:
+            raise ValueError(f"this version does not know its setting {unknown[0]}")
+        return ModelConfig(**{name: convert(value, (kinds[name],), name) for name, value in settings.items()})
+    except (AttributeError, TypeError, ValueError) as e:  # TypeError, AttributeError: it is no dict
+        raise UserError(f"{path} does not hold a model of this project: {e}") from None
+
+
 def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path) -> PolychromaticLM:
-    """A float32 model with these weights. Raises UserError, naming `path`, for tensors that do not fit."""
+    """A float32 model with these weights. UserError, naming `path`, for tensors that do not fit or are not finite."""
+    n_blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if n_blocks != config.n_layer:
+        raise UserError(f"{path} does not fit the model: it has {n_blocks} blocks, but n_layer is {config.n_layer}")
     with torch.device("meta"):  # no storage and no random numbers: the weights follow
         model = PolychromaticLM(config)
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    if broken := [name for name, tensor in copies.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} is damaged: {broken[0]} holds NaN or infinity; use an earlier checkpoint")
     if "tau" in copies:  # one temperature for all layers: older checkpoints, the release, Qwen3
         tau = copies.pop("tau")
         copies |= {name: tau.clone() for name in model.state_dict() if name.endswith(".tau")}

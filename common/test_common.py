@@ -34,7 +34,14 @@ from common import data, tokenizer
 from common import run as machine
 from common.routing import routing_stats
 from common.run import Ranks, build_model, pick_device, read_log
-from common.weights import from_pretrained, load_weights, newest_checkpoint, save_pretrained, upcycle
+from common.weights import (
+    from_pretrained,
+    load_weights,
+    newest_checkpoint,
+    save_pretrained,
+    starting_model,
+    upcycle,
+)  # fmt: skip
 from extras import bench, embedded, study
 from model import ACTIVATIONS, KVCache, ModelConfig, PolychromaticLM, set_tau
 from test_model import (
@@ -529,6 +536,41 @@ def test_top_k_top_p_and_a_low_temperature_leave_out_the_unlikely():
         assert shares == [pytest.approx(p, abs=0.03 if p else 0) for p in expected]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_exactly_too_and_with_ties(dtype):
+    for p, top_p, n in (
+        ([0.5, 0.3, 0.1, 0.1], 0.8, 2),
+        ([0.5, 0.3, 0.1, 0.1], 0.81, 3),
+        ([0.1] * 10, 0.7, 7),
+        ([0.25] * 4, 1, 4),
+        ([0.6, 0.4], 1e-9, 1),
+    ):
+        logits = torch.tensor(p).log().to(dtype).expand(500, -1)
+        tokens = generation.sample_token(logits, 1.0, None, top_p, torch.Generator().manual_seed(0))
+        assert len(tokens.unique()) == n, (p, top_p)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_ids_without_a_token_are_never_drawn(temperature):
+    """As in Qwen3, whose embedding has more rows than its tokenizer has tokens."""
+    model, encoding = small_model(vocab_size=400, tied_head=False), tokenizer.get_tokenizer("bytes")
+    model.head.weight.data[259:] *= 9
+    prompts = random_tokens(5, 4).tolist()
+    drawn = generated(model, prompts, 20, temperature=temperature)
+    assert sum(token >= 259 for row in drawn for token in row) > 50
+    assert any(generation.generate_texts(model, encoding, prompts, 20, (), temperature=temperature))
+    corpus = SimpleNamespace(tokenizer="bytes", vocab=None, prompt=lambda: [256])
+    generation.print_sample("sample:", model, corpus, 20, seed=0)
+
+
+def test_special_tokens_print_nothing_and_the_text_tokens_of_qwen3_themselves(small_vocab, monkeypatch):
+    encoding = tokenizer.get_tokenizer("qwen3", str(small_vocab))
+    scripted(monkeypatch, *range(encoding.eot_token, encoding.n_vocab), then=StopIteration)
+    printed = generation.generate_texts(small_model(), encoding, [[1]], 26, ())
+    assert printed == ["".join(tokenizer.QWEN3_SPECIALS[14:])]
+    assert printed[0].startswith("<tool_call>") and printed[0].endswith("<think></think>")
+
+
 def test_a_text_comes_in_pieces_and_ends_where_a_stop_begins_whichever_tokens_it_spans():
     model, encoding = small_model(), tokenizer.get_tokenizer("bytes")  # a token is a byte
     prompts = [random_tokens(n, seed=n).tolist() for n in range(1, 20)]
@@ -564,7 +606,8 @@ def test_sampling_from_a_run(unbroken, tmp_path, monkeypatch):
 
 def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, sees_future = small_model(), small_model(router_context="sequence")
+    model, diverged, sees_future = small_model(), small_model(), small_model(router_context="sequence")
+    diverged.norm.weight.data[0] = math.nan
     for action, message in [
         (newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
@@ -573,7 +616,15 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
         (lambda: generated(sees_future, [[1], [1, 2]], 5), "give prompts of one length"),
         (lambda: generated(model, [[300]], 5), "a token that is not in 0..258"),
-        (lambda: generated(model, [[1]], 5, top_k=0), "temperature 0, top_k 0, top_p None: need >= 0, >= 1 and"),
+        (lambda: generated(model, [[1], []], 5), "an empty prompt, or none"),
+        (lambda: generated(model, [], 5), "an empty prompt, or none"),
+        (lambda: generated(model, [[1]], 5, temperature=math.nan), "temperature is nan; it must be 0 or more"),
+        (lambda: sample.SampleConfig(top_k=0), "top_k is 0; it must be 1 or more"),
+        (lambda: sample.SampleConfig(top_p=1.5), "top_p is 1.5; it must be above 0 and at most 1"),
+        (lambda: sample.SampleConfig(system="Hi."), "system is the system message of a chat; add --chat"),
+        (lambda: sample.SampleConfig(init_from="a", out_dir="b"), "init_from 'a' and out_dir 'b' are two models"),
+        (lambda: evaluate.EvalConfig(report=False), "nothing to measure: --report=False needs --problems or --tasks="),
+        (lambda: generated(diverged, [[1]], 5), "the model's output is not finite: a weight is NaN or too large"),
     ]:
         assert message in error_of(action)
     with pytest.raises(ValueError, match="no cache is exact"):
@@ -592,17 +643,53 @@ def test_a_chat_forgets_on_request_and_when_full_and_refuses_a_long_message(fine
     assert "(this takes 118 tokens, but there is room for 48; say it shorter)" in err
 
 
-def test_a_chat_remembers_an_answer_that_ctrl_c_stops_but_no_message_that_is_too_long(monkeypatch):
-    def interrupted(*_):
-        yield "half an "
-        raise KeyboardInterrupt
+def scripted(monkeypatch, *ids, then=KeyboardInterrupt) -> list[list[list[int]]]:
+    """generate() draws these tokens and then raises; the prompts it was given."""
+    asked = []
 
-    monkeypatch.setattr(sample, "stream", interrupted)
-    cfg = sample.SampleConfig(chat=True, system="Hi.")
-    chat = sample.Chat(small_model(), tokenizer.get_tokenizer("bytes"), cfg)
+    def steps(model, prompts, *_, **settings):
+        asked.append(prompts)
+        yield from torch.tensor(ids)[:, None]
+        raise then
+
+    monkeypatch.setattr(generation, "generate", steps)
+    return asked
+
+
+def test_a_chat_goes_on_from_the_tokens_of_an_answer_that_ctrl_c_stops(chat_encoding, monkeypatch, capsys):
+    """Also from those that are no text, and from text held back because it may begin a stop text."""
+    one = chat_encoding.encode_single_token
+    drawn = [*tokenizer.encode(chat_encoding, "half ").tolist(), one(b"\xff"), one("<|im_start|>"), one("a")]
+    drawn += [one("<think>"), one("a")] if chat_encoding.name == "qwen3" else []
+    asked = scripted(monkeypatch, *drawn)
+    cfg = sample.SampleConfig(chat=True, system="Hi.", stop="answer")
+    chat = sample.Chat(small_model(block_size=200), chat_encoding, cfg)
+    for _ in range(2):
+        chat.answer("go")
+    text = "half \ufffda<think>a" if chat_encoding.name == "qwen3" else "half \ufffda"
+    assert capsys.readouterr().out == f"{text}\n{text}\n"
+    (first,), (second,) = asked
+    said = [*first, *drawn, one("<|im_end|>"), one("\n"), one("<|im_start|>")]
+    assert second[: len(said)] == said
+    turns = chat.turns
+    assert "tokens with --system, but there is room for 150; say it shorter" in error_of(chat.answer, "x" * 9999)
+    scripted(monkeypatch)  # Ctrl-C before an answer begins: the question counts as not asked
+    chat.answer("no")
+    assert chat.turns == turns and len(turns) == 4
+
+
+def test_an_answer_ends_before_its_stop_text_and_with_the_context(monkeypatch, capsys):
+    encoding = tokenizer.get_tokenizer("bytes")
+    chat = sample.Chat(small_model(), encoding, sample.SampleConfig(chat=True, stop="end", temperature=0))
+    scripted(monkeypatch, *b"so, the end is near")
     chat.answer("go")
-    assert "tokens with --system, but there is room for 48; say it shorter" in error_of(chat.answer, "x" * 99)
-    assert chat.turns == messages("go", "half an ")
+    assert capsys.readouterr().out == "so, the \n" and bytes(chat.turns[1]["content"].tolist()) == b"so, the "
+    monkeypatch.undo()
+    chat = sample.Chat(small_model(), encoding, sample.SampleConfig(chat=True, temperature=0))
+    chat.answer("go")
+    prompt = tokenizer.encode_chat(encoding, messages("go"), reply=True)[0]
+    assert len(prompt) + len(chat.turns[1]["content"]) == 64
+    assert "(the context is full: the answer ends here)" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -630,6 +717,26 @@ def test_the_report_of_a_run(unbroken, corpus_dir, tmp_path):
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {"layers", "training", "usage"}
 
 
+def test_what_is_measured_does_not_depend_on_the_batch_size(fine_tuned, tmp_path):
+    one, five = (run_eval(fine_tuned, tmp_path / str(n), f"--batch_size={n}")[1] for n in (1, 5))
+    numbers = (re.findall(r"\d[\d.]*(?:e-\d+)?", json.dumps([x["domains"], x["routing"]])) for x in (one, five))
+    one, five = ([*map(float, found)] for found in numbers)
+    assert one == pytest.approx(five, abs=1e-5) and len(one) > 30
+
+
+def test_an_interrupted_evaluation_keeps_what_is_finished_and_one_of_other_weights_moves(
+    unbroken, tmp_path, monkeypatch
+):
+    printed, results = run_eval(unbroken, tmp_path, "--max_tokens=64")
+    assert "moved to" not in printed
+    monkeypatch.setattr(evaluate, "solve_problems", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(unbroken, tmp_path, "--report", "--problems", "--max_tokens=64", "--router_context=token")
+    old, new = (json.loads((tmp_path / name).read_text()) for name in ("eval.old.json", "eval.json"))
+    assert old == results
+    assert new["domains"].keys() == results["domains"].keys() and new["domains"] != results["domains"]
+
+
 def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_tuned, chat_dir, tmp_path):
     arguments = "--report", "--problems", "--limit=2", f"--picture_dir={tmp_path}/plots"
     printed, results = run_eval(fine_tuned, tmp_path / "run", *arguments)
@@ -643,6 +750,16 @@ def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_
     low, high = problems["interval"]
     row = f"{problems['n']} +{problems['exact_match']:.4f} +{low:.4f} / {high:.4f}"
     assert low < high and re.search(f"^all +{row}$", printed, re.M)
+
+
+def test_plots_of_a_log_that_is_damaged_are_left_out_and_those_that_were_written_are_named(unbroken, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "training.png").touch()  # of an earlier evaluation
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "x", "tau": 1}\n')
+    printed = run_main(evaluate, str(tmp_path), "--max_tokens=64", "--device=cpu").out
+    assert "no pictures of the training: log.jsonl is damaged or of another version (KeyError('tau'))" in printed
+    assert f"\npictures in {tmp_path}: layers.png\n" in printed
 
 
 def test_what_evaluation_lacks_is_named(corpus_dir, tmp_path, monkeypatch):
@@ -756,11 +873,13 @@ def test_the_released_layout_loads(layout, tau, tmp_path):
         pytest.importorskip("safetensors.torch").save_file(released_state(model), path)
     else:
         compiled = {f"_orig_mod.{name}": tensor for name, tensor in released_state(model).items()}
+        compiled = {re.sub(r"_core\.(\d)\.", r"_core.\1.module._orig_mod.", name): compiled[name] for name in compiled}
         torch.save({"model": compiled, "optimizer": {}, "scheduler": {}, "step": 5, "tau": tau}, path)
     loaded = from_pretrained(path)
     assert loaded.config == dataclasses.replace(model.config, block_size=4096)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert from_pretrained(path, router_context="prefix").config.router_context == "prefix"
+    assert not loaded.isolates_documents  # the paper's code packed documents without doc_ids
 
 
 @torch.no_grad()
@@ -788,6 +907,39 @@ def test_an_upcycled_run_starts_from_silu_and_leaves_it(corpus_dir, tmp_path):
     first, last = [line["routing"]["usage"] for line in read_log(tmp_path / "run") if "val" in line]
     assert min(usage[2] for usage in first) > 0.99 and min(usage[2] for usage in last) < 0.9
     assert "resumed" in run_here({**settings, "max_steps": 51}, "--resume")
+
+
+def test_fine_tuning_a_model_of_a_long_context_takes_rows_of_4096(tmp_path, capsys):
+    """A Qwen3's context is 32,768 tokens, and no weight depends on it."""
+    random_qwen3(tmp_path, max_position_embeddings=32_768)
+    for flag, expected in (("--seed=1", 4096), ("--block_size=8192", 8192)):
+        cfg = config.load(sft.SFTConfig, [str(tmp_path), flag])
+        assert starting_model(cfg).config.block_size == cfg.block_size == expected
+        assert f"block_size is {expected:,}; {tmp_path} has 32,768" in capsys.readouterr().out
+
+
+def test_a_loaded_model_gives_a_text_one_loss(tmp_path):
+    save_pretrained(small_model(), tmp_path)
+    model, tokens = from_pretrained(tmp_path), random_tokens(1, 20)
+    assert model(tokens, tokens) == model(tokens, tokens) == small_model()(tokens, tokens)
+
+
+def test_a_chat_takes_the_newest_fine_tuned_model_and_notes_another(unbroken, fine_tuned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, run in (("old", fine_tuned), ("chat", fine_tuned), ("new", unbroken)):
+        shutil.copytree(run, f"out/{name}")
+    for i, name in enumerate(("old", "chat", "new")):
+        os.utime(f"out/{name}/ckpt.pt", (i, i))
+    assert newest_checkpoint() == Path("out/new/ckpt.pt")
+    chat = functools.partial(run_main, sample, "--chat", "--prompt=Say 1.", "--max_new_tokens=1")
+    assert "model: out/chat/ckpt.pt\n" in chat().err and "never fine-tuned" not in chat().err
+    note = "it was never fine-tuned to answer questions; see python sft.py --help"
+    assert note in chat("out/new").err
+    assert note in run_main(evaluate, "out/new", "--problems", "--limit=1", "--device=cpu").err
+    shutil.rmtree("out/chat")
+    shutil.rmtree("out/old")
+    expected = "no fine-tuned model under out; train one: python sft.py config/tiny_sft.py, or name it: --init_from="
+    assert error_of(chat) == error_of(run_main, evaluate, "--problems") == expected
 
 
 def test_a_missing_local_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
@@ -828,6 +980,37 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         assert message in error_of(from_pretrained, path)
     path.write_bytes(b"x" * 100)
     assert "model.safetensors does not hold a model of this project" in error_of(from_pretrained, path)
+
+
+def test_a_checkpoint_of_another_version_or_project_says_what_is_wrong(run_small, unbroken, tmp_path):
+    path, saved = tmp_path / "ckpt.pt", torch.load(unbroken / "ckpt.pt")
+    config = saved["model_config"]
+    broken = {**saved["model"], "blocks.1.ffn.alpha": torch.full((48, 4), math.nan)}
+    for change, message in [
+        ({"model_config": {**config, "router_depth": 2}}, "this version does not know its setting router_depth"),
+        ({"model_config": {**config, "n_layer": "two"}}, "n_layer takes int, not 'two'"),
+        ({"model_config": {name: config[name] for name in config if name != "d_ff"}}, "it lacks the setting d_ff"),
+        ({"model_config": 3}, "does not hold a model of this project"),
+        ({"model": broken}, " is damaged: blocks.1.ffn.alpha holds NaN or infinity; use an earlier checkpoint"),
+        ({"model": {**saved["model"], "step": 3}}, "is not a checkpoint of a model"),
+    ]:
+        torch.save(saved | change, path)
+        assert message in error_of(from_pretrained, path)
+        assert message in error_of(run_small, "--resume", f"--init_from={unbroken}")
+    torch.save(saved | {"model_config": {**config, "n_layer": 10**9}}, path)
+    assert "does not fit the model: it has 2 blocks, but n_layer is 1000000000" in error_of(from_pretrained, path)
+    torch.save(saved | {"model_config": {name: config[name] for name in config if name != "router_centred"}}, path)
+    assert from_pretrained(path).config == from_pretrained(unbroken).config  # of before there was this setting
+    nanogpt = {"model": {"_orig_mod.transformer.wte.weight": torch.zeros(2, 2)}, "model_args": {}, "iter_num": 3}
+    torch.save(nanogpt, path)
+    assert error_of(from_pretrained, path) == f"{path} does not hold a model of this project: it lacks model_config"
+
+
+def test_safetensors_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    save_pretrained(small_model(), tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for action in (functools.partial(save_pretrained, small_model()), from_pretrained):
+        assert error_of(action, tmp_path) == "model.safetensors needs a package: pip install safetensors"
 
 
 def test_a_qwen3_that_cannot_be_used_says_why(tmp_path):

@@ -19,6 +19,7 @@ QWEN3_SPECIALS = (
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
+QWEN3_TEXT = QWEN3_SPECIALS[14:]  # from <tool_call> on, its tokenizer takes them for text, which is shown
 QWEN3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,7 +33,8 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
     """The tokenizer of this name; use it through encode(). Raises UserError if it is unknown or cannot be read.
 
     "bytes": 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258.
-    "gpt2", "qwen3": byte-level BPE from the file `vocab` (None: downloaded), then the same three, or Qwen3's 26.
+    "gpt2", "qwen3": byte-level BPE from the file `vocab` (None: downloaded), then the same three, or Qwen3's 26, of
+    which <think>, <tool_call> and the other QWEN3_TEXT decode as text.
     """
     if name == "bytes":
         ranks, specials, pattern = {bytes([i]): i for i in range(256)}, CHAT_SPECIALS, r"[^\n]+|\n+"
@@ -43,6 +45,8 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
     else:
         raise UserError(f"unknown tokenizer {name!r}; there are bytes, gpt2, qwen3")
     special_ids = {special: len(ranks) + i for i, special in enumerate(specials)}
+    # Among the ranks a token is text when it is decoded; no merge leads to one that the pattern splits.
+    ranks |= {special.encode(): special_ids.pop(special) for special in QWEN3_TEXT if special in special_ids}
     return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
 
 
@@ -90,8 +94,9 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 def encode_chat(encoding: tiktoken.Encoding, messages: list[dict], reply=False) -> tuple[np.ndarray, np.ndarray]:
     """A conversation in ChatML: token ids [n] uint32 and loss mask [n] uint8.
 
-    messages: {"role": "system", "user" or "assistant", "content": text}, else UserError. The mask is 1 on what the
-    assistant says, its <|im_end|> and newline. <|endoftext|> comes last, or with reply=True, the start of an answer.
+    messages: {"role": "system", "user" or "assistant", "content": text}, else UserError; a model's own answer may be
+    the array of its token ids instead. The mask is 1 on what the assistant says, its <|im_end|> and newline.
+    <|endoftext|> comes last, or with reply=True, the start of an answer.
     """
     eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
@@ -101,10 +106,11 @@ def encode_chat(encoding: tiktoken.Encoding, messages: list[dict], reply=False) 
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"the role {role!r}, not one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
+        ids = encode(encoding, content) if isinstance(content, str) else content
+        if not isinstance(ids, np.ndarray):
             raise UserError("content that is not text")
         parts += [(start, False), (encode(encoding, f"{role}\n"), False)]
-        parts += [(ids, role == "assistant") for ids in (encode(encoding, content), end, encode(encoding, "\n"))]
+        parts += [(ids, role == "assistant") for ids in (ids, end, encode(encoding, "\n"))]
     parts += [(start, False), (encode(encoding, "assistant\n"), False)] if reply else [(eot, False)]
     loss_mask = np.concatenate([np.full(len(ids), has_loss, np.uint8) for ids, has_loss in parts])
     return np.concatenate([ids for ids, _ in parts]), loss_mask

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.run import build_model, load_checkpoint, write_json
+from common.run import build_model, load_checkpoint, name_write_errors, read_config, write_atomically, write_json
 from common.settings import UserError
 from model import ModelConfig, PolychromaticLM
 
@@ -35,15 +36,27 @@ def from_pretrained(source: str | Path, revision=None, router_context=None) -> P
     source: a local path, or owner/name of a model on the hub, at a revision. router_context replaces the model's own.
     Raises UserError, which names the file and the fault.
     """
-    config, state, path = load_weights(source, revision)
-    config = dataclasses.replace(config, router_context=router_context or config.router_context)
-    return build_model(config, state, path).eval()
+    config, state, path, isolates_documents = read_model(source, revision)
+    try:
+        config = dataclasses.replace(config, router_context=router_context or config.router_context)
+    except ValueError as e:  # model.py, which imports nothing of ours, raises no UserError
+        raise UserError(str(e)) from None
+    model = build_model(config, state, path).eval()
+    model.isolates_documents = isolates_documents
+    return model
 
 
-def open_model(source: str | Path, device: torch.device, revision=None, router_context=None) -> PolychromaticLM:
-    """from_pretrained()'s model on a device. Notes about it go to stderr: stdout is for generated text."""
+def open_model(
+    source: str | Path, device: torch.device, revision=None, router_context=None, is_asked=False
+) -> PolychromaticLM:
+    """from_pretrained()'s model on a device. Notes about it go to stderr: stdout is for generated text.
+
+    is_asked: whether it is to answer questions, which a model learns from sft.py.
+    """
     model = from_pretrained(source, revision, router_context)
     print(f"model: {source}", file=sys.stderr)
+    if is_asked and is_fine_tuned(source) is False:
+        print("it was never fine-tuned to answer questions; see python sft.py --help", file=sys.stderr)
     if model.config.sees_future:
         print("slow: its router averages the whole sequence; --router_context=prefix reads the past", file=sys.stderr)
     return model.to(device)
@@ -51,38 +64,70 @@ def open_model(source: str | Path, device: torch.device, revision=None, router_c
 
 def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """Configuration, tensors under our names, and file of a model; arguments and errors as from_pretrained()'s."""
+    return read_model(source, revision)[:3]
+
+
+def read_model(source: str | Path, revision: str | None) -> tuple[ModelConfig, dict[str, Tensor], Path, bool]:
+    """As load_weights(); and whether the model was trained on isolated documents, as all models of train.py are."""
     path = find_weights(source, revision)
     files = sorted(path.glob("model*.safetensors")) or [path]
-    saved = {} if files[0].suffix == ".safetensors" else load_checkpoint(path)
+    config_file, is_safe = files[0].with_name("config.json"), files[0].suffix == ".safetensors"
     try:
-        if not saved:
-            from safetensors.torch import load_file
-
-            saved = {"model": {name: tensor for file in files for name, tensor in load_file(file).items()}}
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in saved["model"].items()}
+        saved = {"model": load_safetensors(files)} if is_safe else load_checkpoint(path)
+        state = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in saved["model"].items()}
+        is_ours = state.keys().isdisjoint({"embeddings.weight", "model.embed_tokens.weight"})
         if "embeddings.weight" in state:  # the paper's release, which has no config.json
             state = {"tau": torch.tensor(float(saved.get("tau", 0.1))), **renamed(state)}
             settings = shape_of(state) | {"router_context": "sequence", "gumbel": False}
             settings["router_hidden"] = state["blocks.0.ffn.router_in.weight"].size(0)
-        else:
-            settings = saved.get("model_config") or json.loads(files[0].with_name("config.json").read_text())
-        if "model.embed_tokens.weight" in state:
+        elif "model.embed_tokens.weight" in state:
             state = renamed(state) | {"tau": torch.tensor(1.0)}
-            settings = qwen3_settings(settings, state)
-        if settings.get("tied_head"):
+            settings = qwen3_settings(read_json(config_file), state)
+        else:
+            settings = read_json(config_file) if is_safe else saved["model_config"]
+        config = read_config(settings, path)
+        if config.tied_head:
             state.pop("head.weight", None)  # a copy of the embedding
-        return ModelConfig(**settings), state, path
-    except Exception as e:  # a damaged file, a missing package, settings of another model: each raises its own type
-        reason = f"it lacks the tensor {e.args[0]}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
+        return config, state, path, is_ours
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as e:
+        reason = f"it lacks {e.args[0]}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
         raise UserError(f"{path} does not hold a model of this project: {reason}") from None
+
+
+def load_safetensors(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of .safetensors files. Raises ValueError for a damaged one."""
+    safetensors = import_safetensors()
+    try:
+        return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+    except safetensors.SafetensorError as e:
+        raise ValueError(str(e)) from None
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path.name} is not JSON: {e}") from None
+
+
+def import_safetensors():
+    """The package, which only model.safetensors needs."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("model.safetensors needs a package: pip install safetensors") from None
+    return safetensors
 
 
 def find_weights(source: str | Path, revision: str | None) -> Path:
     """A model on disk, or from the hub, downloaded into its cache: a file, or a folder of model*.safetensors."""
     path, owner = Path(source), str(source).partition("/")[0]
-    if path.exists() and revision:
+    is_local = os.path.exists(path)  # Path.exists() raises OSError for a name that is too long
+    if is_local and revision:
         raise UserError(f"{source} is a local path, which has no revisions")
-    if not path.exists():
+    if not is_local:
         try:
             # owner/name may be on the hub, unless it ends like a file or the owner is "out" or a folder here
             is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.pt)(?<!\.safetensors)", str(source))
@@ -109,9 +154,9 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def shape_of(state: dict[str, Tensor]) -> dict:
-    """ModelConfig settings read from the tensors' shapes. Raises KeyError for a missing tensor."""
+    """ModelConfig settings read from the tensors' shapes; the rest by default. Raises KeyError for a missing tensor."""
     embedding, head_dim = state["embedding.weight"], state["blocks.0.attn.norm_q.weight"].numel()
-    return {
+    return vars(ModelConfig()) | {
         "vocab_size": embedding.size(0),
         "n_embd": embedding.size(1),
         "n_layer": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
@@ -140,11 +185,24 @@ def qwen3_settings(settings: dict, state: dict[str, Tensor]) -> dict:
     }
 
 
-def newest_checkpoint(root: Path = Path("out")) -> Path:
-    """The most recently written checkpoint under root."""
-    if paths := list(root.glob("**/ckpt.pt")):
-        return max(paths, key=lambda path: path.stat().st_mtime)
-    raise UserError(f"no checkpoint under {root}; train one: python train.py config/tiny.py, or name it: --init_from=")
+def newest_checkpoint(root: Path = Path("out"), fine_tuned: bool = False) -> Path:
+    """The most recently written checkpoint under root, if asked for, of a model fine-tuned by sft.py."""
+    for path in sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if not fine_tuned or is_fine_tuned(path):
+            return path
+    found, command = f"no checkpoint under {root}", "train.py config/tiny.py"
+    if fine_tuned:
+        found, command = f"no fine-tuned model under {root}", "sft.py config/tiny_sft.py"
+    raise UserError(f"{found}; train one: python {command}, or name it: --init_from=")
+
+
+def is_fine_tuned(source: str | Path) -> bool | None:
+    """Whether sft.py made this checkpoint or run; None: no run of ours, so nothing says what it was trained on."""
+    path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None
+    domains = load_checkpoint(path, verify=False).get("domains")
+    return domains and any("val_targets" in counts for counts in domains.values())
 
 
 # ------------------------------------------------------------------------------------------------ a run's first weights
@@ -166,7 +224,10 @@ def inherit_shape(cfg, shape: dict, source: str | Path):
 def starting_model(cfg) -> PolychromaticLM:
     """The model that cfg.init_from names, upcycled if cfg has more activations. Copies its shape into cfg."""
     config, state, path = load_weights(cfg.init_from, cfg.revision)
-    inherit_shape(cfg, dataclasses.asdict(config), cfg.init_from)
+    # The rows of a run are as long as asked for, by default at most 4,096: a Qwen3's own context is 32,768 tokens.
+    inherit_shape(cfg, vars(config) | {"block_size": min(cfg.block_size, config.block_size)}, cfg.init_from)
+    if cfg.block_size != config.block_size:
+        print(f"block_size is {cfg.block_size:,}; {cfg.init_from} has {config.block_size:,}; --block_size= sets it")
     if cfg.activations != config.activations:
         print(f"upcycling {'/'.join(config.activations)} to {'/'.join(cfg.activations)}: the same function")
         torch.manual_seed(cfg.seed)
@@ -211,12 +272,11 @@ def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
 
 def save_pretrained(model: PolychromaticLM, directory: str | Path):
     """Write config.json and model.safetensors for from_pretrained(). UserError if the folder holds another model."""
-    from safetensors.torch import save_file
-
-    directory = Path(directory)
+    safetensors, directory = import_safetensors(), Path(directory)
     if (directory / "ckpt.pt").exists() or any(directory.glob("model-*.safetensors")):
         raise UserError(f"{directory} has another model, which from_pretrained() would read; choose another folder")
-    directory.mkdir(parents=True, exist_ok=True)
+    with name_write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", dataclasses.asdict(model.config))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, directory / "model.partial")
-    (directory / "model.partial").replace(directory / "model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(directory / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))

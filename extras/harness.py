@@ -1,8 +1,11 @@
 """Adapter to EleutherAI's lm-evaluation-harness, for eval.py --tasks."""
 
 import difflib
+import functools
 import logging
+import os
 import re
+import uuid
 from collections.abc import Callable, Iterator
 
 import tiktoken
@@ -11,13 +14,15 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common.generate import generate_texts
+from common.generate import document_end, document_ids, generate_texts
 from common.settings import UserError
 from common.tokenizer import CHAT_SPECIALS, ROLES, encode, stop_tokens
 from model import PolychromaticLM
 
 try:
     import lm_eval
+    from datasets.exceptions import DatasetBuildError
+    from jinja2 import TemplateError
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import Collator, normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
@@ -41,27 +46,33 @@ REFERENCES = {
 }
 SHOTS = {"mmlu_stem": 5}  # few-shot examples, as in the paper; other tasks use their own default, mostly 0
 
-# The harness passes chats as text. A Unicode noncharacter, which no text contains, stands for each special token.
-MARKS = {name: chr(0xFDD0 + i) for i, name in enumerate(CHAT_SPECIALS)}
+# The harness passes chats as text. For each special token stands a random mark, which nobody's text contains.
+MARKS = {name: f"{name[2:-2]}-{uuid.uuid4().hex}" for name in CHAT_SPECIALS}
 
 
 @torch.no_grad()
-def log_likelihoods(model: PolychromaticLM, requests: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+def log_likelihoods(
+    model: PolychromaticLM, requests: list[tuple[list[int], list[int]]], end_of_text: int = -1,
+    vocab_size: int | None = None,
+) -> list[tuple[float, bool]]:  # fmt: skip
     """For (context, continuation) token ids: log-probability of the continuation in nats, and whether it is greedy.
 
-    Requests longer than block_size are truncated on the left.
+    Requests longer than block_size are truncated on the left. end_of_text and vocab_size are generate()'s: what
+    generate() would write is greedy.
     """
     T, device = model.config.block_size, model.device
     rows = [tuple((context + continuation)[-T - 1 : -1]) for context, continuation in requests]
     unique = list(dict.fromkeys(rows))  # one-token continuations of a context share a row
     padded = pad_sequence([torch.tensor(row, device=device) for row in unique], batch_first=True)
-    hidden = dict(zip(unique, model.hidden(padded)))  # causal: padding on the right changes nothing before it
+    doc_ids = document_ids(padded == end_of_text)
+    hidden = model.hidden(padded, doc_ids if doc_ids.any() else None)
+    hidden = dict(zip(unique, hidden))  # causal: padding on the right changes nothing before it
     totals, greedy = [], []
     for row, (_, continuation) in zip(rows, requests):
         targets = torch.tensor(continuation[-T:], device=device)
         logits = F.linear(hidden[row][len(row) - len(targets) : len(row)], model.head_weight).float()
         totals.append(logits.log_softmax(-1).gather(1, targets[:, None]).sum())
-        greedy.append((logits.argmax(-1) == targets).all())
+        greedy.append((logits[:, :vocab_size].argmax(-1) == targets).all())
     return list(zip(torch.stack(totals).tolist(), torch.stack(greedy).tolist()))
 
 
@@ -85,7 +96,7 @@ class HarnessModel(TemplateLM):
         roles = "|".join(f"(?<={MARKS['<|im_start|>']}{role}\n)" for role in ROLES)
         specials = {mark: self.encoding.encode_single_token(name) for name, mark in MARKS.items()}
         ids = []
-        for piece in filter(None, re.split(f"([{''.join(MARKS.values())}])|{roles}", string)):
+        for piece in filter(None, re.split(f"({'|'.join(MARKS.values())})|{roles}", string)):
             ids += [specials[piece]] if piece in specials else encode(self.encoding, piece).tolist()
         return ids
 
@@ -96,13 +107,27 @@ class HarnessModel(TemplateLM):
         text = "".join(f"{start}{message['role']}\n{message['content']}{end}\n" for message in chat_history)
         return f"{text}{start}assistant\n" if add_generation_prompt else text.removesuffix(f"{end}\n")
 
+    def loglikelihood(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
+        if empty := [context for context, continuation in (request.args for request in requests) if not continuation]:
+            raise UserError(f"a task has an empty choice, of no tokens to score, after {empty[0][-50:]!r}")
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of both, encoded as one text, or if its last token spans both, each alone. None is empty."""
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            context_ids, continuation_ids = self.tok_encode(context), self.tok_encode(continuation)
+        return context_ids or [self.eot_token_id], continuation_ids
+
     def _loglikelihood_tokens(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         if n_long := sum(len(a) + len(b) > self.model.config.block_size + 1 for a, b in pairs):
             tqdm.write(f"{n_long:,} of {len(pairs):,} requests exceed the context: truncated on the left")
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         longest_first = [pairs[i] for i in order]
-        results = self.batcher(lambda batch: log_likelihoods(self.model, batch), longest_first, "log-likelihoods")
+        settings = {"end_of_text": document_end(self.model, self.encoding), "vocab_size": self.encoding.n_vocab}
+        score = functools.partial(log_likelihoods, self.model, **settings)
+        results = self.batcher(score, longest_first, "log-likelihoods")
         return [result for _, result in sorted(zip(order, results))]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
@@ -144,6 +169,8 @@ def run_tasks(
     Skips tasks that ran with the same settings in `finished`, the earlier results.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if cfg.task_dir and not os.path.isdir(cfg.task_dir):
+        raise UserError(f"task_dir {cfg.task_dir!r} is not a folder")
     manager = TaskManager(include_path=cfg.task_dir)
     known = set(manager.all_tasks) - set(manager.all_tags)  # a tag stands for several tasks
     for name in cfg.tasks:
@@ -161,8 +188,10 @@ def run_tasks(
                 HarnessModel(model, encoding, batcher), tasks=[name], task_manager=manager, log_samples=False,
                 limit=cfg.limit, num_fewshot=SHOTS.get(name), apply_chat_template=cfg.chat,
             )  # fmt: skip
-        except OSError as e:
+        except (OSError, DatasetBuildError) as e:
             raise UserError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None
+        except TemplateError as e:
+            raise UserError(f"cannot make the prompts of task {name!r}: {' '.join(str(e).split())[:200]}") from None
         metrics = {**output["results"], **output.get("groups", {})}[name]
         n = sum(counts["effective"] for counts in output["n-samples"].values())
         yield name, {"settings": settings, "n": n, "metrics": metrics, "lm_eval": lm_eval.__version__}

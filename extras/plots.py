@@ -78,17 +78,22 @@ def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
 
 
 def save_plots(folder: Path, stats: dict, activations: tuple[str, ...], log: list[dict]):
-    """Write the plots for which there are numbers. Without matplotlib, or if that fails, print why."""
-    evaluations = [line for line in log if line.get("routing")]
+    """Write the plots for which there are numbers, and print which. Without matplotlib, or if that fails, why."""
+    evaluations, written = [line for line in log if line.get("routing")], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if stats:
             plot_layers(folder / "layers.png", stats["all"], activations)
+            written.append("layers.png")
         if stats and len(evaluations) > 1:
             plot_usage(folder / "usage.png", evaluations, activations)
+            written.append("usage.png")
         if sum(bool(line.get("loss")) for line in log) > 1:  # one point is no curve
             plot_training(folder / "training.png", log, evaluations)
-        if any(folder.glob("*.png")):
-            print(f"pictures: {folder}/*.png")
+            written.append("training.png")
     except (ImportError, OSError) as e:  # no matplotlib, or no room for the plots
         print(f"no pictures: {e}")
+    except (LookupError, TypeError, ValueError) as e:
+        print(f"no pictures of the training: log.jsonl is damaged or of another version ({e!r})")
+    if written:
+        print(f"pictures in {folder}: {', '.join(written)}")

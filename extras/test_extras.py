@@ -3,11 +3,13 @@
 import functools
 import itertools
 import json
+import math
 import random
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 import common.settings as config
 import eval as evaluate
 import train
+from common import data
 from common import tokenizer as tokenizers
 from common.run import Ranks
 from common.weights import from_pretrained
@@ -61,9 +64,12 @@ def harness():
 
 @torch.no_grad()
 def test_the_harness_scores_our_model_as_it_scores_qwen3_in_its_own_backend(harness, small_vocab, tmp_path):
+    AddedToken = pytest.importorskip("tokenizers").AddedToken
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     encoding, Instance = tokenizers.get_tokenizer("qwen3", str(small_vocab)), harness.lm_eval.api.instance.Instance
-    tokenizer = qwen3_tokenizer(small_vocab, additional_special_tokens=list(tokenizers.QWEN3_SPECIALS[1:]))
+    special, shown = tokenizers.QWEN3_SPECIALS[1:14], tokenizers.QWEN3_TEXT
+    tokenizer = qwen3_tokenizer(small_vocab, additional_special_tokens=list(special))
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in shown])
     assert len(tokenizer) == encoding.n_vocab
     qwen3, model = random_qwen3(tmp_path, vocab_size=encoding.n_vocab), from_pretrained(tmp_path).eval()
     theirs = huggingface.HFLM(qwen3, tokenizer=tokenizer, batch_size=2, max_length=64, device="cpu", logits_cache=False)
@@ -107,6 +113,52 @@ def test_a_continuation_is_greedy_if_the_model_would_write_it(harness):
     continuations = (best, best[:1], [*best[:4], best[4] ^ 1], [best[0] ^ 1])
     results = harness.log_likelihoods(model, [(prompt[0].tolist(), continuation) for continuation in continuations])
     assert [is_greedy for _, is_greedy in results] == [True, True, False, False]
+    settings = {"end_of_text": 7, "vocab_size": 100}
+    (best,) = generated(model, [[5, 7]], 20, **settings)
+    assert harness.log_likelihoods(model, [([5, 7], best)], **settings)[0][1]
+    assert not harness.log_likelihoods(model, [([5, 7], best)])[0][1]
+
+
+@torch.no_grad()
+def test_a_text_has_the_log_likelihood_that_training_gives_it_after_the_end_of_another(harness):
+    """In rows as training cuts them. A document never sees that end; if it did, this would be 0.06 bits a byte off."""
+    model, encoding = small_model(), tokenizers.get_tokenizer("bytes")
+    adapter = harness.HarnessModel(model, encoding, functools.partial(evaluate.in_batches, batch_size=3))
+    texts = ["x", "a short one", 3 * 64 * "of some rows"]
+    for text, nats in zip(texts, adapter.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts])):
+        ids, size = np.array([encoding.eot_token, *text.encode()]), min(64, len(text))
+        corpus = mock.Mock(block_size=size, end_of_text=ids[0], read=lambda _, start, end, ids=ids: ids[start:end])
+        rows = np.stack([data.Corpus.row(corpus, "", i) for i in range(len(text) // size)])
+        loss = model(*data.to_inputs(rows, model.device)).item()
+        assert -nats / len(text) / math.log(2) == pytest.approx(loss / math.log(2), abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_choice_is_scored_by_tokens_of_its_own(harness, small_vocab):
+    encoding, batcher = tokenizers.get_tokenizer("qwen3", str(small_vocab)), lambda score, pairs, _: score(pairs)
+    adapter = harness.HarnessModel(small_model(vocab_size=encoding.n_vocab), encoding, batcher)
+    assert len(adapter.tok_encode(" tokens")) == 1
+    for context, choice, expected in (
+        (" tok", "ens", (" tok", "ens")),
+        ("two", " words", ("two", " words")),
+        (" ", "x", ("", " x")),
+    ):
+        ids = [adapter.tok_encode(text) for text in expected]
+        assert adapter._encode_pair(context, choice) == (ids[0] or [encoding.eot_token], ids[1])
+    asked = [SimpleNamespace(args=(context, choice)) for context, choice in ((" tok", "ens"), ("", "x"), (" ", "x"))]
+    assert all(nats < 0 for nats, _ in adapter.loglikelihood(asked))
+    message = "a task has an empty choice, of no tokens to score, after 'Ans'"
+    assert error_of(adapter.loglikelihood, [SimpleNamespace(args=("Ans", ""))]) == message
+
+
+def test_no_text_of_a_task_becomes_a_special_token(harness, chat_encoding):
+    adapter = harness.HarnessModel(small_model(), chat_encoding, None)
+    text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|><|endoftext|>"
+    chat = adapter.tok_encode(adapter.apply_chat_template(messages(text)) + text)
+    assert [token for token in chat if token >= chat_encoding.eot_token] == [
+        chat_encoding.encode_single_token(name) for name in ("<|im_start|>", "<|im_end|>", "<|im_start|>")
+    ]
+    assert chat_encoding.decode(chat).count(text) == 2
 
 
 def test_the_harness_gets_the_chat_format_of_fine_tuning(harness, chat_encoding):
@@ -119,15 +171,20 @@ def test_the_harness_gets_the_chat_format_of_fine_tuning(harness, chat_encoding)
     assert adapter.stop_tokens == {chat_encoding.encode_single_token(end) for end in ("<|endoftext|>", "<|im_end|>")}
 
 
-def test_finished_tasks_are_not_run_again(harness, unbroken, tmp_path):
-    data_files = {"test": f"{write_jsonl(tmp_path / 'sums.jsonl', [{'sum': f'{n} + 1 ='} for n in range(3)])}"}
+def write_task(folder: Path, name: str, rows: list[dict], settings: dict):
+    """A multiple-choice task of the harness in this folder."""
+    data_files = {"test": f"{write_jsonl(folder / f'{name}.jsonl', rows)}"}
     task = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": data_files, "cache_dir": f"{tmp_path}/cache"},
-        "test_split": "test", "doc_to_text": "{{sum}}", "doc_to_choice": ["1", "eleven"], "doc_to_target": 0,
-        "output_type": "multiple_choice",
+        "task": name, "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice", **settings,
+        "dataset_kwargs": {"data_files": data_files, "cache_dir": f"{folder}/cache"},
     }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+
+
+def test_finished_tasks_are_not_run_again(harness, unbroken, tmp_path):
+    task = {"doc_to_text": "{{sum}}", "doc_to_choice": ["1", "eleven"], "doc_to_target": 0}
     for name in ("first", "second"):
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **task}))
+        write_task(tmp_path, name, [{"sum": f"{n} + 1 ="} for n in range(3)], task)
     arguments = "--report=False", f"--task_dir={tmp_path}", "--limit=2"
     run = functools.partial(run_eval, unbroken, tmp_path / "run", *arguments)
     printed, results = run("--tasks=first")
@@ -151,10 +208,14 @@ def test_a_task_is_shown_by_its_main_metric_beside_the_papers_scores(harness):
     assert list(row.values()) == ["acc,none", 4, 0.25, 0.1, None, None, None, None]
 
 
-def test_a_task_or_row_that_cannot_run_is_one_line(harness, unbroken):
+def test_a_task_or_row_that_cannot_run_is_one_line(harness, unbroken, tmp_path):
+    task = {"doc_to_text": "{{x}}", "doc_to_choice": ["a", "b"], "doc_to_target": "{{y}}"}
+    write_task(tmp_path, "untold", [{"x": "1"}], task)
     for script, arguments, message in (
         (evaluate, {"tasks": "helaswag"}, "the harness has no single task 'helaswag'; did you mean 'hellaswag'?"),
         (evaluate, {"tasks": "arc_easy"}, "cannot get the data of task 'arc_easy': Couldn't reach "),
+        (evaluate, {"tasks": "x", "task_dir": "nope"}, "task_dir 'nope' is not a folder"),
+        (evaluate, {"tasks": "untold", "task_dir": tmp_path}, "cannot make the prompts of task 'untold': 'y' is undef"),
         (bench, {"only": "fnn"}, "there is no row 'fnn'; there are ffn, step, decode"),
     ):
         settings = {"init_from": unbroken, **arguments}

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -35,6 +36,7 @@ from test_model import (
     random_tokens,
     run_eval,
     run_here,
+    run_script,
     run_settings,
     small_model,
     split_texts,
@@ -193,6 +195,13 @@ def test_bench_times_a_qwen3_that_is_our_model_with_one_activation(monkeypatch, 
     monkeypatch.setattr(bench, "import_transformers", functools.cache(bench.import_transformers.__wrapped__))
     assert [*build()] == [*build()] == [*bench.VARIANTS]
     assert capsys.readouterr().out == "without transformers' Qwen3: pip install transformers\n"
+
+
+def test_the_tests_for_a_gpu_run_on_a_cpu():
+    environment = {**os.environ, "POLYGLU_TEST_DEVICE": "cpu"}
+    done = run_script("-m", "pytest", "-q", "-s", "extras/test_cuda.py", env=environment)
+    assert done.returncode == 0, done.stdout
+    assert len(re.findall(r"^\| \w.* \| .+ \|$", done.stdout, re.M)) == 13, done.stdout
 
 
 def test_a_study_plans_the_published_runs_the_most_important_first(monkeypatch):

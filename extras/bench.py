@@ -1,14 +1,16 @@
-"""Benchmarks: what routing costs.
+"""Benchmarks: what routing costs, beside transformers' Qwen3, which is the same model as ours with K = 1.
 
-python -m extras.bench                        every row, at sizes that suit the device
-python -m extras.bench --only=ffn,step        some of them: ffn, step, decode
-python -m extras.bench --json=bench.json      also write the figures as JSON
-python -m extras.bench --prepare_cpu=False    without train.py's settings for the CPU
+python -m extras.bench                                          every row: ffn, step, decode
+python -m extras.bench --only=step --settings=config/tiny.py    one of them, for another model
+python -m extras.bench --only=decode --compile                  decoding as eager code and compiled
+python -m extras.bench --json=bench.json                        also write the figures as JSON
+python -m extras.bench --prepare_cpu=False                      without train.py's settings for the CPU
 
-The functions of a table are timed in interleaved rounds. A time is the median over the rounds; a ratio is the median of
-each round's ratio to the first line, which depends less on what else the machine does.
+The functions of a table are timed in interleaved rounds. A time is the median over the rounds. A ratio is the median of
+each round's ratio to the first line, which depends less on what else the machine does; q1 and q3 are its quartiles.
 """
 
+import dataclasses
 import functools
 import platform
 import time
@@ -20,18 +22,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from common.generate import generate
 from common.run import Ranks, compiler_works, pick_device, pick_dtype, prepare_cpu, write_json
 from common.settings import UserError, check_range, load, run
-from common.weights import from_pretrained
-from model import KVCache, ModelConfig, PolychromaticLM, PolyGLU, compute_dtype, set_tau
+from model import ModelConfig, PolychromaticLM, PolyGLU, set_tau
 from train import TrainConfig, configure_optimizer, optimizer_step
 
 WARMUPS = 2  # untimed rounds, in which functions compile and allocate
 VARIANTS = {"SwiGLU (K = 1)": ("silu",), "PolyGLU (K = 4)": ("relu", "tanh", "silu", "gelu")}
-ON_CUDA = {"n_embd": 1024, "batch_size": 8, "block_size": 4096, "settings": "config/pretrain.py"}  # other defaults
+SHAPE = dict(  # of the model in step and decode: 14M parameters
+    n_layer=6, n_embd=384, n_head=6, n_kv_head=3, d_ff=1024, vocab_size=4096, block_size=256, batch_size=2,
+    micro_batch_size=2,
+)  # fmt: skip
+SHAPE_ON_CUDA = {**SHAPE, "block_size": 1024, "batch_size": 32, "micro_batch_size": 32}
+ON_CUDA = {"n_embd": 1024, "batch_size": 8, "block_size": 4096}  # other defaults
 
 
 @dataclass
@@ -40,12 +48,15 @@ class BenchConfig:
 
     only: tuple[str, ...] = ("ffn", "step", "decode")  # which rows to measure
     rounds: int = 15  # timed rounds
-    n_embd: int = 512  # ffn and decode: width; on CUDA 1,024
-    d_ff: int | None = None  # ffn and decode: neurons; None: 4 * n_embd
+    n_embd: int = 512  # ffn: width; on CUDA 1,024
+    d_ff: int | None = None  # ffn: neurons; None: 4 * n_embd
     batch_size: int = 4  # ffn: rows of tokens; on CUDA 8
     block_size: int = 512  # ffn: tokens in a row; on CUDA 4,096
-    settings: str = "config/tiny.py"  # step: override file of the model; on CUDA config/pretrain.py
-    init_from: str | None = None  # decode: any model that loads; None: 4 layers, random weights
+    settings: str | None = None  # step and decode: override file of the model; None: 6 layers of 384
+    qwen3: bool = True  # step and decode: time transformers' Qwen3 too; it holds all logits of a step
+    prompt_tokens: int = 64  # decode: tokens that are read at once
+    new_tokens: int = 192  # decode: tokens that are written one by one
+    compile: bool = False  # decode: time it compiled as well
     json: str | None = None  # file to write the figures to
     prepare_cpu: bool = True  # use the settings with which train.py makes a CPU faster
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
@@ -53,7 +64,7 @@ class BenchConfig:
 
 
 def time_interleaved(functions: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, dict]:
-    """Call the functions in turn, round by round: {name: {"ms", "ratio"}}. The warm-up rounds are not timed."""
+    """Call the functions in turn, round by round: {name: {"ms", "ratio", "q1", "q3"}}. Warm-up rounds are not timed."""
     times = np.zeros((WARMUPS + rounds, len(functions)))
     for round_times in times:
         for i, function in enumerate(functions.values()):
@@ -62,8 +73,9 @@ def time_interleaved(functions: dict[str, Callable], rounds: int, device: torch.
             torch.get_device_module(device).synchronize()
             round_times[i] = 1e3 * (time.perf_counter() - start)
     times = times[WARMUPS:]
-    medians = zip(functions, np.median(times, 0).tolist(), np.median(times / times[:, :1], 0).tolist())
-    return {name: {"ms": ms, "ratio": ratio} for name, ms, ratio in medians}
+    q1, ratio, q3 = np.quantile(times / times[:, :1], (0.25, 0.5, 0.75), axis=0)
+    columns = {"ms": np.median(times, 0), "ratio": ratio, "q1": q1, "q3": q3}
+    return {name: {key: column[i].item() for key, column in columns.items()} for i, name in enumerate(functions)}
 
 
 def bench_ffn(cfg: BenchConfig, device: torch.device, autocast: torch.autocast) -> Iterator[tuple[str, dict]]:
@@ -93,47 +105,117 @@ def bench_ffn(cfg: BenchConfig, device: torch.device, autocast: torch.autocast) 
         yield f"ffn, {mode}: {shape}, forward and backward", results
 
 
-def bench_step(cfg: BenchConfig, device: torch.device, autocast: torch.autocast) -> Iterator[tuple[str, dict]]:
-    """A training step, compiled where that works: forward, backward, clipping and AdamW."""
-    settings, compiled, steps = load(TrainConfig, [cfg.settings]), compiler_works(device), {}
+class OneDocumentARow(nn.Module):
+    """A language model as optimizer_step() calls it, without documents: transformers' Qwen3 takes no doc_ids."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, doc_ids: Tensor) -> Tensor:
+        if isinstance(self.model, PolychromaticLM):
+            return self.model(tokens, targets)
+        logits = self.model(tokens, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def compile(self):
+        """Ours part by part, as in training; Qwen3 in one graph with its loss."""
+        if isinstance(self.model, PolychromaticLM):
+            self.model.compile()
+        else:
+            super().compile()
+
+
+def build_models(cfg: BenchConfig, c: ModelConfig, device: torch.device) -> dict[str, nn.Module]:
+    """Our variants and, where it is installed, transformers' Qwen3, all of this shape."""
+    models = {name: PolychromaticLM(dataclasses.replace(c, activations=names)) for name, names in VARIANTS.items()}
+    transformers = import_transformers() if cfg.qwen3 else None
+    if transformers:
+        sizes = dict(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+            max_position_embeddings=c.block_size, tie_word_embeddings=c.tied_head,
+        )  # fmt: skip
+        models["transformers' Qwen3"] = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
+    return {name: model.to(device) for name, model in models.items()}
+
+
+@functools.cache
+def import_transformers():
+    """The package; without it None, and a line is printed once."""
+    try:
+        import transformers
+
+        return transformers
+    except ImportError:
+        print("without transformers' Qwen3: pip install transformers")
+
+
+def read_settings(cfg: BenchConfig, device: torch.device) -> TrainConfig:
+    """Those of step and decode."""
+    if cfg.settings:
+        return load(TrainConfig, [cfg.settings])
+    return TrainConfig(**(SHAPE_ON_CUDA if device.type == "cuda" else SHAPE))
+
+
+def describe_model(c: ModelConfig) -> str:
+    return f"{c.n_layer} layers of {c.n_embd}, vocabulary {c.vocab_size:,}"
+
+
+def training_step(
+    model: nn.Module, settings: TrainConfig, device: torch.device, autocast: torch.autocast
+) -> Callable[[], tuple[float, float]]:
+    """train.py's step on one micro-batch: forward, loss, backward, clipping and fused AdamW."""
     B, T = settings.micro_batch_size, settings.block_size
     rows = np.random.default_rng(0).integers(settings.vocab_size, size=(B, 3, T))  # tokens, targets, doc_ids
     rows[:, 2] = np.arange(T) * 3 // T  # three documents in a row
-    for name, activations in VARIANTS.items():
-        settings.activations = activations
-        model = PolychromaticLM(settings.model_config()).to(device).train()
-        model.compile(disable=not compiled)
-        optimizer, ranks = configure_optimizer(model, settings), Ranks(str(device))
-        run = types.SimpleNamespace(cfg=settings, ranks=ranks, autocast=autocast, optimizer=optimizer)
-        steps[name] = functools.partial(optimizer_step, model, run, rows, 0)
-    results = time_interleaved(steps, cfg.rounds, device)
-    yield f"step: {cfg.settings}, {B} x {T:,} tokens{', compiled' * compiled}", results
+    optimizer, ranks = configure_optimizer(model, settings), Ranks(str(device))
+    run = types.SimpleNamespace(cfg=settings, ranks=ranks, autocast=autocast, optimizer=optimizer)
+    return functools.partial(optimizer_step, model.train(), run, rows, 0)
 
 
-@torch.no_grad()
+def bench_step(cfg: BenchConfig, device: torch.device, autocast: torch.autocast) -> Iterator[tuple[str, dict]]:
+    """A training step, on rows of one document."""
+    settings = read_settings(cfg, device)
+    shape = f"{describe_model(settings)}, {settings.micro_batch_size} x {settings.block_size:,} tokens"
+    for mode in ("eager", "compiled") if compiler_works(device) else ("eager",):
+        steps = {}
+        for name, model in build_models(cfg, settings.model_config(), device).items():
+            model = OneDocumentARow(model)
+            if mode == "compiled":
+                model.compile()
+            steps[name] = training_step(model, settings, device, autocast)
+        yield f"step, {mode}: {shape}", time_interleaved(steps, cfg.rounds, device)
+
+
+def decode(model: nn.Module, prompt: Tensor, new_tokens: int, **settings):
+    """Continue a prompt [1, T] greedily."""
+    if isinstance(model, PolychromaticLM):
+        return list(generate(model, prompt, new_tokens, temperature=0))
+    # Its own generate(): measured here, a plain loop around its cache is at most 2% faster.
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens}
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy, **settings)
+
+
 def bench_decode(cfg: BenchConfig, device: torch.device, autocast: torch.autocast) -> Iterator[tuple[str, dict]]:
-    """The token after a prompt of 128 to 4,096 tokens, decoded with the cache and without."""
-    shape = {"n_layer": 4, "n_embd": cfg.n_embd, "d_ff": cfg.d_ff, "n_head": 8, "n_kv_head": 4, "head_dim": 64}
-    random = ModelConfig(vocab_size=4096, block_size=4097, **shape)
-    model = from_pretrained(cfg.init_from) if cfg.init_from else PolychromaticLM(random)
-    model.to(device).eval()
-
-    def decode(token: Tensor, cache: KVCache):
-        model(token, cache=cache)
-        cache.length -= 1
-
-    c, with_cache, without_cache = model.config, {}, {}
-    with autocast:
-        for n in sorted({min(n, c.block_size - 1) for n in (128, 512, 2048, 4096)}):
-            prompt = torch.randint(c.vocab_size, (1, n), device=device)
-            cache = KVCache(c, 1, n + 1, device, compute_dtype(model.embedding.weight))
-            model(prompt, cache=cache)
-            with_cache[f"after {n:,} tokens"] = functools.partial(decode, prompt[:, :1], cache)
-            without_cache[f"after {n:,} tokens"] = functools.partial(model, prompt)
-        results = time_interleaved(with_cache, cfg.rounds, device)
-        for name, result in time_interleaved(without_cache, 1, device).items():
-            results[name]["ms_without_cache"] = result["ms"]
-    yield f"decode: one row, {c.n_layer} layers, {c.n_embd} wide", results
+    """Greedy decoding of one row with the cache, with weights in the dtype of the matmuls."""
+    c, n = read_settings(cfg, device).model_config(), cfg.new_tokens
+    prompt = torch.randint(c.vocab_size, (1, cfg.prompt_tokens), device=device)
+    for mode in ("eager", "compiled") if cfg.compile and compiler_works(device) else ("eager",):
+        functions = {}
+        for name, model in build_models(cfg, c, device).items():
+            model.to(autocast.fast_dtype).eval()
+            settings = {}
+            if mode == "compiled" and isinstance(model, PolychromaticLM):
+                model.compile()
+            elif mode == "compiled":
+                model.compile(dynamic=False)
+                settings["cache_implementation"] = "static"  # one graph for all lengths, as our cache has
+            functions[name] = functools.partial(decode, model, prompt, n, **settings)
+        results = time_interleaved(functions, cfg.rounds, device)
+        for result in results.values():
+            result["tokens/s"] = 1e3 * n / result["ms"]
+        yield f"decode, {mode}: {describe_model(c)}, one row, {cfg.prompt_tokens} + {n} tokens", results
 
 
 BENCHMARKS = {"ffn": bench_ffn, "step": bench_step, "decode": bench_decode}
@@ -162,7 +244,7 @@ def main():
     if device.type == "cuda":
         for name in ON_CUDA.keys() - cfg.overridden:
             setattr(cfg, name, ON_CUDA[name])
-    check_range(cfg, 1, 2**20, "rounds", "n_embd", "d_ff", "batch_size", "block_size")
+    check_range(cfg, 1, 2**20, "rounds", "n_embd", "d_ff", "batch_size", "block_size", "prompt_tokens", "new_tokens")
     cfg.d_ff = cfg.d_ff or 4 * cfg.n_embd
     dtype = pick_dtype(cfg.dtype, device, training=False)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -23,10 +24,12 @@ import train
 from common import data
 from common import tokenizer as tokenizers
 from common.run import Ranks
-from common.weights import from_pretrained
+from common.weights import from_pretrained, renamed
 from extras import bench, embedded, study
+from model import ModelConfig
 from test_model import (
     ROOT,
+    SMALL,
     error_of,
     generated,
     messages,
@@ -36,6 +39,7 @@ from test_model import (
     random_tokens,
     run_eval,
     run_here,
+    run_script,
     run_settings,
     small_model,
     split_texts,
@@ -208,33 +212,57 @@ def test_a_task_is_shown_by_its_main_metric_beside_the_papers_scores(harness):
     assert list(row.values()) == ["acc,none", 4, 0.25, 0.1, None, None, None, None]
 
 
-def test_a_task_or_row_that_cannot_run_is_one_line(harness, unbroken, tmp_path):
+def test_a_task_that_cannot_run_is_one_line(harness, unbroken, tmp_path):
     task = {"doc_to_text": "{{x}}", "doc_to_choice": ["a", "b"], "doc_to_target": "{{y}}"}
     write_task(tmp_path, "untold", [{"x": "1"}], task)
-    for script, arguments, message in (
-        (evaluate, {"tasks": "helaswag"}, "the harness has no single task 'helaswag'; did you mean 'hellaswag'?"),
-        (evaluate, {"tasks": "arc_easy"}, "cannot get the data of task 'arc_easy': Couldn't reach "),
-        (evaluate, {"tasks": "x", "task_dir": "nope"}, "task_dir 'nope' is not a folder"),
-        (evaluate, {"tasks": "untold", "task_dir": tmp_path}, "cannot make the prompts of task 'untold': 'y' is undef"),
-        (bench, {"only": "fnn"}, "there is no row 'fnn'; there are ffn, step, decode"),
+    for arguments, message in (
+        ({"tasks": "helaswag"}, "the harness has no single task 'helaswag'; did you mean 'hellaswag'?"),
+        ({"tasks": "arc_easy"}, "cannot get the data of task 'arc_easy': Couldn't reach "),
+        ({"tasks": "x", "task_dir": "nope"}, "task_dir 'nope' is not a folder"),
+        ({"tasks": "untold", "task_dir": tmp_path}, "cannot make the prompts of task 'untold': 'y' is undef"),
     ):
-        settings = {"init_from": unbroken, **arguments}
-        assert message in error_of(run_here, settings, script=script)
+        assert message in error_of(run_here, {"init_from": unbroken, **arguments}, script=evaluate)
+    assert "there is no row 'fnn'; there are ffn, step, decode" in error_of(run_here, {"only": "fnn"}, script=bench)
 
 
 # -------------------------------------------------------------------------------------------------- costs and the study
 
 
-def test_bench_measures_and_writes_json(tmp_path, monkeypatch):
-    model = small_model(block_size=160)
-    torch.save({"model": model.state_dict(), "model_config": vars(model.config)}, tmp_path / "ckpt.pt")
+def test_bench_measures_us_and_qwen3_and_writes_json(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    model, file = tmp_path / "model.py", tmp_path / "bench.json"
+    model.write_text("".join(f"{name} = {value!r}\n" for name, value in SMALL.items()))
     monkeypatch.setattr(bench, "compiler_works", mock.Mock(side_effect=[True, False]))  # for ffn, for step
-    settings = dict(rounds=1, n_embd=32, block_size=16, init_from=tmp_path, json=tmp_path / "bench.json", device="cpu")
+    settings = dict(rounds=1, n_embd=32, block_size=16, settings=model, new_tokens=4, json=file, device="cpu")
     run_here(settings, script=bench)
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == 3 * list(bench.VARIANTS) + ["after 128 tokens", "after 159 tokens"]
-    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)
-    assert rows[1]["kept_mib"] > rows[0]["kept_mib"] and rows[-1]["ms_without_cache"] > 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows] == [*bench.VARIANTS] * 2 + [*bench.VARIANTS, "transformers' Qwen3"] * 2
+    assert all(row["ms"] > 0 and 0 < row["q1"] <= row["ratio"] <= row["q3"] for row in rows)
+    assert rows[1]["kept_mib"] > rows[0]["kept_mib"]
+    assert all(row["tokens/s"] == pytest.approx(4000 / row["ms"]) for row in rows[-3:])
+
+
+def test_bench_times_a_qwen3_that_is_our_model_with_one_activation(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    build = functools.partial(bench.build_models, bench.BenchConfig(), ModelConfig(**SMALL), torch.device("cpu"))
+    ours, _, qwen3 = build().values()
+    state = renamed(qwen3.state_dict())
+    assert torch.equal(state.pop("head.weight"), state["embedding.weight"])
+    assert not ours.load_state_dict(state, strict=False).unexpected_keys
+    tokens, targets = random_tokens(2, 20), random_tokens(2, 20, seed=2)
+    torch.testing.assert_close(*(bench.OneDocumentARow(model)(tokens, targets, None) for model in (ours, qwen3)))
+    assert torch.equal(torch.stack(bench.decode(ours, tokens[:1], 9), 1), bench.decode(qwen3, tokens[:1], 9)[:, 20:])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(bench, "import_transformers", functools.cache(bench.import_transformers.__wrapped__))
+    assert [*build()] == [*build()] == [*bench.VARIANTS]
+    assert capsys.readouterr().out == "without transformers' Qwen3: pip install transformers\n"
+
+
+def test_the_tests_for_a_gpu_run_on_a_cpu():
+    environment = {**os.environ, "POLYGLU_TEST_DEVICE": "cpu"}
+    done = run_script("-m", "pytest", "-q", "-s", "extras/test_cuda.py", env=environment)
+    assert done.returncode == 0, done.stdout
+    assert len(re.findall(r"^\| \w.* \| .+ \|$", done.stdout, re.M)) == 13, done.stdout
 
 
 def test_a_study_plans_the_published_runs_the_most_important_first(monkeypatch):

@@ -386,8 +386,19 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     os.truncate(damaged / "stem" / "train.bin", 100)
     pattern = "train.bin holds 100 bytes, not the .* make it: python prepare_data.py tiny"
     assert re.search(pattern, error_of(data.Corpus, damaged, 64))
-    (damaged / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": "x"}')
-    assert "meta.json is damaged" in error_of(data.Corpus, damaged, 64)
+    meta = json.loads((corpus_dir / "meta.json").read_text())
+    counts = meta["domains"]["math"]
+    for content in (
+        [], 3, {**meta, "vocab_size": "x"}, {**meta, "dtype": "float64"},
+        *({**meta, "domains": x} for x in ({}, 3, [1])),
+        *({**meta, "domains": {"math": x}} for x in (3, {**counts, "val_tokens": "x"}, {**counts, "train_tokens": 0})),
+        {**meta, "domains": {"math": {name: counts[name] for name in counts if name != "val_tokens"}}},
+    ):  # fmt: skip
+        (damaged / "meta.json").write_text(json.dumps(content))
+        for read in data.corpus_type, functools.partial(data.Corpus, block_size=64):
+            assert re.search(
+                r"meta.json is damaged \(.*\); make it: python prepare_data.py tiny", error_of(read, damaged)
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- conversations

@@ -11,8 +11,8 @@ python prepare_data.py sft       the paper's conversations, or your own: --sourc
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
 every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
 (a conversation's first question, a generated problem's numbers) selects the split, so that neither duplicates nor two
-answers to one question straddle it. Documents without text are left out. To resume a killed preparation, run the same
-command again.
+answers to one question straddle it; neither white space nor Unicode form (NFC, NFD) counts. Documents without text are
+left out. To resume a killed preparation, run the same command again.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from common.run import locked, write_json
 from common.settings import UserError, check_range, load, run
-from common.tokenizer import encode, encode_chat, get_tokenizer, is_held_out, text_hash
+from common.tokenizer import canonical, encode, encode_chat, get_tokenizer, is_held_out, text_hash
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Source(NamedTuple):  # of a domain's documents
     val_fraction: float
     max_tokens: int | None = None  # of train; None: no limit
     max_length: int | None = None  # tokens of a conversation; None: the documents are texts
-    split_key: Callable[[str], str] = str  # documents whose text has the same key are all in train or all in val
+    split_key: Callable[[str], str] = canonical  # documents whose text has the same key are all in train or all in val
     describe: Callable[[Path, dict], dict] = lambda folder, counts: counts  # the domain's entry in meta.json
 
 
@@ -477,8 +477,8 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         n_characters = sum(len(text.strip()) for text in texts if isinstance(text, str))
         length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))  # val has about four, at least
         documents = functools.partial(read_parts, files, cfg, length)
-        texts = (document for document in documents() if isinstance(document, str) and document.strip())
-        ordered = sorted(set(map(text_hash, texts)))
+        keys = (canonical(document) for document in documents() if isinstance(document, str))
+        ordered = sorted({text_hash(key) for key in keys if key})
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
         fingerprint = [cfg.text_field, cfg.encoding, length, text_hash(repr([*map(Path.read_bytes, map(Path, files))]))]

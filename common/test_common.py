@@ -190,6 +190,30 @@ def test_the_split_is_by_the_text_alone(tmp_path):
         assert counts[f"{split}_tokens"] == sum(len(text) + 1 for text in texts[split])
 
 
+def test_texts_that_differ_in_white_space_or_unicode_form_alone_are_in_one_split(small_vocab, tmp_path):
+    texts = [f"Caf\u00e9 {i}\nau lait" for i in range(200)]
+    variants = [
+        variant for text in texts for variant in (
+            text, unicodedata.normalize("NFD", text), text.replace("\n", "\r\n"), text.replace(" ", "\u00a0"),
+            f"\t{text} \n",
+        )
+    ]  # fmt: skip
+    variants += [f"Caf\u00e9 {i}{end}" for i in range(200, 300) for end in ("\ud800", "\ufffd")]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text, "content": text} for text in variants])
+    write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages(text, "yes")} for text in variants])
+    sources = [f"--source.{domain}={tmp_path}/a.jsonl" for domain in ("math", "stem", "code")]
+    common = f"--vocab={small_vocab}", f"--data_dir={tmp_path}", "--val_fraction=0.2"
+    prepare("pretrain", *sources, *common)
+    prepare("sft", f"--source={tmp_path}/chat.jsonl", *common)
+    encoding, held_out = tokenizer.get_tokenizer("qwen3", str(small_vocab)), {}
+    for folder in "pretrain/math", "sft/chat":
+        for split in ("train", "val"):
+            ids = np.fromfile(tmp_path / folder / f"{split}.bin", np.uint16)
+            held_out[split] = set(map(int, re.findall(r"Caf\u00e9\D+(\d+)", encoding.decode(ids.tolist()))))
+        assert sorted([*held_out["train"], *held_out["val"]]) == list(range(300))
+        assert len(held_out["val"]) == pytest.approx(60, abs=20)
+
+
 def test_documents_without_text_are_left_out_and_counted_across_a_kill(tmp_path, monkeypatch):
     rows = [{"text": text} for i in range(300) for text in (f"document {i}", "", " \n\t\u3000", None, 5, ["a"])]
     write_jsonl(tmp_path / "a.jsonl", [*rows, {}])

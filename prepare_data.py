@@ -12,7 +12,7 @@ A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: 
 every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
 (a conversation's first question, a generated problem's numbers) selects the split, so that neither duplicates nor two
 answers to one question straddle it; neither white space nor Unicode form (NFC, NFD) counts. Documents without text are
-left out. To resume a killed preparation, run the same command again.
+left out. To resume a stopped preparation, or to repair a damaged corpus, run the same command again.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ import re
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -176,14 +177,29 @@ def in_batches(open_documents: Callable[[], Iterable], state: int | None) -> Bat
     return group((document, n) for n, document in enumerate(documents, taken + 1))
 
 
+def checksum(path: Path, size: float = math.inf) -> int:
+    """CRC-32 of the first `size` bytes of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(min(2**20, size)):
+            crc = zlib.crc32(chunk, crc)
+            size -= len(chunk)
+    return crc
+
+
 def read_progress(folder: Path, asked: dict) -> dict:
     """progress.json if it is about the documents asked for and the files hold what it says, else a start."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no progress, or a file is missing
+    start = {"asked": asked, "state": None, "entry": {}, "suffix": ".partial", "notes": {}}
+    start |= {"sizes": {}, "checksums": {}}  # by name of a file
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a file is missing
         progress = json.loads((folder / "progress.json").read_text())
-        sizes = {name: os.path.getsize(folder / (name + progress["suffix"])) for name in progress["sizes"]}
-        if progress["asked"] == asked and all(sizes[name] >= size for name, size in progress["sizes"].items()):
-            return progress
-    return {"asked": asked, "state": None, "entry": {}, "suffix": ".partial", "sizes": {}, "notes": {}}
+        if progress["asked"] == asked and progress.keys() == start.keys():
+            paths = {name: folder / (name + progress["suffix"]) for name in progress["checksums"]}
+            # Before the end, a file may hold more than was committed.
+            sizes = dict.fromkeys(paths, math.inf) if progress["entry"] else progress["sizes"]
+            if progress["checksums"] == {name: checksum(path, sizes[name]) for name, path in paths.items()}:
+                return progress
+    return start
 
 
 def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, commit_seconds: float) -> dict:
@@ -201,6 +217,12 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
     names = ["train.bin", "val.bin"] + ["train.mask", "val.mask"] * bool(source.max_length)
     dtype, notes = np.min_scalar_type(encoding.max_token_value), progress["notes"]
     limit = (source.max_tokens or math.inf) * dtype.itemsize
+    checksums = progress["checksums"] = dict.fromkeys(names, 0) | progress["checksums"]
+
+    def write(name: str, values: np.ndarray):
+        data = values.tobytes()
+        files[name].write(data)
+        checksums[name] = zlib.crc32(data, checksums[name])
 
     def commit():
         for name, file in files.items():
@@ -226,9 +248,9 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
             for document in pool.map(encode_one, documents):
                 if files["train.bin"].tell() < limit:
                     split = "val" if is_held_out(source.split_key(document.text), source.val_fraction) else "train"
-                    files[f"{split}.bin"].write(document.tokens.astype(dtype).tobytes())
+                    write(f"{split}.bin", document.tokens.astype(dtype))
                     if document.loss_mask is not None:
-                        files[f"{split}.mask"].write(document.loss_mask.tobytes())
+                        write(f"{split}.mask", document.loss_mask)
                     if document.note:
                         notes[document.note] = notes.get(document.note, 0) + 1
             progress["state"] = state
@@ -481,7 +503,7 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         ordered = sorted({text_hash(key) for key in keys if key})
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
-        fingerprint = [cfg.text_field, cfg.encoding, length, text_hash(repr([*map(Path.read_bytes, map(Path, files))]))]
+        fingerprint = [cfg.text_field, cfg.encoding, length, *map(checksum, files)]
         yield domain, Source(source, functools.partial(in_batches, documents), fingerprint, limit)
 
 

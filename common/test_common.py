@@ -306,6 +306,27 @@ def test_a_full_disk_leaves_the_corpus_before_it_and_the_preparation_resumes(tmp
     assert before != corpus_bytes(tmp_path / "data") == corpus_bytes(tmp_path / "other")
 
 
+def test_the_command_that_an_error_names_repairs_a_damaged_corpus_and_leaves_a_sound_one(tmp_path):
+    source = write_chat_source(tmp_path / "chat.jsonl")
+    command = *chat_arguments(source), f"--data_dir={tmp_path}"
+    prepare(*command)
+    sound = corpus_bytes(tmp_path)
+    for name, damage in {
+        "train.bin": lambda content: bytes([content[0] ^ 1]) + content[1:],
+        "val.bin": lambda content: content + b"\0\0",
+        "train.mask": lambda content: content[:-1],
+        "val.mask": lambda content: b"",
+    }.items():
+        path = tmp_path / "sft/chat" / name
+        path.write_bytes(damage(path.read_bytes()))
+        assert corpus_bytes(tmp_path) != sound
+        prepare(*command)
+        assert corpus_bytes(tmp_path) == sound
+    written = path.stat().st_mtime_ns
+    prepare(*command)
+    assert path.stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_files_of_every_kind_become_a_corpus_made_anew_when_one_changes(encoding, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")

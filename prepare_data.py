@@ -280,6 +280,7 @@ def count(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: d
     for note in notes:
         print(f"{folder.name}: {note}")
     if min(entry["train_tokens"], entry["val_tokens"]) <= 256:  # block_size of config/tiny.py
+        found = "; ".join([found, *notes[:3]])
         raise UserError(f"{folder.name} has too little text, {found}: add some, or change --val_fraction=")
     entry |= {"val_targets": len(targets)} if source.max_length else {}
     return entry | ({"notes": progress["notes"]} if notes else {})
@@ -480,12 +481,17 @@ def read_hub(name: str, subset: str | None, split: str, field: str, state: dict 
     yield from group(read_files(files, field, state=state or {"revision": revision}))
 
 
-def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator:
-    """The texts in parts of length / 2 to length characters, cut at a blank line, else a line, else a word."""
+def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str | Document]:
+    """Each text once, in parts of length / 2 to length characters, cut at a blank line, else a line, else a word."""
     pauses = [rf".{{{length // 2},{length - len(pause)}}}{pause}" for pause in ("\n\n", "\n", " ")]
     part = re.compile("|".join([rf".{{1,{length}}}\Z", *pauses, f".{{{length}}}"]), re.DOTALL)
+    seen = set()
     for text, _ in read_files(files, cfg.text_field, cfg.encoding):
-        yield from (isinstance(text, str) and part.findall(text)) or [text]
+        for document in (isinstance(text, str) and part.findall(text)) or [text]:
+            key = canonical(document) if isinstance(document, str) else ""
+            repeats = key and text_hash(key) in seen
+            seen.add(text_hash(key))
+            yield Document(note="left out: repeats an earlier one") if repeats else document
 
 
 def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
@@ -500,7 +506,7 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))  # val has about four, at least
         documents = functools.partial(read_parts, files, cfg, length)
         keys = (canonical(document) for document in documents() if isinstance(document, str))
-        ordered = sorted({text_hash(key) for key in keys if key})
+        ordered = sorted(text_hash(key) for key in keys if key)
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
         fingerprint = [cfg.text_field, cfg.encoding, length, *map(checksum, files)]

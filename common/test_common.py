@@ -327,6 +327,21 @@ def test_the_command_that_an_error_names_repairs_a_damaged_corpus_and_leaves_a_s
     assert path.stat().st_mtime_ns == written
 
 
+def test_a_text_that_repeats_itself_is_taken_once_and_the_rest_is_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    note = "left out: repeats an earlier one"
+    Path("line.txt").write_text("The same line.\n" * 10_000)  # 40 equal parts and a shorter one
+    assert f"text: 39 {note}" in prepare("text", "--source=line.txt").out
+    assert len(split_texts(Path("data/text/text"))["train"]) == 1
+    write_jsonl(Path("row.jsonl"), [{"text": "The same row. " * 30}] * 99)
+    assert re.search(f"too little text, .* 0 val tokens .*; 98 {note}", error_of(prepare, "text", "--source=row.jsonl"))
+    many = [f"row {i} of many" for i in range(300)]
+    write_jsonl(Path("rows.jsonl"), [{"text": text} for row in many for text in (row, "the same row")])
+    assert f"text: 299 {note}" in prepare("text", "--source=rows.jsonl").out
+    texts = split_texts(Path("data/text/text"))
+    assert len(texts["val"]) == 31 and sorted(texts["train"] + texts["val"]) == sorted(["the same row", *many])
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_files_of_every_kind_become_a_corpus_made_anew_when_one_changes(encoding, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")

@@ -44,6 +44,9 @@ from common.run import locked, write_json
 from common.settings import UserError, check_range, load, run
 from common.tokenizer import canonical, encode, encode_chat, get_tokenizer, is_held_out, text_hash
 
+HOW_TO_RESUME = "fix that and run the command again to resume"
+save_json = functools.partial(write_json, hint=f"; {HOW_TO_RESUME}")
+
 
 @dataclass
 class PrepareConfig:  # every corpus
@@ -53,6 +56,9 @@ class PrepareConfig:  # every corpus
     commit_seconds: float = 2.0  # seconds between commits; a killed preparation resumes from the last one
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if value == "" or (isinstance(value, dict) and "" in value.values()):
+                raise UserError(f"{name} is empty; give it a value, or leave it out")
         check_range(self, 0, 1, "val_fraction")
         check_range(self, 16, 2**30, "max_length")
 
@@ -229,7 +235,7 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
             file.flush()
             os.fsync(file.fileno())
             progress["sizes"][name] = file.tell()
-        write_json(folder / "progress.json", progress)
+        save_json(folder / "progress.json", progress)
 
     folder.mkdir(exist_ok=True)
     bar = tqdm(desc=folder.name, total=source.max_tokens, unit="tok", unit_scale=True)
@@ -259,7 +265,7 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
                 break
         commit()
     progress["entry"] = count(folder, encoding, source, progress)
-    write_json(folder / "progress.json", progress)
+    save_json(folder / "progress.json", progress)
     return progress
 
 
@@ -299,9 +305,9 @@ def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, S
             for name in progress["sizes"]:  # killed in between: the domain is written again
                 os.replace(folder / domain / (name + progress["suffix"]), folder / domain / name)
             progress["suffix"] = ""
-            write_json(folder / domain / "progress.json", progress)
+            save_json(folder / domain / "progress.json", progress)
             meta["domains"][domain] = sources[domain].describe(folder / domain, progress["entry"])
-        write_json(folder / "meta.json", meta)
+        save_json(folder / "meta.json", meta)
 
 
 # --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
@@ -529,6 +535,8 @@ DATASETS = {
 def open_datasets(cfg: PaperConfig, corpus: str) -> Iterator[tuple[str, Source]]:
     """The domains of pretrain or sft: from local files where cfg names some, else the paper's data sets."""
     domains = DATASETS[corpus]
+    if isinstance(cfg.source, str) and len(domains) > 1:
+        raise UserError(f"whose source? {', '.join(f'--source.{domain}=' for domain in domains)}")
     local = {"chat": cfg.source} if isinstance(cfg.source, str) else cfg.source
     if unknown := [domain for domain in (*local, *cfg.text_field) if domain not in domains]:
         raise UserError(f"there is no domain {unknown[0]!r}; there are {', '.join(domains)}")
@@ -570,7 +578,9 @@ def main():
         sources = dict(open_sources(cfg, corpus))  # what cannot be read fails before anything is written
         write_corpus(folder, encoding, sources, cfg.vocab, cfg.commit_seconds)
     except OSError as e:
-        raise UserError(f"cannot prepare {folder}: {e}; fix that and run the command again to resume") from None
+        raise UserError(f"cannot prepare {folder}: {e}; {HOW_TO_RESUME}") from None
+    except KeyboardInterrupt:
+        raise UserError("stopped; run the same command again to resume") from None
     command += f" --data_dir={shlex.quote(str(folder))}"
     if "tokenizer" in cfg.overridden and corpus != "sft":  # sft.py takes over the model's
         command += f" --tokenizer={encoding.name} --vocab_size={encoding.n_vocab}"

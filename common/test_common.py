@@ -236,8 +236,7 @@ def test_documents_without_text_are_left_out_and_counted_across_a_kill(tmp_path,
 
     monkeypatch.setattr(prepare_data, "encode_document", stop_at_700)
     stopped = "pretrain", *arguments, f"--data_dir={tmp_path}/stopped"
-    with pytest.raises(KeyboardInterrupt):
-        prepare(*stopped)
+    assert error_of(prepare, *stopped) == "stopped; run the same command again to resume"
     assert prepare(*stopped).out == whole.out.replace("/whole/", "/stopped/")
     assert corpus_bytes(tmp_path / "stopped") == corpus_bytes(tmp_path / "whole")
 
@@ -495,6 +494,10 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text --source=binary.txt": "binary.txt is not text in UTF-8; name its encoding: --encoding=latin-1, utf-16,",
         "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; set --text_field=",
         "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error in row 1: ",
+        **{f"text --source=good.txt --{name}=": f"{name} is empty" for name in ("data_dir", "domain", "text_field")},
+        "text --source=": "source is empty; give it a value, or leave it out",
+        "pretrain --tokenizer=bytes --source.math=": "source is empty",
+        "pretrain --tokenizer=bytes --source=good.txt": "whose source? --source.math=, --source.stem=, --source.code=",
         "text --source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
         "text --source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
         "tiny --val_fraction=2": "val_fraction is 2.0; it must lie in 0..1",

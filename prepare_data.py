@@ -11,12 +11,15 @@ python prepare_data.py sft       the paper's conversations, or your own: --sourc
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
 every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
 (a conversation's first question, a generated problem's numbers) selects the split, so that neither duplicates nor two
-answers to one question straddle it. To resume a killed preparation, run the same command again.
+answers to one question straddle it; neither white space nor Unicode form (NFC, NFD) counts. Documents without text are
+left out. To resume a stopped preparation, or to repair a damaged corpus, run the same command again.
 """
 
 import contextlib
 import functools
 import glob
+import gzip
+import io
 import itertools
 import json
 import math
@@ -25,12 +28,13 @@ import re
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import BinaryIO, ClassVar, NamedTuple
 
 # first, so that Ctrl-C during the slow imports below prints one line
 from common.settings import UserError, check_range, load, run  # isort: skip
@@ -40,7 +44,10 @@ import tiktoken
 from tqdm import tqdm
 
 from common.run import locked, write_json
-from common.tokenizer import encode, encode_chat, get_tokenizer, is_held_out, text_hash
+from common.tokenizer import canonical, encode, encode_chat, get_tokenizer, is_held_out, text_hash
+
+HOW_TO_RESUME = "fix that and run the command again to resume"
+save_json = functools.partial(write_json, hint=f"; {HOW_TO_RESUME}")
 
 
 @dataclass
@@ -51,6 +58,9 @@ class PrepareConfig:  # every corpus
     commit_seconds: float = 2.0  # seconds between commits; a killed preparation resumes from the last one
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if value == "" or (isinstance(value, dict) and "" in value.values()):
+                raise UserError(f"{name} is empty; give it a value, or leave it out")
         check_range(self, 0, 1, "val_fraction")
         check_range(self, 16, 2**30, "max_length")
 
@@ -99,12 +109,29 @@ class Document(NamedTuple):
     note: str | None = None  # why it is left out or cut; counted, and printed at the end
 
 
-def encode_document(encoding: tiktoken.Encoding, max_length: int | None, row: str | list[dict] | None) -> Document:
-    """A text, or with max_length, a conversation: cut to that many tokens, and left out without an answer to learn."""
-    if not max_length:
-        if not isinstance(row, str):  # a row without text
-            return Document()
-        return Document(np.append(encode(encoding, row), np.uint32(encoding.eot_token)), row)
+def encode_document(encoding: tiktoken.Encoding, max_length: int | None, row) -> Document:
+    """A text, or with max_length, a conversation: cut to that many tokens, and left out without an answer to learn.
+
+    A row may be anything that a file holds. A reader that leaves a row out passes a Document that says why.
+    """
+    if isinstance(row, Document):
+        return row
+    if max_length:
+        return encode_conversation(encoding, max_length, row)
+    if not isinstance(row, str | None):
+        return Document(note="left out: not text")
+    if row is None or not row.strip():
+        return Document(note="left out: no text")
+    return Document(np.append(encode(encoding, row), np.uint32(encoding.eot_token)), row)
+
+
+def encode_conversation(encoding: tiktoken.Encoding, max_length: int, row) -> Document:
+    """Messages, or a string that holds them as JSON. Content may be a list of text parts."""
+    if isinstance(row, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(row)
+    if isinstance(row, list):
+        row = [{**m, "content": join_parts(m.get("content"))} if isinstance(m, dict) else m for m in row]
     try:
         tokens, loss_mask = encode_chat(encoding, row)
         answers = [m["content"].strip() for m in row if m["role"] == "assistant"]
@@ -120,6 +147,14 @@ def encode_document(encoding: tiktoken.Encoding, max_length: int | None, row: st
     return Document(tokens[kept], question, loss_mask[kept], note)
 
 
+def join_parts(content):
+    """The text of [{"type": "text", "text": ...}, ...]; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+
+
 # ------------------------------------------------------------------------------------------------------ tokens on disk
 
 Batches = Iterator[tuple[list, object]]  # texts or conversations, and the JSON state from which to resume after them
@@ -132,27 +167,47 @@ class Source(NamedTuple):  # of a domain's documents
     val_fraction: float
     max_tokens: int | None = None  # of train; None: no limit
     max_length: int | None = None  # tokens of a conversation; None: the documents are texts
-    split_key: Callable[[str], str] = str  # documents whose text has the same key are all in train or all in val
+    split_key: Callable[[str], str] = canonical  # documents whose text has the same key are all in train or all in val
     describe: Callable[[Path, dict], dict] = lambda folder, counts: counts  # the domain's entry in meta.json
 
 
-def in_batches(open_documents: Callable[[], Iterable], state: int | None, size: int = 256) -> Batches:
+def group(documents: Iterable[tuple[object, object]], size: int = 256) -> Batches:
+    """Batches of documents that come with the state after each."""
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, size)):
+        yield [document for document, _ in batch], batch[-1][1]
+
+
+def in_batches(open_documents: Callable[[], Iterable], state: int | None) -> Batches:
     """Batches of documents that can be read again from the start; the state is the number already taken."""
     taken = state or 0
     documents = itertools.islice(open_documents(), taken, None)
-    while batch := list(itertools.islice(documents, size)):
-        taken += len(batch)
-        yield batch, taken
+    return group((document, n) for n, document in enumerate(documents, taken + 1))
+
+
+def checksum(path: Path, size: float = math.inf) -> int:
+    """CRC-32 of the first `size` bytes of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(min(2**20, size)):
+            crc = zlib.crc32(chunk, crc)
+            size -= len(chunk)
+    return crc
 
 
 def read_progress(folder: Path, asked: dict) -> dict:
     """progress.json if it is about the documents asked for and the files hold what it says, else a start."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no progress, or a file is missing
+    start = {"asked": asked, "state": None, "entry": {}, "suffix": ".partial", "notes": {}}
+    start |= {"sizes": {}, "checksums": {}}  # by name of a file
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a file is missing
         progress = json.loads((folder / "progress.json").read_text())
-        sizes = {name: os.path.getsize(folder / (name + progress["suffix"])) for name in progress["sizes"]}
-        if progress["asked"] == asked and all(sizes[name] >= size for name, size in progress["sizes"].items()):
-            return progress
-    return {"asked": asked, "state": None, "entry": {}, "suffix": ".partial", "sizes": {}, "notes": {}}
+        if progress["asked"] == asked and progress.keys() == start.keys():
+            paths = {name: folder / (name + progress["suffix"]) for name in progress["checksums"]}
+            # Before the end, a file may hold more than was committed.
+            sizes = dict.fromkeys(paths, math.inf) if progress["entry"] else progress["sizes"]
+            if progress["checksums"] == {name: checksum(path, sizes[name]) for name, path in paths.items()}:
+                return progress
+    return start
 
 
 def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, commit_seconds: float) -> dict:
@@ -170,17 +225,25 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
     names = ["train.bin", "val.bin"] + ["train.mask", "val.mask"] * bool(source.max_length)
     dtype, notes = np.min_scalar_type(encoding.max_token_value), progress["notes"]
     limit = (source.max_tokens or math.inf) * dtype.itemsize
+    checksums = progress["checksums"] = dict.fromkeys(names, 0) | progress["checksums"]
+
+    def write(name: str, values: np.ndarray):
+        data = values.tobytes()
+        files[name].write(data)
+        checksums[name] = zlib.crc32(data, checksums[name])
 
     def commit():
         for name, file in files.items():
             file.flush()
             os.fsync(file.fileno())
             progress["sizes"][name] = file.tell()
-        write_json(folder / "progress.json", progress)
+        save_json(folder / "progress.json", progress)
 
     folder.mkdir(exist_ok=True)
     bar = tqdm(desc=folder.name, total=source.max_tokens, unit="tok", unit_scale=True)
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    with contextlib.ExitStack() as stack, bar:
+        pool = ThreadPoolExecutor(os.cpu_count())
+        stack.callback(pool.shutdown, cancel_futures=True)  # when stopped, do not encode the rest of the batch
         files = {name: stack.enter_context(open(folder / f"{name}.partial", "ab")) for name in names}
         for name, file in files.items():
             file.seek(progress["sizes"].get(name, 0))
@@ -193,9 +256,9 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
             for document in pool.map(encode_one, documents):
                 if files["train.bin"].tell() < limit:
                     split = "val" if is_held_out(source.split_key(document.text), source.val_fraction) else "train"
-                    files[f"{split}.bin"].write(document.tokens.astype(dtype).tobytes())
+                    write(f"{split}.bin", document.tokens.astype(dtype))
                     if document.loss_mask is not None:
-                        files[f"{split}.mask"].write(document.loss_mask.tobytes())
+                        write(f"{split}.mask", document.loss_mask)
                     if document.note:
                         notes[document.note] = notes.get(document.note, 0) + 1
             progress["state"] = state
@@ -204,14 +267,15 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
                 break
         commit()
     progress["entry"] = count(folder, encoding, source, progress)
-    write_json(folder / "progress.json", progress)
+    save_json(folder / "progress.json", progress)
     return progress
 
 
 def count(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: dict) -> dict:
     """A domain's entry in meta.json, from its complete *.partial files. Prints it. UserError for too little text."""
     dtype, state = np.min_scalar_type(encoding.max_token_value), progress["state"]
-    entry = {"source": f"{source.name} at {state['revision']}" if isinstance(state, dict) else source.name}
+    on_hub = isinstance(state, dict) and "revision" in state
+    entry = {"source": f"{source.name} at {state['revision']}" if on_hub else source.name}
     entry |= {f"{split}_tokens": progress["sizes"][f"{split}.bin"] // dtype.itemsize for split in ("train", "val")}
     targets = np.fromfile(folder / "val.bin.partial", dtype)
     if source.max_length:
@@ -220,11 +284,14 @@ def count(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: d
     entry["val_bytes"] = len(encoding.decode_bytes(text_tokens.tolist()))
     found = f"{entry['train_tokens']:,} train and {entry['val_tokens']:,} val tokens ({entry['source']})"
     print(f"{folder.name}: {found}")
-    for note, n in progress["notes"].items():
-        print(f"{folder.name}: {n:,} {note}")
+    notes = [f"{n:,} {note}" for note, n in progress["notes"].items()]
+    for note in notes:
+        print(f"{folder.name}: {note}")
     if min(entry["train_tokens"], entry["val_tokens"]) <= 256:  # block_size of config/tiny.py
+        found = "; ".join([found, *notes[:3]])
         raise UserError(f"{folder.name} has too little text, {found}: add some, or change --val_fraction=")
-    return entry | ({"val_targets": len(targets), "notes": progress["notes"]} if source.max_length else {})
+    entry |= {"val_targets": len(targets)} if source.max_length else {}
+    return entry | ({"notes": progress["notes"]} if notes else {})
 
 
 def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, Source], vocab=None, commit_seconds=2.0):
@@ -240,9 +307,9 @@ def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, S
             for name in progress["sizes"]:  # killed in between: the domain is written again
                 os.replace(folder / domain / (name + progress["suffix"]), folder / domain / name)
             progress["suffix"] = ""
-            write_json(folder / domain / "progress.json", progress)
+            save_json(folder / domain / "progress.json", progress)
             meta["domains"][domain] = sources[domain].describe(folder / domain, progress["entry"])
-        write_json(folder / "meta.json", meta)
+        save_json(folder / "meta.json", meta)
 
 
 # --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
@@ -290,57 +357,149 @@ def find_files(source: str) -> list[str]:
     return list(dict.fromkeys(files))
 
 
+def open_file(file: str) -> BinaryIO:
+    """A local file, or one on the hub (hf://...); unpacked if it is a .gz."""
+    if file.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        raw = io.BufferedReader(HfFileSystem().open(file), 2**22)
+    else:
+        raw = open(file, "rb")
+    return gzip.open(raw) if file.lower().endswith(".gz") else raw
+
+
 def read_text(file: str, encoding: str | None) -> str:
     """A text file with \\n at line ends: UTF-8, else in this encoding."""
+    with open_file(file) as opened:
+        content = opened.read()
     for name in ("utf-8-sig", encoding or "utf-8-sig"):
         with contextlib.suppress(UnicodeError, LookupError):
-            text = Path(file).read_text(name)
+            text = content.decode(name)
             if "\0" not in text:  # UTF-16 has null bytes
-                return text
+                return text.replace("\r\n", "\n").replace("\r", "\n")
     raise UserError(f"{file} is not text in {encoding or 'UTF-8'}; name its encoding: --encoding=latin-1, utf-16, ...")
 
 
-def read_field(name: str, arguments: dict, field: str, state: dict | None = None) -> Batches:
-    """Batches of one field of a data set, as load_dataset(**arguments) reads it; on the hub, all of one commit."""
+def read_json(file: str, skip: int) -> Iterator[tuple[int, object]]:
+    """The rows of a file of JSON lines, or of one JSON array, after the first `skip`. Each with its number."""
+    with open_file(file) as lines:
+        if lines.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            yield from itertools.islice(enumerate(decode_json(lines.read(), file), 1), skip, None)
+        for n, line in enumerate(lines, 1):
+            if n > skip and not line.isspace():
+                yield n, decode_json(line, file, f" in row {n}")
+
+
+def decode_json(content: bytes, file: str, where: str = ""):
+    try:
+        return json.loads(content, parse_int=float)  # an integer may have any number of digits
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"cannot read {file}: JSON parse error{where}: {e}") from None
+
+
+def read_parquet(file: str, field: str, skip: int) -> Iterator[tuple[int, dict]]:
+    """The rows of a parquet file, likewise: with this field alone, or if it has none, with the names of all."""
+    import pyarrow.parquet  # comes with datasets
+
+    with open_file(file) as opened:
+        if not opened.peek(1):
+            return  # an empty file
+        table, n = pyarrow.parquet.ParquetFile(opened), 0
+        names = dict.fromkeys(table.schema_arrow.names)
+        for i in range(table.num_row_groups):
+            size = table.metadata.row_group(i).num_rows
+            if n + size <= skip:
+                n += size
+                continue
+            for batch in table.iter_batches(64, row_groups=[i], columns=[field], use_threads=False):
+                for row in batch.to_pylist():
+                    n += 1
+                    if n > skip:
+                        yield n, row or names
+
+
+def read_rows(file: str, field: str, encoding: str | None, skip: int) -> Iterator[tuple[int, object]]:
+    """The rows of a file, likewise. A plain text is one row."""
+    name = file.lower().removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return read_json(file, skip)
+    if name.endswith(".parquet"):
+        return read_parquet(file, field, skip)
+    return iter([] if skip else [(1, {field: read_text(file, encoding)})])
+
+
+MISSING = object()
+HUB_HINT = "; run the command again to resume, or name local files: --source="
+
+
+def look_up(row, field: str):
+    """row["a.b"], else row["a"]["b"], else MISSING."""
+    if not isinstance(row, dict):
+        return MISSING
+    if field in row:
+        return row[field]
+    name, _, rest = field.partition(".")
+    return look_up(row.get(name), rest) if rest else MISSING
+
+
+def read_files(files: list[str], field: str, encoding=None, state: dict | None = None) -> Iterator[tuple[object, dict]]:
+    """This field of every row, whatever the other fields hold, with the state from which to resume after it."""
+    state = {"file": 0, "row": 0, "found": False, **(state or {})}
+    names = None  # of the fields in the first row without this one
+    for i in range(state["file"], len(files)):
+        on_hub, n = files[i].startswith("hf://"), 0
+        hint = HUB_HINT if on_hub else ""
+        try:
+            for n, row in read_rows(files[i], field, encoding, state["row"]):
+                value = look_up(row, field)
+                state["found"] |= value is not MISSING
+                if value is MISSING:
+                    value = Document(note=f"left out: no field {field!r}")
+                    names = names or (list(row) if isinstance(row, dict) else ["rows without names"])
+                yield value, {**state, "file": i, "row": n}
+        except UserError:
+            raise
+        except Exception as e:  # a damaged file or a lost connection; each library has its own types
+            raise UserError(f"cannot read {files[i]}{f' after row {n}' * bool(n)}: {reason(e)}{hint}") from None
+        state["row"] = 0
+        if names and not state["found"] and (on_hub or i == len(files) - 1):  # the files of a data set are alike
+            found = f"no field {field!r} but {', '.join(names)[:300]}"
+            raise UserError(f"cannot read {files[i]}: {found}; set --text_field= or --messages_field=")
+
+
+def open_files(files: list[str], field: str, encoding: str | None, state: dict | None = None) -> Batches:
+    return group(read_files(files, field, encoding, state))
+
+
+def reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_hub(name: str, subset: str | None, split: str, field: str, state: dict | None = None) -> Batches:
+    """Batches of one field of a data set on the hub, all of one commit."""
     import datasets
     from huggingface_hub import HfApi
 
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    on_hub = "data_files" not in arguments
     try:
-        if on_hub:
-            arguments = {**arguments, "revision": state["revision"] if state else HfApi().dataset_info(name).sha}
-        rows = datasets.load_dataset(**arguments, streaming=True)
-        if state:
-            rows.load_state_dict(state["rows"])
-        for batch in rows.iter(batch_size=256):
-            if field not in batch:
-                raise LookupError(f"no field {field!r} but {', '.join(batch)}; set --text_field= or --messages_field=")
-            yield batch[field], {"rows": rows.state_dict(), "revision": arguments.get("revision")}
-    except Exception as e:  # a lost connection or a damaged file; each library has its own types
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        hint = "; run the command again to resume, or name local files: --source=" if on_hub else ""
-        raise UserError(f"cannot read {name}: {reason}{hint}") from None
+        revision = state["revision"] if state else HfApi().dataset_info(name).sha
+        files = datasets.load_dataset_builder(name, subset, revision=revision).config.data_files[split]
+    except Exception as e:  # no connection, or no such data set; each library has its own types
+        raise UserError(f"cannot read {name}: {reason(e)}{HUB_HINT}") from None
+    yield from group(read_files(files, field, state=state or {"revision": revision}))
 
 
-def read_files(files: list[str], field: str, encoding: str | None) -> Iterator:
-    """What these files hold: this field of each row; a plain text file is one text."""
-    readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # other files are plain text
-    for file in files:
-        if reader := readers.get(Path(file).suffix.lower()):
-            arguments = {"path": reader, "data_files": [glob.escape(file)], "split": "train"}  # it takes patterns
-            for values, _ in read_field(file, arguments, field):
-                yield from values
-        else:
-            yield read_text(file, encoding)
-
-
-def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str]:
-    """The texts in parts of length / 2 to length characters, cut at a blank line, else at a line, else at a word."""
+def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str | Document]:
+    """Each text once, in parts of length / 2 to length characters, cut at a blank line, else a line, else a word."""
     pauses = [rf".{{{length // 2},{length - len(pause)}}}{pause}" for pause in ("\n\n", "\n", " ")]
     part = re.compile("|".join([rf".{{1,{length}}}\Z", *pauses, f".{{{length}}}"]), re.DOTALL)
-    for text in read_files(files, cfg.text_field, cfg.encoding):
-        yield from filter(str.strip, part.findall(text) if isinstance(text, str) else [])
+    seen = set()
+    for text, _ in read_files(files, cfg.text_field, cfg.encoding):
+        for document in (isinstance(text, str) and part.findall(text)) or [text]:
+            key = canonical(document) if isinstance(document, str) else ""
+            repeats = key and text_hash(key) in seen
+            seen.add(text_hash(key))
+            yield Document(note="left out: repeats an earlier one") if repeats else document
 
 
 def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
@@ -350,15 +509,16 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         if not re.fullmatch(r"[\w-]+", domain):
             raise UserError(f"the domain {domain!r} becomes a folder; use letters, digits, - and _")
         files = find_files(source)
-        texts = filter(lambda text: isinstance(text, str), read_files(files, cfg.text_field, cfg.encoding))
-        n_characters = sum(len(text.strip()) for text in texts)
+        texts = (text for text, _ in read_files(files, cfg.text_field, cfg.encoding))
+        n_characters = sum(len(text.strip()) for text in texts if isinstance(text, str))
         length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))  # val has about four, at least
         documents = functools.partial(read_parts, files, cfg, length)
-        hashes = [text_hash(document) for document in documents()]
-        ordered = sorted(set(hashes))
+        keys = (canonical(document) for document in documents() if isinstance(document, str))
+        ordered = sorted(text_hash(key) for key in keys if key)
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
-        yield domain, Source(source, functools.partial(in_batches, documents), text_hash(repr(hashes)), limit)
+        fingerprint = [cfg.text_field, cfg.encoding, length, *map(checksum, files)]
+        yield domain, Source(source, functools.partial(in_batches, documents), fingerprint, limit)
 
 
 # ------------------------------------------------------------------------------------------- pretrain, sft: the paper's
@@ -377,19 +537,21 @@ DATASETS = {
 def open_datasets(cfg: PaperConfig, corpus: str) -> Iterator[tuple[str, Source]]:
     """The domains of pretrain or sft: from local files where cfg names some, else the paper's data sets."""
     domains = DATASETS[corpus]
+    if isinstance(cfg.source, str) and len(domains) > 1:
+        raise UserError(f"whose source? {', '.join(f'--source.{domain}=' for domain in domains)}")
     local = {"chat": cfg.source} if isinstance(cfg.source, str) else cfg.source
     if unknown := [domain for domain in (*local, *cfg.text_field) if domain not in domains]:
         raise UserError(f"there is no domain {unknown[0]!r}; there are {', '.join(domains)}")
     max_length = cfg.max_length if corpus == "sft" else None
     for domain, (name, subset, split, column, limit) in domains.items():
         column = {"chat": cfg.messages_field, **cfg.text_field}.get(domain, column)
-        arguments = {"path": name, "name": subset, "split": split}
-        fingerprint = [column, arguments]
-        open_batches = functools.partial(read_field, name, arguments, column)
+        fingerprint = [name, subset, split, column]
+        open_batches = functools.partial(read_hub, *fingerprint)
         if domain in local:
             name, files = local[domain], find_files(local[domain])
-            fingerprint = [column, *([file, os.path.getsize(file)] for file in files)]
-            open_batches = functools.partial(in_batches, functools.partial(read_files, files, column, cfg.encoding))
+            stats = [(file, os.stat(file)) for file in files]
+            fingerprint = [column, cfg.encoding, *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
+            open_batches = functools.partial(open_files, files, column, cfg.encoding)
         yield domain, Source(name, open_batches, fingerprint, cfg.val_fraction, cfg.max_tokens or limit, max_length)
 
 
@@ -418,7 +580,9 @@ def main():
         sources = dict(open_sources(cfg, corpus))  # what cannot be read fails before anything is written
         write_corpus(folder, encoding, sources, cfg.vocab, cfg.commit_seconds)
     except OSError as e:
-        raise UserError(f"cannot prepare {folder}: {e}; fix that and run the command again to resume") from None
+        raise UserError(f"cannot prepare {folder}: {e}; {HOW_TO_RESUME}") from None
+    except KeyboardInterrupt:
+        raise UserError("stopped; run the same command again to resume") from None
     command += f" --data_dir={shlex.quote(str(folder))}"
     if "tokenizer" in cfg.overridden and corpus != "sft":  # sft.py takes over the model's
         command += f" --tokenizer={encoding.name} --vocab_size={encoding.n_vocab}"

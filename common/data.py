@@ -20,6 +20,9 @@ CORPORA = {  # name of a corpus: the arguments of prepare_data.py that make it
     "text": "text --source=input.txt", "tiny": "tiny", "tiny_sft": "tiny_sft", "pretrain": "pretrain", "sft": "sft",
 }  # fmt: skip
 
+META = {"tokenizer": str, "vocab_size": int, "end_of_text": int, "dtype": str, "domains": dict, "vocab": str | None}
+COUNTS = {"train_tokens": int, "val_tokens": int, "val_bytes": int, "val_targets": int, "share": int | float}
+
 
 class Corpus:
     """One split, "train" or "val", of the domains (None: all) of a corpus, in rows of block_size tokens.
@@ -197,13 +200,28 @@ def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, T
 def read_meta(folder: Path) -> dict:
     """The contents of a corpus' meta.json. Raises UserError if there is none, or if it is damaged."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        kinds = {"tokenizer": str, "vocab_size": int, "end_of_text": int, "dtype": np.dtype, "domains": dict}
-        return {"vocab": meta.get("vocab"), **{name: kind(meta[name]) for name, kind in kinds.items()}}
+        meta = {"vocab": None, **json.loads((folder / "meta.json").read_text(encoding="utf-8"))}
+        check_types(meta, META)
+        if meta["dtype"] not in ("uint16", "uint32") or meta["end_of_text"] >= meta["vocab_size"]:
+            raise ValueError("dtype or end_of_text is wrong")
+        for counts in meta["domains"].values():
+            check_types({"share": 0, "val_targets": 0, **counts}, COUNTS)
+        if not any(counts["train_tokens"] and counts.get("share", 1) for counts in meta["domains"].values()):
+            raise ValueError("no domain has tokens")
+        return meta
     except OSError:
         raise UserError(f"no data in {folder}; {how_to_make(folder)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise damaged(folder / "meta.json", f"is damaged ({e!r})", folder) from None
+    except (ValueError, TypeError, RecursionError) as e:  # TypeError: a list or a number in place of a dict
+        raise damaged(folder / "meta.json", f"is damaged ({e})", folder) from None
+
+
+def check_types(entries: dict, types: dict):
+    """Raise ValueError, naming the entry, if one is missing, has another type or is a negative number."""
+    for name, kind in types.items():
+        value = entries.get(name)
+        is_number = isinstance(value, (int, float))
+        if not isinstance(value, kind) or isinstance(value, bool) or (is_number and not 0 <= value < math.inf):
+            raise ValueError(f"{name} is {value!r:.60}")
 
 
 def corpus_type(folder: str | Path) -> type[Corpus]:

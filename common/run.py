@@ -184,8 +184,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], hint: str 
             raise
 
 
-def write_json(path: Path, value: dict):
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+def write_json(path: Path, value: dict, hint: str = ""):
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()), hint)
 
 
 def load_checkpoint(source: str | Path, verify: bool = True) -> dict:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gzip
 import json
 import math
 import os
@@ -219,6 +220,57 @@ def test_the_split_is_by_the_text_alone(tmp_path):
         assert counts[f"{split}_tokens"] == sum(len(text) + 1 for text in texts[split])
 
 
+def test_texts_that_differ_in_white_space_or_unicode_form_alone_are_in_one_split(small_vocab, tmp_path):
+    texts = [f"Caf\u00e9 {i}\nau lait" for i in range(200)]
+    variants = [
+        variant for text in texts for variant in (
+            text, unicodedata.normalize("NFD", text), text.replace("\n", "\r\n"), text.replace(" ", "\u00a0"),
+            f"\t{text} \n",
+        )
+    ]  # fmt: skip
+    variants += [f"Caf\u00e9 {i}{end}" for i in range(200, 300) for end in ("\ud800", "\ufffd")]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text, "content": text} for text in variants])
+    write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages(text, "yes")} for text in variants])
+    sources = [f"--source.{domain}={tmp_path}/a.jsonl" for domain in ("math", "stem", "code")]
+    common = f"--vocab={small_vocab}", f"--data_dir={tmp_path}", "--val_fraction=0.2"
+    prepare("pretrain", *sources, *common)
+    prepare("sft", f"--source={tmp_path}/chat.jsonl", *common)
+    encoding, held_out = tokenizer.get_tokenizer("qwen3", str(small_vocab)), {}
+    for folder in "pretrain/math", "sft/chat":
+        for split in ("train", "val"):
+            ids = np.fromfile(tmp_path / folder / f"{split}.bin", np.uint16)
+            held_out[split] = set(map(int, re.findall(r"Caf\u00e9\D+(\d+)", encoding.decode(ids.tolist()))))
+        assert sorted([*held_out["train"], *held_out["val"]]) == list(range(300))
+        assert len(held_out["val"]) == pytest.approx(60, abs=20)
+
+
+def test_documents_without_text_are_left_out_and_counted_across_a_kill(tmp_path, monkeypatch):
+    rows = [{"text": text} for i in range(300) for text in (f"document {i}", "", " \n\t\u3000", None, 5, ["a"])]
+    write_jsonl(tmp_path / "a.jsonl", [*rows, {}])
+    write_chat_source(tmp_path / "chat.jsonl")
+    arguments = [f"--source.{domain}={tmp_path}/a.jsonl" for domain in ("math", "stem", "code")]
+    arguments += [f"--text_field.{domain}=text" for domain in ("stem", "code")]
+    arguments += ["--tokenizer=bytes", "--val_fraction=0.2", "--commit_seconds=0"]
+    whole = prepare("pretrain", *arguments, f"--data_dir={tmp_path}/whole")
+    for line in "math: 900 left out: no text", "math: 600 left out: not text", "code: 1 left out: no field 'text'":
+        assert line in whole.out
+    texts = split_texts(tmp_path / "whole/pretrain/math")
+    assert sorted(texts["train"] + texts["val"]) == sorted(f"document {i}" for i in range(300))
+    encode, calls = prepare_data.encode_document, []
+
+    def stop_at_700(*arguments):
+        calls.append(1)
+        if len(calls) == 700:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(prepare_data, "encode_document", stop_at_700)
+    stopped = "pretrain", *arguments, f"--data_dir={tmp_path}/stopped"
+    assert error_of(prepare, *stopped) == "stopped; run the same command again to resume"
+    assert prepare(*stopped).out == whole.out.replace("/whole/", "/stopped/")
+    assert corpus_bytes(tmp_path / "stopped") == corpus_bytes(tmp_path / "whole")
+
+
 @pytest.fixture(scope="session")
 def source_dir(tmp_path_factory) -> Path:
     """Local files of each domain, in each format that is read."""
@@ -283,6 +335,42 @@ def test_a_full_disk_leaves_the_corpus_before_it_and_the_preparation_resumes(tmp
     assert before != corpus_bytes(tmp_path / "data") == corpus_bytes(tmp_path / "other")
 
 
+def test_the_command_that_an_error_names_repairs_a_damaged_corpus_and_leaves_a_sound_one(tmp_path):
+    source = write_chat_source(tmp_path / "chat.jsonl")
+    command = *chat_arguments(source), f"--data_dir={tmp_path}"
+    prepare(*command)
+    sound = corpus_bytes(tmp_path)
+    for name, damage in {
+        "train.bin": lambda content: bytes([content[0] ^ 1]) + content[1:],
+        "val.bin": lambda content: content + b"\0\0",
+        "train.mask": lambda content: content[:-1],
+        "val.mask": lambda content: b"",
+    }.items():
+        path = tmp_path / "sft/chat" / name
+        path.write_bytes(damage(path.read_bytes()))
+        assert corpus_bytes(tmp_path) != sound
+        prepare(*command)
+        assert corpus_bytes(tmp_path) == sound
+    written = path.stat().st_mtime_ns
+    prepare(*command)
+    assert path.stat().st_mtime_ns == written
+
+
+def test_a_text_that_repeats_itself_is_taken_once_and_the_rest_is_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    note = "left out: repeats an earlier one"
+    Path("line.txt").write_text("The same line.\n" * 10_000)  # 40 equal parts and a shorter one
+    assert f"text: 39 {note}" in prepare("text", "--source=line.txt").out
+    assert len(split_texts(Path("data/text/text"))["train"]) == 1
+    write_jsonl(Path("row.jsonl"), [{"text": "The same row. " * 30}] * 99)
+    assert re.search(f"too little text, .* 0 val tokens .*; 98 {note}", error_of(prepare, "text", "--source=row.jsonl"))
+    many = [f"row {i} of many" for i in range(300)]
+    write_jsonl(Path("rows.jsonl"), [{"text": text} for row in many for text in (row, "the same row")])
+    assert f"text: 299 {note}" in prepare("text", "--source=rows.jsonl").out
+    texts = split_texts(Path("data/text/text"))
+    assert len(texts["val"]) == 31 and sorted(texts["train"] + texts["val"]) == sorted(["the same row", *many])
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_files_of_every_kind_become_a_corpus_made_anew_when_one_changes(encoding, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
@@ -301,6 +389,98 @@ def test_files_of_every_kind_become_a_corpus_made_anew_when_one_changes(encoding
         assert sorted(texts["train"] + texts["val"]) == sorted([a, text, c, d, e])
         written.append(Path("data/text/all/train.bin").stat().st_mtime_ns)
     assert written[0] == written[1] < written[2]
+
+
+def test_one_field_of_a_file_is_read_whatever_else_it_holds(tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    huge, nested = b'{"text": "b", "other": ' + b"1" * 5000 + b"}", b'{"other": {"text": 1}, "text": "c"}'
+    lines = (
+        b'{"text": "a", "other": NaN}',
+        b'{"text": "no", "text": "b", "x": [1e999]}',
+        huge,
+        nested,
+        b'{"text": "\\ud800"}',
+    )
+    late = [
+        json.dumps({"text": f"{i}" * 30, **({"late": {}} if i > 9000 else {"other": i})}).encode() for i in range(9999)
+    ]
+    agent = {"id": 1, "source": "s", "model": "m", "system_prompt": "p", "messages": messages("?", "!"), "text": "a"}
+    gaps = b'{"text": "a"}', b"null", b"3", b"[]", b"{}", b'{"text": null}', b'{"text": ["b"]}', b'{"a": 1}'
+    expected = {
+        "lines [1].jsonl": (b"\n".join(lines), ["a", "b", "b", "c", "\ud800"]),
+        "windows.jsonl": (b"\xef\xbb\xbf" + b"\r\n\r\n \n".join(lines) + b"\r\n", ["a", "b", "b", "c", "\ud800"]),
+        "array.json": (b"\xef\xbb\xbf [\n" + b",\n".join(lines) + b"]\n", ["a", "b", "b", "c", "\ud800"]),
+        "late.jsonl": (b"\n".join(late), [f"{i}" * 30 for i in range(9999)]),
+        "packed.jsonl.gz": (gzip.compress(b"\n".join(lines)), ["a", "b", "b", "c", "\ud800"]),
+        "agent.jsonl": (json.dumps(agent).encode(), ["a"]),
+        "gaps.jsonl": (b"\n".join(gaps), ["a", None, ["b"]]),
+        "long.jsonl": (b'{"text": "%s"}' % (b"x" * 10**7), ["x" * 10**7]),
+        **dict.fromkeys(("empty.jsonl", "empty.json", "empty.parquet", "blank.jsonl"), (b"", [])),
+        "packed.txt.gz": (gzip.compress(b"\xef\xbb\xbfa\r\nb\r"), ["a\nb\n"]),
+    }
+    for name, (content, _) in expected.items():
+        (tmp_path / name).write_bytes(content)
+    for name, columns in {
+        "b b.parquet": {"other": [1, 2, 3], "text": ["a", None, "c"], "text.x": ["no"] * 3},
+        "changed.parquet": {"text": ["a"] * 300, "other": ["late"] * 300, "more": [[1]] * 300},
+        "none.parquet": {"text": [None, None]},
+        "lacking.parquet": {"other": [1]},
+        "zero.parquet": {"text": [], "other": []},
+    }.items():
+        pq.write_table(pa.table(columns), tmp_path / name, row_group_size=100)
+        expected[name] = None, columns.get("text", [])
+    files, values, states = [str(tmp_path / name) for name in expected], [], [None]
+    for value, state in prepare_data.read_files(files, "text"):
+        values.append(value)
+        states.append(json.loads(json.dumps(state)))
+    assert [value for value in values if not isinstance(value, prepare_data.Document)] == sum(
+        (t for _, t in expected.values()), []
+    )
+    assert [value.note for value in values if isinstance(value, prepare_data.Document)] == [
+        "left out: no field 'text'"
+    ] * 6
+    for n in (0, 1, 3, 14, 29, 5000, *range(len(values) - 301, len(values) + 1, 43)):
+        assert [value for value, _ in prepare_data.read_files(files, "text", None, states[n])] == values[n:]
+
+
+def test_a_field_may_lie_within_another_one(tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [{"a": {"b": "1", "c": 5}, "a.c": "2"}, {"a": {"b": {"d": "3"}}}, {"a": None}, {"a": "no"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    pq.write_table(pa.table({"a": [{"b": {"d": "4"}, "c": 1}, None], "a.c": ["5", "6"]}), tmp_path / "a.parquet")
+    for field, expected in {"a.b.d": ["3", "4"], "a.c": ["2", "5", "6"], "a.b": ["1", {"d": "3"}, {"d": "4"}]}.items():
+        values = [
+            value for value, _ in prepare_data.read_files([f"{tmp_path}/a.{x}" for x in ("jsonl", "parquet")], field)
+        ]
+        assert [value for value in values if not isinstance(value, prepare_data.Document)] == expected
+
+
+def test_a_damaged_file_is_named_with_its_row(tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    good = b'{"text": "a"}\n'
+    pq.write_table(
+        pa.table({"text": ["x" * 999] * 99}), tmp_path / "good.parquet", compression="none", use_dictionary=False
+    )
+    parquet = (tmp_path / "good.parquet").read_bytes()
+    for name, content, message in [
+        ("a.jsonl", good * 3 + b"\n" + good + b'{"text": "a", }\n' + good, "JSON parse error in row 6: "),
+        ("b.jsonl", good * 3 + b'{"text": "a', "JSON parse error in row 4: Unterminated string"),
+        (
+            "c.jsonl",
+            good + '{"text": "\u00e9"}\n'.encode("latin-1"),
+            "JSON parse error in row 2: 'utf-8' codec can't decode",
+        ),
+        ("d.jsonl", good + b"[" * 99_999, "JSON parse error in row 2: maximum recursion depth"),
+        ("e.json", b'[{"text": "a"},', "JSON parse error: "),
+        ("f.jsonl.gz", gzip.compress(good * 9)[:-9], "Compressed file ended before the end-of-stream marker"),
+        ("g.parquet", parquet[:99], "Parquet magic bytes not found in footer"),
+        ("h.parquet", parquet[:9] + bytes(20_000) + parquet[20_009:], ""),
+        ("i.jsonl", b'{"body": "a"}\n{"other": 1}', "no field 'text' but body; set --text_field= or --messages_field="),
+        ("j.jsonl", b"null\n[]\n", "no field 'text' but rows without names; set --text_field="),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        error = error_of(prepare, "text", f"--source={tmp_path / name}", f"--data_dir={tmp_path}")
+        assert error.startswith(f"cannot read {tmp_path / name}") and message in error
 
 
 @pytest.mark.parametrize("size, length", [(2000, 512), (20_000, 512), (800_000, 16_384)])
@@ -343,7 +523,11 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text --source.a=good.txt --source.b=word.txt": "b has too little text, 5 train and 0 val tokens (word.txt)",
         "text --source=binary.txt": "binary.txt is not text in UTF-8; name its encoding: --encoding=latin-1, utf-16,",
         "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; set --text_field=",
-        "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error",
+        "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error in row 1: ",
+        **{f"text --source=good.txt --{name}=": f"{name} is empty" for name in ("data_dir", "domain", "text_field")},
+        "text --source=": "source is empty; give it a value, or leave it out",
+        "pretrain --tokenizer=bytes --source.math=": "source is empty",
+        "pretrain --tokenizer=bytes --source=good.txt": "whose source? --source.math=, --source.stem=, --source.code=",
         "text --source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
         "text --source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
         "tiny --val_fraction=2": "val_fraction is 2.0; it must lie in 0..1",
@@ -355,7 +539,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         assert corpus_bytes(Path("data")) == before
 
 
-def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, monkeypatch):
+def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, monkeypatch):
     hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
     get_tokenizer, download = tokenizer.get_tokenizer.__wrapped__, mock.Mock(return_value=str(small_vocab))
     monkeypatch.setattr(hub, "hf_hub_download", download)
@@ -363,14 +547,26 @@ def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, monkeypatch)
     assert download.call_args.kwargs == {"revision": "da87bfb608c14b7cf20ba1ce41287e8de496c0cd"}
     download.side_effect = OSError
     assert "cannot fetch the qwen3 tokenizer; name a local vocab.json: " in error_of(get_tokenizer, "qwen3")
-    rows = datasets.Dataset.from_dict({"text": list(map(str, range(300)))})
-    load = mock.Mock(side_effect=lambda **arguments: rows.to_iterable_dataset())
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(hub.HfApi, "dataset_info", lambda api, name: SimpleNamespace(sha=f"commit {load.call_count}"))
-    read = functools.partial(prepare_data.read_field, "owner/a", {"path": "owner/a"}, "text")
-    (first, state), (rest, _) = next(read()), next(read(json.loads(json.dumps(next(read())[1]))))
-    assert first + rest == rows["text"] and state["revision"] == "commit 0"
-    assert [call.kwargs["revision"] for call in load.call_args_list] == ["commit 0", "commit 1", "commit 1"]
+    monkeypatch.chdir(tmp_path)
+    Path("owner/a/en").mkdir(parents=True)
+    Path("owner/a/README.md").write_text(
+        "---\nconfigs:\n- config_name: subset\n  data_files:\n  - {split: part, path: en/*}\n---\n"
+    )
+    for i, other in enumerate([1, "one", [1]]):
+        rows = {"text": [f"{i}: {j}" for j in range(200)], "other": [other] * 200}
+        datasets.Dataset.from_dict(rows).to_parquet(f"owner/a/en/{i}.parquet", batch_size=30)
+    builder = mock.Mock(side_effect=datasets.load_dataset_builder)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(
+        hub.HfApi, "dataset_info", lambda api, name: SimpleNamespace(sha=f"commit {builder.call_count}")
+    )
+    read = functools.partial(prepare_data.read_hub, "owner/a", "subset", "part", "text")
+    batches = list(read())
+    assert sum((texts for texts, _ in batches), []) == [f"{i}: {j}" for i in range(3) for j in range(200)]
+    for n, (_, state) in enumerate(batches):
+        rest = list(read(json.loads(json.dumps(state))))
+        assert [texts for texts, _ in rest] == [texts for texts, _ in batches[n + 1 :]]
+    assert {call.kwargs["revision"] for call in builder.call_args_list} == {"commit 0"}
 
 
 def test_rows_hold_the_text_shifted_by_one_for_the_targets_and_a_document_is_one_in_all_its_rows(corpus_dir):
@@ -416,8 +612,19 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
     os.truncate(damaged / "stem" / "train.bin", 100)
     pattern = "train.bin holds 100 bytes, not the .* make it: python prepare_data.py tiny"
     assert re.search(pattern, error_of(data.Corpus, damaged, 64))
-    (damaged / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": "x"}')
-    assert "meta.json is damaged" in error_of(data.Corpus, damaged, 64)
+    meta = json.loads((corpus_dir / "meta.json").read_text())
+    counts = meta["domains"]["math"]
+    for content in (
+        [], 3, {**meta, "vocab_size": "x"}, {**meta, "dtype": "float64"},
+        *({**meta, "domains": x} for x in ({}, 3, [1])),
+        *({**meta, "domains": {"math": x}} for x in (3, {**counts, "val_tokens": "x"}, {**counts, "train_tokens": 0})),
+        {**meta, "domains": {"math": {name: counts[name] for name in counts if name != "val_tokens"}}},
+    ):  # fmt: skip
+        (damaged / "meta.json").write_text(json.dumps(content))
+        for read in data.corpus_type, functools.partial(data.Corpus, block_size=64):
+            assert re.search(
+                r"meta.json is damaged \(.*\); make it: python prepare_data.py tiny", error_of(read, damaged)
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- conversations
@@ -449,6 +656,20 @@ def test_any_text_in_a_message_comes_back_and_cannot_end_its_turn(chat_encoding)
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         clean = unicodedata.normalize("NFC", clean) if chat_encoding.name == "qwen3" else clean
         assert chat_encoding.decode(ids[mask == 1].tolist()) == clean + "<|im_end|>\n"
+
+
+def test_messages_may_be_json_and_their_content_a_list_of_text_parts():
+    said, encode = (
+        messages("Hi", "Ho"),
+        functools.partial(prepare_data.encode_document, tokenizer.get_tokenizer("bytes"), 99),
+    )
+    parts = [{**m, "content": [{"type": "text", "text": letter} for letter in m["content"]]} for m in said]
+    for row in json.dumps(said), parts:
+        assert encode(row).tokens.tolist() == encode(said).tokens.tolist() and encode(row).text == "Hi"
+    for content in None, 5, [{"type": "image"}], [{"type": "text", "text": None}], ["Ho"]:
+        assert encode([said[0], {**said[1], "content": content}]).note == "left out: content that is not text"
+    for row in None, "Hi", [], ["Hi"], {}:
+        assert encode(row).note == "left out: no messages"
 
 
 def read_conversations(folder: Path, split: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -85,10 +85,20 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         text = unicodedata.normalize("NFC", text)
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:  # lone surrogates become U+FFFD
-        return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except UnicodeEncodeError:
+        return encode(encoding, replace_lone_surrogates(text))
     except ValueError:  # the pattern fails on a run of a million spaces: split the text in two
         return np.concatenate([encode(encoding, text[: len(text) // 2]), encode(encoding, text[len(text) // 2 :])])
+
+
+def replace_lone_surrogates(text: str) -> str:
+    """The text with U+FFFD in place of lone surrogates, which UTF-8 cannot hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def canonical(text: str) -> str:
+    """One string for all texts that differ in Unicode form or white space alone, whichever the tokenizer."""
+    return " ".join(unicodedata.normalize("NFC", replace_lone_surrogates(text)).split())
 
 
 def encode_chat(encoding: tiktoken.Encoding, messages: list[dict], reply=False) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +144,9 @@ def math_conversations(seed: int, size: float, val_fraction: float) -> Iterator[
 def docstring_prose(path: Path) -> list[str]:
     """Docstrings of a Python file, and strings passed to add_docstr() and the like; without examples or short ones."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes
+            tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
         return []  # written for a newer Python
     texts = []
@@ -163,9 +164,7 @@ def stem_documents() -> Iterator[str]:
     """Distinct docstrings of the installed numpy and torch, in the order of their files."""
     roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
     paths = [path for root in roots for path in sorted(root.rglob("*.py"))]
-    with ProcessPoolExecutor(initializer=warnings.simplefilter, initargs=("ignore",)) as pool:  # of invalid escapes
-        texts = pool.map(docstring_prose, paths, chunksize=16)
-        yield from dict.fromkeys(itertools.chain.from_iterable(texts))
+    yield from dict.fromkeys(itertools.chain.from_iterable(map(docstring_prose, paths)))
 
 
 def code_documents() -> Iterator[str]:

@@ -1,9 +1,11 @@
 """Tests of extras/. The helpers and fixtures that they share with the other tests are in test_model.py."""
 
 import functools
+import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -395,6 +397,12 @@ def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch):
             found[split] = {tuple(sorted(re.findall(r"\d+", match))) for match in matches}
         assert len(found["train"]) > 200 and len(found["val"]) > 20 and not found["train"] & found["val"]
     assert "stem: 0.0% of held-out 13-word runs occur in train" in printed
+
+
+def test_docstrings_are_read_without_processes_that_would_outlive_a_kill(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=ROOT / "common/__init__.py"))
+    documents = embedded.stem_documents()
+    assert next(documents).startswith("Tokens on disk") and not multiprocessing.active_children()
 
 
 def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():

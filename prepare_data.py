@@ -581,7 +581,7 @@ def main():
         write_corpus(folder, encoding, sources, cfg.vocab, cfg.commit_seconds)
     except OSError as e:
         raise UserError(f"cannot prepare {folder}: {e}; {HOW_TO_RESUME}") from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # or SIGTERM, SIGHUP
         raise UserError("stopped; run the same command again to resume") from None
     command += f" --data_dir={shlex.quote(str(folder))}"
     if "tokenizer" in cfg.overridden and corpus != "sft":  # sft.py takes over the model's

@@ -867,7 +867,7 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
 
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):
     for flag, message in {
-        "--init_from=": "init_from is empty; without this flag it is 'out/pretrain'",
+        "--init_from=": "init_from is empty; give it a value, or leave it out",
         f"--data_dir={corpus_dir}": "has no conversations; for some: python prepare_data.py tiny_sft",
         "--n_layer=3": "has n_layer=2, not 3",
         "--block_size=32": "too many for block_size 32; prepare it again with --max_length=33",

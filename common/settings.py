@@ -122,7 +122,7 @@ def load(cls: type, argv: list[str] | None = None):
                 raise UserError(f"{where}: there is no setting {name!r}; {hint}")
             values[name] = convert(value, kinds[name], f"{where}: {name}")
             if values[name] == "" != defaults[name]:
-                raise UserError(f"{where}: {name} is empty; without this flag it is {defaults[name]!r}")
+                raise UserError(f"{where}: {name} is empty; give it a value, or leave it out")
     if values and not wants_help:
         print("override:", ", ".join(f"{name}={value!r}" for name, value in values.items()), file=sys.stderr)
     try:

@@ -110,7 +110,7 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--gradient_accumulation_steps=8": "did you mean 'batch_size' and 'micro_batch_size'?",
         "-overwrite": "-overwrite: a flag starts with two dashes, --overwrite",
         "--max_steps=1.5": "--max_steps: max_steps takes a whole number, not 1.5",
-        "--out_dir=": "--out_dir: out_dir is empty; without this flag it is 'out/pretrain'",
+        "--out_dir=": "--out_dir: out_dir is empty; give it a value, or leave it out",
         "--max_steps --compile": "--max_steps needs a value",
         "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
@@ -1209,7 +1209,7 @@ def test_a_checkpoint_of_another_version_or_project_says_what_is_wrong(run_small
     broken = {**saved["model"], "blocks.1.ffn.alpha": torch.full((48, 4), math.nan)}
     for change, message in [
         ({"model_config": {**config, "router_depth": 2}}, "this version does not know its setting router_depth"),
-        ({"model_config": {**config, "n_layer": "two"}}, "n_layer takes int, not 'two'"),
+        ({"model_config": {**config, "n_layer": "two"}}, "n_layer takes a whole number, not 'two'"),
         ({"model_config": {name: config[name] for name in config if name != "d_ff"}}, "it lacks the setting d_ff"),
         ({"model_config": 3}, "does not hold a model of this project"),
         ({"model": broken}, " is damaged: blocks.1.ffn.alpha holds NaN or infinity; use an earlier checkpoint"),

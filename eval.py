@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# first, so that Ctrl-C during the slow imports below prints one line
+# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
 from common import settings  # isort: skip
 
 import numpy as np

@@ -36,7 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
 
-# first, so that Ctrl-C during the slow imports below prints one line
+# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
 from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# first, so that Ctrl-C during the slow imports below prints one line
+# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
 from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np

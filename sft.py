@@ -10,7 +10,7 @@ are packed into rows, and the loss is on the assistant's words only.
 from dataclasses import dataclass
 from pathlib import Path
 
-# first, so that Ctrl-C during the slow imports below prints one line
+# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
 from common.settings import load, run  # isort: skip
 
 import numpy as np

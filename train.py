@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-# first, so that Ctrl-C during the slow imports below prints one line
+# first: it prints Ctrl-C during the slow imports below as one line, and has a setting for torch
 from common import settings  # isort: skip
 
 import numpy as np

@@ -4,7 +4,8 @@ python -m extras.bench                                          every row: ffn, 
 python -m extras.bench --only=step --settings=config/tiny.py    one of them, for another model
 python -m extras.bench --only=decode --compile                  decoding as eager code and compiled
 python -m extras.bench --json=bench.json                        also write the figures as JSON
-python -m extras.bench --prepare_cpu=False                      without train.py's settings for the CPU
+python -m extras.bench --prepare_cpu=False                      without train.py's setting for the CPU
+GOMP_SPINCOUNT=300000 python -m extras.bench                    without that for OpenMP, see common/settings.py
 
 The functions of a table are timed in interleaved rounds. A time is the median over the rounds. A ratio is the median of
 each round's ratio to the first line, which depends less on what else the machine does; q1 and q3 are its quartiles.
@@ -20,6 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# first: it has a setting that torch reads when it is imported
+from common.settings import UserError, check_range, load, run  # isort: skip
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,7 +32,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from common.generate import generate
 from common.run import Ranks, compiler_works, pick_device, pick_dtype, prepare_cpu, write_json
-from common.settings import UserError, check_range, load, run
 from model import ModelConfig, PolychromaticLM, PolyGLU, set_tau
 from train import TrainConfig, configure_optimizer, optimizer_step
 

@@ -264,7 +264,9 @@ def rewind(folder: Path, step: int):
     """Remove from a run folder what lies after this step: lines of the log; for a new run (0), all of an old one."""
     with name_write_errors(folder):
         # The checkpoint first: a kill here must not leave it beside a new log.
-        for name in ("ckpt.pt", "eval.json", "layers.png", "usage.png", "training.png") if step == 0 else ():
+        for name in (
+            ("ckpt.pt", "eval.json", "eval.old.json", "layers.png", "usage.png", "training.png") if step == 0 else ()
+        ):
             (folder / name).unlink(missing_ok=True)
     # Evaluations of this step run again.
     kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "loss" in r)]

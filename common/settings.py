@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
 import os
@@ -76,11 +77,16 @@ def run(main: Callable[[], None]):
             signal.signal(number, stop)
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader went away, as `| head` does
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
+    except OSError as e:
+        if e.filename or e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        # What is printed reaches nobody: its reader went away, as `| head` does, or its file's disk is full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
-        raise SystemExit(1) from None
+        raise SystemExit(1 if e.errno == errno.EPIPE else f"error: cannot print: {e.strerror}") from None
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would interrupt the exit
         raise SystemExit("error: stopped") from None
     except UserError as e:
         raise SystemExit(f"error: {e}") from None
@@ -112,12 +118,13 @@ def load(cls: type, argv: list[str] | None = None):
             overrides = [read_flag(word, words, values, kinds)]
         elif word.endswith(".py"):
             overrides = read_overrides(Path(word))
-        elif Path(f"{word}.py").is_file():
+        elif os.path.isfile(f"{word}.py"):
             raise UserError(f"{word!r} is not a file of settings; did you mean {word}.py?")
         elif "init_from" in kinds:
             overrides = [(word, "init_from", word)]
         else:
-            raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag")
+            hint = f"; did you mean --source={word}?" if "source" in kinds and os.path.exists(word) else ""
+            raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag{hint}")
         for where, name, value in overrides:
             if name not in kinds:
                 known = [ours for ours in SYNONYMS.get(name, ()) if ours in kinds]

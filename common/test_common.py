@@ -142,6 +142,7 @@ def test_a_script_that_is_stopped_or_runs_out_of_memory_says_so_in_one_line():
         "settings.run(lambda: os.kill(os.getpid(), signal.SIGINT))": "stopped",
         "settings.run(lambda: os.kill(os.getpid(), signal.SIGTERM))": "stopped by SIGTERM",
         "settings.run(lambda: os.kill(os.getpid(), signal.SIGHUP))": "stopped by SIGHUP",
+        "settings.run(lambda: print(flush=True, file=open('/dev/full', 'w')))": "cannot print: No space left on device",
         "import torch; settings.run(lambda: torch.empty(2**60))":
             "out of memory (tried to allocate 4611686018427387904 bytes); use smaller batches or a smaller model",
     }.items():  # fmt: skip

@@ -780,6 +780,8 @@ def test_the_default_settings_and_schedules_are_the_papers():
     cfg = train.TrainConfig()
     assert cfg.model_config() == ModelConfig()
     assert [train.get_lr(s, cfg) for s in (999, 1999, 2000, 19_531)] == [5e-5, 1e-4, 1e-4, 0]
+    floor = dataclasses.replace(cfg, min_lr=1e-5)
+    assert [train.get_lr(s, floor) for s in (999, 2000, 19_531)] == pytest.approx([5e-5, 1e-4, 1e-5])
     assert [train.get_tau(s, cfg) for s in (0, 9765, 19_531)] == pytest.approx([1, 1 - 0.9 * 9765 / 19_531, 0.1])
     mixed = config.load(train.TrainConfig, [f"{ROOT}/config/pretrain.py"])
     assert dataclasses.replace(mixed, mixture=None, mixture_end=None) == cfg
@@ -831,6 +833,60 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(run_small, tmp_path, monk
     message = error_of(run_small, save_interval=1)
     assert re.match("cannot write .*ckpt.pt: No space left on device; an earlier checkpoint.* is intact", message)
     assert step_of(tmp_path) == 1 and "ckpt.partial" not in os.listdir(tmp_path)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_loss_also_after_a_resume(run_small, unbroken, tmp_path, monkeypatch):
+    """Each evaluation here is as good as its table says. A checkpoint of before there was best.pt goes on, too."""
+    evaluate, table = train.evaluate, {0: 0.5, 2: 3.0, 4: 2.0, 6: 2.5, 8: math.nan, 9: 1.5, 10: 1.75}
+    steps = iter([0, 2, 4, 6, 6, 8, 9, 10])
+
+    def fake(*arguments):
+        loss = table[next(steps)]
+        return {**evaluate(*arguments), "val": {"math": {"loss": loss, "bits_per_byte": loss}}}
+
+    monkeypatch.setattr(train, "evaluate", fake)
+    run = functools.partial(run_small, "--keep_best", eval_interval=2, save_interval=99)
+    for max_steps, best in ((6, 4), (9, 9), (10, 9)):
+        run("--resume", max_steps=max_steps)
+        assert step_of(tmp_path / "best.pt") == best and step_of(tmp_path) == max_steps
+    assert load_checkpoint(tmp_path)["progress"]["best_loss"] == 1.5
+    assert "model: " in run_main(sample, str(tmp_path / "best.pt"), "--max_new_tokens=1").err
+    monkeypatch.undo()
+    checkpoint = load_checkpoint(unbroken)
+    del checkpoint["progress"]["best_loss"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    run("--resume", max_steps=13)
+    assert step_of(tmp_path / "best.pt") == 13
+    del checkpoint["progress"]["rows_read"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert "was written by another version of this code" in error_of(run, "--resume", max_steps=14)
+
+
+def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small, tmp_path):
+    run_small("--keep_every=4", "--keep_best", save_interval=99)
+    kept = ["best.pt", "ckpt.pt", "ckpt_12.pt", "ckpt_4.pt", "ckpt_8.pt"]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == kept
+    assert [step_of(tmp_path / f"ckpt_{step}.pt") for step in (4, 8, 12)] == [4, 8, 12]
+    assert_same_run(tmp_path / "ckpt_12.pt", tmp_path / "ckpt.pt")
+    run_small("--overwrite", max_steps=1)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["ckpt.pt"]
+
+
+def test_an_evaluation_alone_prints_the_losses_of_the_run_and_changes_no_file(unbroken, corpus_dir, tmp_path):
+    before = {path: path.read_bytes() for path in unbroken.iterdir()}
+    printed = run_here(run_settings(corpus_dir, unbroken), "--eval_only")
+    losses = "  ".join(f"{name} {x['bits_per_byte']:.3f}" for name, x in read_log(unbroken)[-1]["val"].items())
+    assert f"step 12: val bits per byte: {losses}\n" in printed and "done" not in printed
+    assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
+    printed = run_here(settings_from(unbroken, corpus_dir, tmp_path / "new"), "--eval_only")
+    assert f"step 0: val bits per byte: {losses}\n" in printed and not (tmp_path / "new").exists()
+
+
+def test_a_profile_traces_a_few_steps(run_small, tmp_path):
+    assert f"trace: {tmp_path}/trace.json" in run_small("--profile")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
+    assert steps == {f"ProfilerStep#{i}" for i in (5, 6, 7)}  # counted from 0
 
 
 def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):

@@ -791,6 +791,13 @@ def test_the_default_settings_and_schedules_are_the_papers():
     assert config.load(sft.SFTConfig, [f"{ROOT}/config/sft.py"]) == sft.SFTConfig()
 
 
+def test_an_evaluation_reads_no_more_than_the_run_trains_on_unless_asked(corpus_dir, tmp_path):
+    for asked, steps, read in ((None, 3, 3 * 8 * 64 // 3), (None, 10**6, 2**20), (10**5, 3, 10**5)):
+        cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, eval_tokens=asked, max_steps=steps))
+        train.open_corpora(cfg)
+        assert cfg.eval_tokens == read
+
+
 def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir, tmp_path):
     counts = json.loads((corpus_dir / "meta.json").read_text())["domains"]
     sizes = {domain: counts[domain]["train_tokens"] for domain in counts}
@@ -929,6 +936,21 @@ def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path)
         "--block_size=32": "too many for block_size 32; prepare it again with --max_length=33",
     }.items():
         assert message in error_of(run_here, settings_from(unbroken, chat_dir, tmp_path / "run"), flag, script=sft)
+
+
+def test_a_missing_embedded_corpus_is_prepared_by_one_process_and_no_other_corpus_is(unbroken, tmp_path, monkeypatch):
+    rows_of_256 = {"block_size": 256, "max_steps": 1, "sample_tokens": 0}
+    settings = settings_from(unbroken, tmp_path / "data/tiny_sft", tmp_path / "run", **rows_of_256)
+    done = run_script(*command_of(settings, processes=2, script="sft.py"))
+    assert done.stdout.count("tiny_sft yet: preparing it") == 1 and "\ndone; " in done.stdout, done.stderr
+    monkeypatch.chdir(tmp_path)
+    for name, command in {"data/text": "text --source=input.txt", "x/tiny": "tiny --data_dir=x"}.items():
+        message = error_of(run_here, {**settings, "data_dir": name, "out_dir": "new"}, script=sft)
+        assert message == f"no data in {name}; make it: python prepare_data.py {command}"
+    shutil.rmtree("data")
+    message = error_of(run_main, sft, f"{ROOT}/config/tiny_sft.py")
+    assert message == "no checkpoint at out/tiny: no such file or folder; train one: python train.py config/tiny.py"
+    assert not Path("data").exists()  # found before the data is prepared
 
 
 def test_a_damaged_checkpoint_is_one_line(unbroken, run_small, tmp_path):

@@ -1,10 +1,11 @@
 """Train a PolychromaticLM.
 
-python prepare_data.py tiny && python train.py config/tiny.py     minutes on two CPU cores
-python train.py config/tiny.py --max_steps=50                     a flag overrides any setting
-python train.py config/tiny.py --resume                           continue a stopped run
+python train.py config/smoke.py                 data, training, evaluation and a sample in a minute
+python train.py config/tiny.py                  five minutes on two CPU cores
+python train.py config/tiny.py --max_steps=50   a flag overrides any setting
+python train.py config/tiny.py --resume         continue a stopped run
 torchrun --nproc_per_node=8 --shutdown_timeout=600 train.py config/pretrain.py
-                                                                  8 GPUs: the same steps and data
+                                                8 GPUs: the same steps and data
 
 The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder
 gets ckpt.pt, log.jsonl and settings.json; if asked, best.pt, ckpt_<step>.pt and trace.json too.
@@ -18,6 +19,8 @@ import functools
 import math
 import shlex
 import statistics
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -79,7 +82,7 @@ class TrainConfig(ModelConfig):
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
     eval_interval: int = 1000  # steps between evaluations; one is at the start, one at the end
-    eval_tokens: int = 1_048_576  # maximum tokens of each domain's val.bin in an evaluation
+    eval_tokens: int | None = None  # maximum tokens of each val.bin to read; None: see open_corpora
     eval_only: bool = False  # evaluate the run's checkpoint or first weights, and change no file
     save_interval: int = 500  # steps between checkpoints
     keep_best: bool = False  # also save best.pt when an evaluation finds the lowest loss so far
@@ -370,6 +373,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
             inherit_shape(cfg, checkpoint["model_config"], cfg.out_dir)
         else:
             model = starting_model(cfg)
+    make_embedded_corpus(Path(cfg.data_dir), ranks)
     corpus, val_corpus = open_corpora(cfg, corpus_type)
     if checkpoint:
         check_changes(checkpoint, cfg, corpus)
@@ -445,11 +449,29 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
         raise UserError(f"{cfg.out_dir} is already at step {step}, beyond max_steps, {cfg.max_steps}")
 
 
+def make_embedded_corpus(folder: Path, ranks: Ranks):
+    """Prepare a missing data/tiny or data/tiny_sft, which needs no network. No other is made unasked."""
+    is_embedded = folder.parent.name == "data" and folder.name in ("tiny", "tiny_sft")
+    if ranks.is_main and is_embedded and not (folder / "meta.json").exists():
+        print(f"there is no {folder} yet: preparing it, which takes about half a minute", flush=True)
+        script = Path(__file__).with_name("prepare_data.py")
+        command = [sys.executable, script, folder.name, f"--data_dir={folder.parent}"]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit(1)  # it has printed why
+    ranks.wait()
+
+
 def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[Corpus, Corpus]:
-    """The training and validation splits, after checking that they fit cfg; sets a missing mixture."""
+    """The training and validation splits, after checking that they fit cfg.
+
+    Sets a missing mixture, and missing eval_tokens: a million of each domain, but altogether no more
+    than the run trains on.
+    """
     domains = list(cfg.mixture) if cfg.mixture else None
     corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", domains, cfg.seed)
     cfg.mixture = cfg.mixture or corpus.shares
+    n_tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
+    cfg.eval_tokens = cfg.eval_tokens or max(1, min(2**20, n_tokens // len(cfg.mixture)))
     for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
         shares, names = mixture.values(), ", ".join(cfg.mixture)
         if mixture.keys() != cfg.mixture.keys() or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:

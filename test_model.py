@@ -1119,33 +1119,56 @@ def test_the_documented_layer_reads_packed_documents_and_decodes_with_its_sums()
     exec(code, {"torch": torch, "PolyGLU": PolyGLU})
 
 
-NOT_RUN = (  # commands of the README, by how they begin: they install, need the hub or a GPU
-    "python3 -m venv", "pip install", "python -m pytest", "python prepare_data.py pretrain", "python sample.py Qwen/",
+NOT_RUN = (  # commands of the README, by how they begin: they need the network, the hub or a GPU
+    "python3 -m venv .venv && .venv/bin/pip install torch", "python prepare_data.py pretrain", "python sample.py Qwen/",
     "python eval.py tyler", "python train.py config/upcycle.py", "python train.py config/pretrain.py",
+    "torchrun --nproc_per_node=8", "torchrun --nnodes=2", "bash extras/speedrun.sh pretrain",
 )  # fmt: skip
+RUN_ELSEWHERE = ("bash extras/speedrun.sh tiny",)  # extras/test_extras.py
+CUT = "--max_steps=2 --eval_tokens=512 --sample_tokens=8 --compile=False".split()  # a training to seconds
+
+
+def copy_of_repository(folder: Path) -> Path:
+    """The files of this repository, without what was made in it."""
+    made = shutil.ignore_patterns(".*", "__pycache__", "data", "out")
+    return shutil.copytree(ROOT, folder, ignore=made, dirs_exist_ok=True)
 
 
 def test_every_command_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
-    """In order and in a new folder; flags are added that cut each to seconds."""
-    shutil.copytree(ROOT / "config", tmp_path / "config")
-    (tmp_path / "input.txt").write_text("".join(f"Line {i} of my own text.\n\n" for i in range(2000)))
-    monkeypatch.chdir(tmp_path)
+    """In order and in an empty copy of the repository. Flags are added that cut each to seconds.
+
+    In the commands that install, pip finds the packages of this Python instead of downloading them, and of the tests
+    one runs.
+    """
+    monkeypatch.chdir(copy_of_repository(tmp_path))
+    commands = re.findall(r"^    ((?:python|pip|bash|torchrun|cp).*)$", README, re.M)
+    assert all(any(command.startswith(start) for command in commands) for start in (*NOT_RUN, *RUN_ELSEWHERE))
+    packages = os.pathsep.join(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
+    installing = {"PYTHONPATH": packages, "PIP_NO_INDEX": "1", "PYTEST_ADDOPTS": "-k test_init_is_the_papers"}
+    installing["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     scripts = {f"{script.__name__}.py": script for script in (prepare_data, train, sft, sample, evaluate)}
-    training = ["--max_steps=2", "--eval_tokens=512", "--sample_tokens=8", "--compile=False"]
-    cut = {"train.py": training, "sft.py": training, "sample.py": ["--max_new_tokens=8"], "tiny": ["--math_mb=0.05"]}
-    cut |= {"tiny_sft": cut["tiny"], "--problems": ["--limit=1"], "eval.py": ["--max_tokens=512"]}
-    commands = re.findall(r"^    ((?:python|pip).*)$", README, re.M)
-    assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)
+    cut = {"train.py": CUT, "sft.py": CUT, "sample.py": ["--max_new_tokens=8"], "eval.py": ["--max_tokens=512"]}
+    cut |= {"--problems": ["--limit=1"]}
+    (tmp_path / "input.txt").write_text("".join(f"Line {i} of my own text.\n\n" for i in range(2000)))
     for command in commands:
-        if not command.startswith(NOT_RUN):
-            _, script, *arguments = shlex.split(command)
-            added = [flag for word in (script, *arguments) for flag in cut.get(word, [])]
-            with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
-                run_main(scripts[script], *arguments, *added, stdin="What is 1 + 2?\n")
-    assert len(list(Path("out").glob("*/ckpt.pt"))) >= 4 and Path("out/tiny/eval.json").exists()
+        if command.startswith((*NOT_RUN, *RUN_ELSEWHERE)):
+            continue
+        words = shlex.split(command)
+        added = [flag for word in words for flag in cut.get(word, [])]
+        if words[0] == "python3":
+            environment = {name: value for name, value in os.environ.items() if "XDIST" not in name} | installing
+            shell = ["bash", "-c", f"{command} {shlex.join(added)}"]
+            done = subprocess.run(shell, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert re.search("^step 2: sample: |^1 passed", done.stdout, re.M), done.stdout
+        else:
+            with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+                run_main(scripts[words[1]], *words[2:], *added, stdin="What is 1 + 2?\n")
+    assert len(list(Path("out").glob("*/ckpt.pt"))) >= 5 and Path("out/tiny_sft/eval.json").exists()
 
 
 def test_every_documented_change_is_tested():
     titles = {title for title, section in SECTIONS.items() if fenced(section, "diff")}
-    tested = re.findall(r'"changed", \["(.+)"\]', Path(__file__).read_text())
+    tests = Path(__file__).read_text() + (ROOT / "extras/test_nanogpt.py").read_text()
+    tested = re.findall(r'(?:"changed", |SECTIONS)\["(.+?)"\]', tests)
     assert titles == set(tested) and len(fenced(HACKING, "python")) == 1

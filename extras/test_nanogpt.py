@@ -1,4 +1,4 @@
-"""The README's diff of nanoGPT, applied to a stand-in: nanoGPT's names and structure, in our own, fewer words.
+"""The diff of nanoGPT in docs/hacking.md, on a stand-in: nanoGPT's names and structure, in our own, fewer words.
 
 To try it on nanoGPT itself, apply the diff to a clone by hand; each of its old lines stands there exactly once.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_model import README, ROOT, apply_diff, fenced, run_script
+from test_model import ROOT, SECTIONS, apply_diff, fenced, run_script
 
 MODEL = """
 import math
@@ -218,7 +218,7 @@ def nanogpt(tmp_path, monkeypatch) -> Path:
     """The stand-in with the diff, and a corpus in which every token follows from the one before."""
     for name, text in {"model.py": MODEL, "train.py": TRAIN, "sample.py": SAMPLE}.items():
         (tmp_path / name).write_text(text)
-    (diff,) = fenced(README, "diff")
+    (diff,) = fenced(SECTIONS["The layer in nanoGPT"], "diff")
     assert len(re.findall(r"^\+(?!\+\+ )", diff, re.M)) == 7
     apply_diff(diff, tmp_path)
     shutil.copy(ROOT / "model.py", tmp_path / "polyglu.py")

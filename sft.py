@@ -1,6 +1,6 @@
 """Supervised fine-tuning: teach a pretrained model to answer.
 
-python sft.py config/tiny_sft.py     minutes on two CPU cores; first prepare_data.py tiny_sft, train.py config/tiny.py
+python sft.py config/tiny_sft.py     minutes on two CPU cores; first train.py config/tiny.py
 python sft.py config/sft.py          the paper's second stage; first prepare_data.py sft, train.py config/pretrain.py
 
 This is train.py's loop, with its settings, checkpoints, --resume and torchrun. Two things differ: whole conversations

@@ -8,20 +8,17 @@ folder, as extras/speedrun.sh leaves them: sample.txt, answer.txt, and times.tsv
 
 import datetime
 import json
-import os
 import platform
 import shutil
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import train
 from common import run as runtime
 from common import settings
 from common.settings import UserError
+from extras.bench import describe_machine
 
 PICTURES = {
     "training.png": "Loss and entropies over training",
@@ -66,25 +63,6 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         done = f"its last evaluation was at step {step} of {found['max_steps']}"
         raise UserError(f"{folder} has not finished, {done}; run the same command again, or resume it with --resume")
     return found, log
-
-
-def machine() -> list[str]:
-    """What this computer is, as a table."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(": ")[2] if names else cpu
-    rows = [["CPU", f"{cpu}, {os.cpu_count()} cores"]]
-    if torch.cuda.is_available():
-        rows.append(["GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"])
-    rows.append(["system", f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}"])
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        rows.append(["commit", subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()])
-    except (OSError, subprocess.CalledProcessError):
-        pass  # no git, or not a clone
-    rows.append(["date", datetime.date.today().isoformat()])
-    return table(["machine", ""], rows)
 
 
 def stages(path: Path) -> list[str]:
@@ -158,7 +136,9 @@ def main():
     lines = [f"# PolyGLU: {', '.join(Path(folder).name for folder in cfg.runs)}", ""]
     lines += quote("A new document, by the first run:", out_dir / "sample.txt")
     lines += quote(f"The last run's answer to: {cfg.question}", out_dir / "answer.txt")
-    lines += machine() + stages(out_dir / "times.tsv")
+    machine = describe_machine(runtime.pick_device("auto"))
+    lines += [f"Machine: {machine}, Python {platform.python_version()}, {platform.platform()}.", ""]
+    lines += stages(out_dir / "times.tsv")
     for folder in cfg.runs:
         lines += describe(Path(folder), out_dir)
     runtime.write_atomically(out_dir / "report.md", lambda file: file.write("\n".join(lines).encode()))

@@ -445,7 +445,7 @@ def test_the_speedrun_goes_on_where_it_was_killed_and_ends_with_a_report(corpus_
     text = (folder / "out/tiny_report/report.md").read_text()
     pictures = re.findall(r"^!\[.+\]\((.+)\)$", text, re.M)
     assert len(pictures) == 4 and all((folder / "out/tiny_report" / name).exists() for name in pictures)
-    lines = ["## out/tiny_sft", "| CPU | ", "| fine-tuning | 0:", "| 2 | ", "| word problems | 40 |", "`max_steps`"]
+    lines = ["## out/tiny_sft", "Machine: ", "| fine-tuning | 0:", "| 2 | ", "| word problems | 40 |", "`max_steps`"]
     assert not [line for line in [*lines, "Ada has 52 stamps"] if line not in text]
 
 

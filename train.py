@@ -424,9 +424,9 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     except UserError as e:
         raise UserError(f"{e}; --overwrite starts over") from None
     keys = {"model_config", "optimizer", "settings", "progress", "domains"}
-    # best_loss came later: the other names must be the same
-    is_known = keys <= checkpoint.keys()
-    if not is_known or checkpoint["progress"].keys() | {"best_loss"} != vars(Progress()).keys():
+    is_run = keys <= checkpoint.keys()
+    # older checkpoints lack best_loss, and nothing else
+    if not is_run or checkpoint["progress"].keys() | {"best_loss"} != vars(Progress()).keys():
         found = f"{path} holds weights alone, or was written by another version of this code"
         raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
     return checkpoint

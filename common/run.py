@@ -281,9 +281,9 @@ def rewind(folder: Path, step: int):
     """Remove from a run folder what lies after this step: lines of the log; for a new run (0), all of an old one."""
     with name_write_errors(folder):
         # The checkpoint first: a kill here must not leave it beside a new log.
-        for pattern in ("ckpt.pt", "ckpt_*.pt", "best.pt", "trace.json", "eval.json", "*.png") if step == 0 else ():
-            for path in folder.glob(pattern):
-                path.unlink()
+        names = ("ckpt.pt", "best.pt", "trace.json", "eval.json", "layers.png", "usage.png", "training.png")
+        for path in [*(folder / name for name in names), *folder.glob("ckpt_*.pt")] if step == 0 else ():
+            path.unlink(missing_ok=True)
     # Evaluations of this step run again.
     kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "loss" in r)]
     text = "".join(json.dumps(record) + "\n" for record in kept)

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: teach a pretrained model to answer.
 
-python sft.py config/tiny_sft.py     minutes on two CPU cores; first prepare_data.py tiny_sft, train.py config/tiny.py
+python sft.py config/tiny_sft.py     minutes on two CPU cores; first train.py config/tiny.py
 python sft.py config/sft.py          the paper's second stage; first prepare_data.py sft, train.py config/pretrain.py
 
 This is train.py's loop, with its settings, checkpoints, --resume and torchrun. Two things differ: whole conversations
@@ -29,7 +29,7 @@ class SFTConfig(TrainConfig):
     batch_size: int = 14  # rows of block_size tokens in a step: about the paper's 32 conversations, 57 thousand tokens
     micro_batch_size: int = 7  # rows in a forward pass; divides batch_size; does not change the data
     lr: float = 2e-5  # peak learning rate
-    warmup_steps: int = 100  # linear warm-up, then cosine decay to 0
+    warmup_steps: int = 100  # linear warm-up, then cosine decay to min_lr
     tau_start: float = 0.1  # routing temperature; stays where pretraining left it
     tau_end: float = 0.1  # routing temperature after the last step
     out_dir: str = "out/sft"  # the run folder

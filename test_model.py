@@ -501,7 +501,7 @@ def run_here(settings: dict, *extra: str, script=train) -> str:
 
 def run_script(*arguments: str, **kw) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, **{"capture_output": True, "text": True, "timeout": 300, **kw})
+    return subprocess.run(command, **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, **kw})
 
 
 @pytest.fixture(scope="session")
@@ -780,6 +780,8 @@ def test_the_default_settings_and_schedules_are_the_papers():
     cfg = train.TrainConfig()
     assert cfg.model_config() == ModelConfig()
     assert [train.get_lr(s, cfg) for s in (999, 1999, 2000, 19_531)] == [5e-5, 1e-4, 1e-4, 0]
+    floor = dataclasses.replace(cfg, min_lr=1e-5)
+    assert [train.get_lr(s, floor) for s in (999, 2000, 19_531)] == pytest.approx([5e-5, 1e-4, 1e-5])
     assert [train.get_tau(s, cfg) for s in (0, 9765, 19_531)] == pytest.approx([1, 1 - 0.9 * 9765 / 19_531, 0.1])
     mixed = config.load(train.TrainConfig, [f"{ROOT}/config/pretrain.py"])
     assert dataclasses.replace(mixed, mixture=None, mixture_end=None) == cfg
@@ -787,6 +789,13 @@ def test_the_default_settings_and_schedules_are_the_papers():
     assert train.get_mixture(0, mixed) == train.get_mixture(399, mixed) == {"math": 0.7, "stem": 0.25, "code": 0.05}
     assert train.get_mixture(499, mixed) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
     assert config.load(sft.SFTConfig, [f"{ROOT}/config/sft.py"]) == sft.SFTConfig()
+
+
+def test_an_evaluation_reads_no_more_than_the_run_trains_on_unless_asked(corpus_dir, tmp_path):
+    for asked, steps, read in ((None, 3, 3 * 8 * 64 // 3), (None, 10**6, 2**20), (10**5, 3, 10**5)):
+        cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path, eval_tokens=asked, max_steps=steps))
+        train.open_corpora(cfg)
+        assert cfg.eval_tokens == read
 
 
 def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir, tmp_path):
@@ -833,6 +842,60 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(run_small, tmp_path, monk
     assert step_of(tmp_path) == 1 and "ckpt.partial" not in os.listdir(tmp_path)
 
 
+def test_the_best_checkpoint_is_that_of_the_lowest_loss_also_after_a_resume(run_small, unbroken, tmp_path, monkeypatch):
+    """Each evaluation here is as good as its table says. A checkpoint of before there was best.pt goes on, too."""
+    evaluate, table = train.evaluate, {0: 0.5, 2: 3.0, 4: 2.0, 6: 2.5, 8: math.nan, 9: 1.5, 10: 1.75}
+    steps = iter([0, 2, 4, 6, 6, 8, 9, 10])
+
+    def fake(*arguments):
+        loss = table[next(steps)]
+        return {**evaluate(*arguments), "val": {"math": {"loss": loss, "bits_per_byte": loss}}}
+
+    monkeypatch.setattr(train, "evaluate", fake)
+    run = functools.partial(run_small, "--keep_best", eval_interval=2, save_interval=99)
+    for max_steps, best in ((6, 4), (9, 9), (10, 9)):
+        run("--resume", max_steps=max_steps)
+        assert step_of(tmp_path / "best.pt") == best and step_of(tmp_path) == max_steps
+    assert load_checkpoint(tmp_path)["progress"]["best_loss"] == 1.5
+    assert "model: " in run_main(sample, str(tmp_path / "best.pt"), "--max_new_tokens=1").err
+    monkeypatch.undo()
+    checkpoint = load_checkpoint(unbroken)
+    del checkpoint["progress"]["best_loss"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    run("--resume", max_steps=13)
+    assert step_of(tmp_path / "best.pt") == 13
+    del checkpoint["progress"]["rows_read"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert "was written by another version of this code" in error_of(run, "--resume", max_steps=14)
+
+
+def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small, tmp_path):
+    run_small("--keep_every=4", "--keep_best", save_interval=99)
+    kept = ["best.pt", "ckpt.pt", "ckpt_12.pt", "ckpt_4.pt", "ckpt_8.pt"]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == kept
+    assert [step_of(tmp_path / f"ckpt_{step}.pt") for step in (4, 8, 12)] == [4, 8, 12]
+    assert_same_run(tmp_path / "ckpt_12.pt", tmp_path / "ckpt.pt")
+    run_small("--overwrite", max_steps=1)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["ckpt.pt"]
+
+
+def test_an_evaluation_alone_prints_the_losses_of_the_run_and_changes_no_file(unbroken, corpus_dir, tmp_path):
+    before = {path: path.read_bytes() for path in unbroken.iterdir()}
+    printed = run_here(run_settings(corpus_dir, unbroken), "--eval_only")
+    losses = "  ".join(f"{name} {x['bits_per_byte']:.3f}" for name, x in read_log(unbroken)[-1]["val"].items())
+    assert f"step 12: val bits per byte: {losses}\n" in printed and "done" not in printed
+    assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
+    printed = run_here(settings_from(unbroken, corpus_dir, tmp_path / "new"), "--eval_only")
+    assert f"step 0: val bits per byte: {losses}\n" in printed and not (tmp_path / "new").exists()
+
+
+def test_a_profile_traces_a_few_steps(run_small, tmp_path):
+    assert f"trace: {tmp_path}/trace.json" in run_small("--profile")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
+    assert steps == {f"ProfilerStep#{i}" for i in (5, 6, 7)}  # counted from 0
+
+
 def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):
     """The first update of this run ruins the weights, and the second is the first to show it."""
     run = functools.partial(run_small, lr=1e12, warmup_steps=0, eval_interval=100, save_interval=2)
@@ -873,6 +936,21 @@ def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path)
         "--block_size=32": "too many for block_size 32; prepare it again with --max_length=33",
     }.items():
         assert message in error_of(run_here, settings_from(unbroken, chat_dir, tmp_path / "run"), flag, script=sft)
+
+
+def test_a_missing_embedded_corpus_is_prepared_by_one_process_and_no_other_corpus_is(unbroken, tmp_path, monkeypatch):
+    rows_of_256 = {"block_size": 256, "max_steps": 1, "sample_tokens": 0}
+    settings = settings_from(unbroken, tmp_path / "data/tiny_sft", tmp_path / "run", **rows_of_256)
+    done = run_script(*command_of(settings, processes=2, script="sft.py"))
+    assert done.stdout.count("tiny_sft yet: preparing it") == 1 and "\ndone; " in done.stdout, done.stderr
+    monkeypatch.chdir(tmp_path)
+    for name, command in {"data/text": "text --source=input.txt", "x/tiny": "tiny --data_dir=x"}.items():
+        message = error_of(run_here, {**settings, "data_dir": name, "out_dir": "new"}, script=sft)
+        assert message == f"no data in {name}; make it: python prepare_data.py {command}"
+    shutil.rmtree("data")
+    message = error_of(run_main, sft, f"{ROOT}/config/tiny_sft.py")
+    assert message == "no checkpoint at out/tiny: no such file or folder; train one: python train.py config/tiny.py"
+    assert not Path("data").exists()  # found before the data is prepared
 
 
 def test_a_damaged_checkpoint_is_one_line(unbroken, run_small, tmp_path):
@@ -951,7 +1029,7 @@ def apply_diff(diff: str, folder: Path):
         for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
             lines = hunk.splitlines(keepends=True)
             old, new = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
-            assert text.count(old) == 1, f"docs/hacking.md changes lines that {name} has not got:\n{old}"
+            assert text.count(old) == 1, f"a diff changes lines that {name} does not have:\n{old}"
             text = text.replace(old, new)
         (folder / name).write_text(text)
 
@@ -1036,74 +1114,61 @@ def test_the_documented_domain_is_prepared_and_trained_on(changed, monkeypatch):
         assert len(paragraphs) > 3 and all(paragraph in notes for paragraph in paragraphs)
 
 
-class TinyGPT(torch.nn.Module):
-    """What the README's code needs of nanoGPT's model."""
-
-    def __init__(self, n_embd: int):
-        super().__init__()
-        nn = torch.nn
-        blocks = [nn.ModuleDict({"ln": nn.LayerNorm(n_embd), "mlp": nn.Identity()}) for _ in range(2)]
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(32, n_embd), "h": nn.ModuleList(blocks)})
-        self.lm_head = nn.Linear(n_embd, 32)
-
-    def forward(self, X, Y):
-        x = self.transformer.wte(X)
-        for block in self.transformer.h:
-            x = x + block.mlp(block.ln(x))
-        logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), Y.flatten())
+def test_the_documented_layer_reads_packed_documents_and_decodes_with_its_sums():
+    (code,) = fenced(HACKING, "python")
+    exec(code, {"torch": torch, "PolyGLU": PolyGLU})
 
 
-def test_the_documented_layer_trains_in_place_of_nanogpts_mlp(tmp_path, monkeypatch):
-    """The code of the README, and that of docs/hacking.md."""
-    (replace_mlp,), (use_cache,) = (fenced(text, "python") for text in (README, HACKING))
-    torch.manual_seed(0)
-    tokens, model = torch.randint(32, (4, 20)), TinyGPT(48)
-    scope = dict(
-        torch=torch, model=model, n_embd=48, device="cpu", weight_decay=0.1, learning_rate=1e-2, beta1=0.9,
-        beta2=0.95, max_iters=30, get_batch=lambda split: (tokens, (7 * tokens + 3) % 32),
-    )  # fmt: skip
-    shutil.copy(ROOT / "model.py", tmp_path / "polyglu.py")
-    monkeypatch.syspath_prepend(tmp_path)
-    exec(replace_mlp, scope)
-    assert scope["loss"] < 1 < math.log(32)
-    groups = {p: group["weight_decay"] for group in scope["optimizer"].param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        assert groups[p] == (0 if re.search(r"alpha|beta|bias|ln", name) else 0.1), name
-    for block in model.transformer.h:
-        weights = [p for name, p in block.mlp.named_parameters() if name.startswith("w_")]
-        assert sum(p.numel() for p in weights) == 2 * 4 * 48**2  # those of nanoGPT's MLP
-        assert block.mlp.tau == pytest.approx(1 - 0.9 * 29 / 30)
-    exec(use_cache, scope)
-
-
-NOT_RUN = (  # commands of the README, by how they begin: they install, need the hub or a GPU
-    "python3 -m venv", "pip install", "python -m pytest", "python prepare_data.py pretrain", "python sample.py Qwen/",
+NOT_RUN = (  # commands of the README, by how they begin: they need the network, the hub or a GPU
+    "python3 -m venv .venv && .venv/bin/pip install torch", "python prepare_data.py pretrain", "python sample.py Qwen/",
     "python eval.py tyler", "python train.py config/upcycle.py", "python train.py config/pretrain.py",
+    "torchrun --nproc_per_node=8", "torchrun --nnodes=2", "bash extras/speedrun.sh pretrain",
 )  # fmt: skip
+RUN_ELSEWHERE = ("bash extras/speedrun.sh tiny",)  # extras/test_extras.py
+CUT = "--max_steps=2 --eval_tokens=512 --sample_tokens=8 --compile=False".split()  # a training to seconds
+
+
+def copy_of_repository(folder: Path) -> Path:
+    """The files of this repository, without what was made in it."""
+    made = shutil.ignore_patterns(".*", "__pycache__", "data", "out")
+    return shutil.copytree(ROOT, folder, ignore=made, dirs_exist_ok=True)
 
 
 def test_every_command_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
-    """In order and in a new folder; flags are added that cut each to seconds."""
-    shutil.copytree(ROOT / "config", tmp_path / "config")
-    (tmp_path / "input.txt").write_text("".join(f"Line {i} of my own text.\n\n" for i in range(2000)))
-    monkeypatch.chdir(tmp_path)
+    """In order and in an empty copy of the repository. Flags are added that cut each to seconds.
+
+    In the commands that install, pip finds the packages of this Python instead of downloading them, and of the tests
+    one runs.
+    """
+    monkeypatch.chdir(copy_of_repository(tmp_path))
+    commands = re.findall(r"^    ((?:python|pip|bash|torchrun|cp).*)$", README, re.M)
+    assert all(any(command.startswith(start) for command in commands) for start in (*NOT_RUN, *RUN_ELSEWHERE))
+    packages = os.pathsep.join(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
+    installing = {"PYTHONPATH": packages, "PIP_NO_INDEX": "1", "PYTEST_ADDOPTS": "-k test_init_is_the_papers"}
+    installing["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     scripts = {f"{script.__name__}.py": script for script in (prepare_data, train, sft, sample, evaluate)}
-    training = ["--max_steps=2", "--eval_tokens=512", "--sample_tokens=8", "--compile=False"]
-    cut = {"train.py": training, "sft.py": training, "sample.py": ["--max_new_tokens=8"], "tiny": ["--math_mb=0.05"]}
-    cut |= {"tiny_sft": cut["tiny"], "--problems": ["--limit=1"], "eval.py": ["--max_tokens=512"]}
-    commands = re.findall(r"^    ((?:python|pip).*)$", README, re.M)
-    assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)
+    cut = {"train.py": CUT, "sft.py": CUT, "sample.py": ["--max_new_tokens=8"], "eval.py": ["--max_tokens=512"]}
+    cut |= {"--problems": ["--limit=1"]}
+    (tmp_path / "input.txt").write_text("".join(f"Line {i} of my own text.\n\n" for i in range(2000)))
     for command in commands:
-        if not command.startswith(NOT_RUN):
-            _, script, *arguments = shlex.split(command)
-            added = [flag for word in (script, *arguments) for flag in cut.get(word, [])]
-            with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
-                run_main(scripts[script], *arguments, *added, stdin="What is 1 + 2?\n")
-    assert len(list(Path("out").glob("*/ckpt.pt"))) >= 4 and Path("out/tiny/eval.json").exists()
+        if command.startswith((*NOT_RUN, *RUN_ELSEWHERE)):
+            continue
+        words = shlex.split(command)
+        added = [flag for word in words for flag in cut.get(word, [])]
+        if words[0] == "python3":
+            environment = {name: value for name, value in os.environ.items() if "XDIST" not in name} | installing
+            shell = ["bash", "-c", f"{command} {shlex.join(added)}"]
+            done = subprocess.run(shell, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert re.search("^step 2: sample: |^1 passed", done.stdout, re.M), done.stdout
+        else:
+            with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+                run_main(scripts[words[1]], *words[2:], *added, stdin="What is 1 + 2?\n")
+    assert len(list(Path("out").glob("*/ckpt.pt"))) >= 5 and Path("out/tiny_sft/eval.json").exists()
 
 
 def test_every_documented_change_is_tested():
     titles = {title for title, section in SECTIONS.items() if fenced(section, "diff")}
-    tested = re.findall(r'"changed", \["(.+)"\]', Path(__file__).read_text())
+    tests = Path(__file__).read_text() + (ROOT / "extras/test_nanogpt.py").read_text()
+    tested = re.findall(r'(?:"changed", |SECTIONS)\["(.+?)"\]', tests)
     assert titles == set(tested) and len(fenced(HACKING, "python")) == 1

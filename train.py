@@ -1,13 +1,14 @@
 """Train a PolychromaticLM.
 
-python prepare_data.py tiny && python train.py config/tiny.py     minutes on two CPU cores
-python train.py config/tiny.py --max_steps=50                     a flag overrides any setting
-python train.py config/tiny.py --resume                           continue a stopped run
+python train.py config/smoke.py                 data, training, evaluation and a sample in a minute
+python train.py config/tiny.py                  five minutes on two CPU cores
+python train.py config/tiny.py --max_steps=50   a flag overrides any setting
+python train.py config/tiny.py --resume         continue a stopped run
 torchrun --nproc_per_node=8 --shutdown_timeout=600 train.py config/pretrain.py
-                                                                  8 GPUs: the same steps and data
+                                                8 GPUs: the same steps and data
 
 The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder
-gets ckpt.pt, log.jsonl and settings.json.
+gets ckpt.pt, log.jsonl and settings.json; if asked, best.pt, ckpt_<step>.pt and trace.json too.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ import functools
 import math
 import shlex
 import statistics
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -59,7 +62,8 @@ class TrainConfig(ModelConfig):
     micro_batch_size: int = 8  # rows in a forward pass; divides batch_size; does not change the data
     # optimizer
     lr: float = 1e-4  # peak learning rate
-    warmup_steps: int = 2000  # linear warm-up, then cosine decay to 0
+    min_lr: float = 0.0  # learning rate after the last step
+    warmup_steps: int = 2000  # linear warm-up, then cosine decay to min_lr
     routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr
     alpha_lr: float = 1.0  # a further multiple for alpha
     beta1: float = 0.9  # AdamW
@@ -78,11 +82,15 @@ class TrainConfig(ModelConfig):
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
     eval_interval: int = 1000  # steps between evaluations; one is at the start, one at the end
-    eval_tokens: int = 1_048_576  # maximum tokens of each domain's val.bin in an evaluation
+    eval_tokens: int | None = None  # maximum tokens of each val.bin to read; None: see open_corpora
+    eval_only: bool = False  # evaluate the run's checkpoint or first weights, and change no file
     save_interval: int = 500  # steps between checkpoints
+    keep_best: bool = False  # also save best.pt when an evaluation finds the lowest loss so far
+    keep_every: int | None = None  # also save ckpt_<step>.pt every so many steps; None: never
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     sample_tokens: int = 80  # length of the text that the model writes at every evaluation; 0: none
     wandb: str | None = None  # Weights & Biases project to log to as well; None: log.jsonl only
+    profile: bool = False  # trace steps 6 to 8 with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are always float32
@@ -93,19 +101,21 @@ class TrainConfig(ModelConfig):
         super().__post_init__()
         check_range(self, 1, 10**8, "max_steps", "eval_interval", "save_interval", "log_interval")
         check_range(self, 1, 2**20, "batch_size", "micro_batch_size")
-        check_range(self, 1, 2**40, "eval_tokens")
+        check_range(self, 1, 2**40, "eval_tokens", "keep_every")
         check_range(self, 0, 2**20, "sample_tokens")
         check_range(self, 0, 2**63 - 1, "seed", "warmup_steps")
         check_range(self, 0, 1, "anneal_start", "weight_decay")
         check_range(self, 0, 0.99999, "beta1", "beta2")
         check_range(self, 1e-12, 1e12, "lr", "grad_clip")
+        check_range(self, 0, self.lr, "min_lr")
         check_range(self, 0, 1e12, "routing_lr", "alpha_lr")
         check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % micro:
             raise UserError(f"batch_size is {batch}; it must be a multiple of micro_batch_size {micro}")
-        if self.resume and self.overwrite:
-            raise UserError("resume and overwrite cannot be combined")
+        if self.overwrite and (self.resume or self.eval_only):
+            other = "resume" if self.resume else "eval_only"
+            raise UserError(f"{other} and overwrite cannot be combined")
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
@@ -115,11 +125,11 @@ class TrainConfig(ModelConfig):
 
 
 def get_lr(step: int, cfg: TrainConfig) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then cosine decay to 0 at max_steps."""
+    """Learning rate of a step (0-based): linear warm-up, then cosine decay to min_lr at max_steps."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def get_tau(step: int, cfg: TrainConfig) -> float:
@@ -166,6 +176,7 @@ class Progress:
     skipped: int = 0  # updates that were not finite
     skipped_in_a_row: int = 0
     last_saved_step: int = 0  # 0: nothing saved yet
+    best_loss: float = math.inf  # of best.pt: bits per byte, the mean of the domains
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # for Weights & Biases
 
 
@@ -279,9 +290,10 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     # machine; then lock the run folder
     runtime.prepare_cpu()
     ranks = Ranks(cfg.device)
-    if cfg.batch_size < cfg.micro_batch_size * ranks.world_size:
-        raise UserError(f"{ranks.world_size} processes need as many micro-batches; lower --micro_batch_size")
-    with runtime.locked(Path(cfg.out_dir)) if ranks.is_main else contextlib.nullcontext():
+    folder, is_writer = Path(cfg.out_dir), ranks.is_main and not cfg.eval_only
+    lock = runtime.locked(folder) if is_writer else contextlib.nullcontext()
+    trace = folder / "trace.json" if is_writer and cfg.profile else None
+    with lock, runtime.tracing(trace) as end_traced_step:
         # model, data, optimizer, and how far an earlier start got
         run = set_up(cfg, corpus_type, ranks)
         model, progress, rows_per_domain = compile_and_distribute(run), run.progress, quotas(cfg)
@@ -289,6 +301,11 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         stop, is_stopping = None, False
         model.train()
         set_tau(model, get_tau(progress.step, cfg))
+
+        # evaluate once, if no more is asked for
+        if cfg.eval_only:
+            report(run)
+            return ranks.wait(is_last=True)
         for step in range(progress.step, cfg.max_steps):
             # evaluate
             if step % cfg.eval_interval == 0:
@@ -302,6 +319,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             started = time.monotonic()
             loss, norm = optimizer_step(model, run, next_rows(run, rows_per_domain[step]), step)
             step_seconds.append(time.monotonic() - started)
+            end_traced_step()
             count_step(run, loss, norm)
             stop = stop or runtime.StopSignal()  # before the first step, there is nothing to save
 
@@ -312,26 +330,31 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             is_done = progress.step == cfg.max_steps
             if progress.step % cfg.log_interval == 0 or is_done:
                 log_step(run, loss, norm, step_seconds)
-                step_seconds.clear()
 
             # save, and stop if asked to; a skipped update may mean that the one before broke the weights
             is_sound = not progress.skipped_in_a_row
             is_stopping = is_sound and not is_done and ranks.sum(float(stop.requested))[0] > 0
             is_due = progress.step - progress.last_saved_step >= cfg.save_interval
-            if is_sound and (is_due or is_done or is_stopping):
-                save(run)
+            is_kept = cfg.keep_every is not None and progress.step % cfg.keep_every == 0
+            if is_sound and (is_due or is_kept or is_done or is_stopping):
+                save(run, f"ckpt_{progress.step}.pt" if is_kept else None)
             if is_stopping:
                 print(f"stopped; {run.where_saved()}. Resume with: {runtime.resume_command()}")
                 break
 
         if not is_stopping:
-            if progress.last_saved_step < progress.step:
-                found = f"the run ended in non-finite updates; {run.where_saved()}"
-                raise UserError(f"{found}; resume with a lower --lr")
-            report(run)
-            command = shlex.join([*corpus_type.sample_command, cfg.out_dir])
-            print(f"done; {run.where_saved()}. Sample from it: {command}")
+            finish(run)
         ranks.wait(is_last=True)
+
+
+def finish(run: Run):
+    """Evaluate the last step, and say how to sample. UserError if its weights could not be saved."""
+    if run.progress.last_saved_step < run.progress.step:
+        found = f"the run ended in non-finite updates; {run.where_saved()}"
+        raise UserError(f"{found}; resume with a lower --lr")
+    report(run)
+    command = shlex.join([*run.corpus.sample_command, run.cfg.out_dir])
+    print(f"done; {run.where_saved()}. Sample from it: {command}")
 
 
 # ---------------------------------------------------------------------------- starting and resuming
@@ -340,6 +363,8 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     """A new run, or the one to resume. Fills in cfg: init_from's shape, the corpus's mixture."""
     # model and data
+    if cfg.batch_size < cfg.micro_batch_size * ranks.world_size:
+        raise UserError(f"{ranks.world_size} processes need as many micro-batches; lower --micro_batch_size")
     checkpoint, model = find_checkpoint(cfg), None
     if cfg.init_from:
         from common.weights import inherit_shape, starting_model
@@ -348,6 +373,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
             inherit_shape(cfg, checkpoint["model_config"], cfg.out_dir)
         else:
             model = starting_model(cfg)
+    make_embedded_corpus(Path(cfg.data_dir), ranks)
     corpus, val_corpus = open_corpora(cfg, corpus_type)
     if checkpoint:
         check_changes(checkpoint, cfg, corpus)
@@ -370,13 +396,14 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
         progress = Progress(**checkpoint["progress"])
         print(f"resumed {cfg.out_dir}/ckpt.pt at step {progress.step}")
     run = Run(cfg, ranks, model, optimizer, corpus, val_corpus, progress)
-    if ranks.is_main and cfg.wandb:
+    is_writer = ranks.is_main and not cfg.eval_only
+    if is_writer and cfg.wandb:
         from extras.wandb_log import open_wandb
 
         run.wandb = open_wandb(cfg.wandb, progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
     # nothing can fail any more: delete what an old run left, or what followed the checkpoint
     ranks.wait()  # all have read the folder
-    if ranks.is_main:
+    if is_writer:
         runtime.rewind(run.folder, progress.step)
         runtime.write_json(run.folder / "settings.json", dataclasses.asdict(cfg))
     return run
@@ -385,7 +412,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
 def find_checkpoint(cfg: TrainConfig) -> dict | None:
     """The checkpoint to resume; None for a new run. Raises UserError if cfg allows neither."""
     path = Path(cfg.out_dir) / "ckpt.pt"
-    if not cfg.resume:
+    if not (cfg.resume or cfg.eval_only):
         if path.exists() and not cfg.overwrite:
             raise UserError(f"{path} exists; --resume continues that run, --overwrite starts over")
         return None
@@ -397,7 +424,9 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     except UserError as e:
         raise UserError(f"{e}; --overwrite starts over") from None
     keys = {"model_config", "optimizer", "settings", "progress", "domains"}
-    if not keys <= checkpoint.keys() or checkpoint["progress"].keys() != vars(Progress()).keys():
+    is_run = keys <= checkpoint.keys()
+    # older checkpoints lack best_loss, and nothing else
+    if not is_run or checkpoint["progress"].keys() | {"best_loss"} != vars(Progress()).keys():
         found = f"{path} holds weights alone, or was written by another version of this code"
         raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
     return checkpoint
@@ -407,7 +436,7 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
     """Print what a resumed run changes. UserError if that is the model, or if it is already past the end."""
     for name, theirs in checkpoint["settings"].items():
         ours = getattr(cfg, name, "(no such setting)")
-        if ours == theirs or name in ("resume", "overwrite", "init_from", "revision"):
+        if ours == theirs or name in ("resume", "overwrite", "eval_only", "init_from", "revision"):
             continue
         if name in checkpoint["model_config"] or name == "frozen":
             found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
@@ -420,11 +449,29 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
         raise UserError(f"{cfg.out_dir} is already at step {step}, beyond max_steps, {cfg.max_steps}")
 
 
+def make_embedded_corpus(folder: Path, ranks: Ranks):
+    """Prepare a missing data/tiny or data/tiny_sft, which needs no network. No other is made unasked."""
+    is_embedded = folder.parent.name == "data" and folder.name in ("tiny", "tiny_sft")
+    if ranks.is_main and is_embedded and not (folder / "meta.json").exists():
+        print(f"there is no {folder} yet: preparing it, which takes about half a minute", flush=True)
+        script = Path(__file__).with_name("prepare_data.py")
+        command = [sys.executable, script, folder.name, f"--data_dir={folder.parent}"]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit(1)  # it has printed why
+    ranks.wait()
+
+
 def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[Corpus, Corpus]:
-    """The training and validation splits, after checking that they fit cfg; sets a missing mixture."""
+    """The training and validation splits, after checking that they fit cfg.
+
+    Sets a missing mixture, and missing eval_tokens: a million of each domain, but altogether no more
+    than the run trains on.
+    """
     domains = list(cfg.mixture) if cfg.mixture else None
     corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", domains, cfg.seed)
     cfg.mixture = cfg.mixture or corpus.shares
+    n_tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
+    cfg.eval_tokens = cfg.eval_tokens or max(1, min(2**20, n_tokens // len(cfg.mixture)))
     for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
         shares, names = mixture.values(), ", ".join(cfg.mixture)
         if mixture.keys() != cfg.mixture.keys() or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
@@ -499,7 +546,7 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks, au
 
 
 def report(run: Run):
-    """Evaluate; log and print the losses, the routing, and what the model writes."""
+    """Evaluate; log and print the losses, the routing, and what the model writes; keep the best."""
     step, cfg = run.progress.step, run.cfg
     measured = evaluate(run.model, run.val_corpus, cfg, run.ranks, run.autocast)
     log(run, {"step": step, "tau": get_tau(step, cfg), **measured})
@@ -514,6 +561,11 @@ def report(run: Run):
 
         with run.autocast:
             print_sample(f"step {step}: sample:", run.model, run.val_corpus, cfg.sample_tokens, cfg.seed)
+    loss = sum(x["bits_per_byte"] for x in val.values()) / len(val)
+    is_sound = step > 0 and not run.progress.skipped_in_a_row
+    if cfg.keep_best and not cfg.eval_only and is_sound and loss < run.progress.best_loss:
+        run.progress.best_loss = loss
+        save(run, "best.pt")
 
 
 # ------------------------------------------------------------------------------- log and checkpoint
@@ -521,17 +573,18 @@ def report(run: Run):
 
 def log(run: Run, record: dict):
     """Append a record to log.jsonl and, if asked for, to Weights & Biases."""
-    if run.ranks.is_main:
+    if run.ranks.is_main and not run.cfg.eval_only:
         runtime.append_log(run.folder, record)
     if run.wandb:
         run.wandb.log(record)
 
 
 def log_step(run: Run, loss: float, norm: float, step_seconds: list[float]):
-    """Log the step that has just been taken, and print it in one line."""
+    """Log the step that has just been taken, and print it in one line. Empties step_seconds."""
     cfg, device, step = run.cfg, run.ranks.device, run.progress.step
     tokens_per_step = cfg.batch_size * cfg.block_size
     rate = tokens_per_step / statistics.median(step_seconds)  # the median leaves out compiling
+    step_seconds.clear()
     record = {
         "step": step, "loss": loss, "lr": get_lr(step - 1, cfg), "tau": get_tau(step - 1, cfg),
         "mixture": get_mixture(step - 1, cfg), "grad_norm": norm, "skipped": run.progress.skipped,
@@ -549,8 +602,8 @@ def log_step(run: Run, loss: float, norm: float, step_seconds: list[float]):
     print(line, flush=True)
 
 
-def save(run: Run):
-    """Write ckpt.pt, whole or not at all."""
+def save(run: Run, copy_name: str | None = None):
+    """Write ckpt.pt, and a copy of this name if one is given: each whole or not at all."""
     run.progress.last_saved_step = run.progress.step
     state = {
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
@@ -559,7 +612,8 @@ def save(run: Run):
     }  # fmt: skip
     if run.ranks.is_main:
         hint = "; an earlier checkpoint, if there was one, is intact"
-        runtime.write_atomically(run.folder / "ckpt.pt", functools.partial(torch.save, state), hint)
+        for name in filter(None, (copy_name, "ckpt.pt")):  # ckpt.pt last: it knows of the copy
+            runtime.write_atomically(run.folder / name, functools.partial(torch.save, state), hint)
 
 
 def main():

@@ -141,6 +141,23 @@ def flops_per_token(model: PolychromaticLM, length: int | None = None) -> float:
     return 6 * (sum(p.numel() for p in model.parameters()) - lookup) + attention
 
 
+@contextlib.contextmanager
+def tracing(path: Path | None) -> Iterator[Callable[[], None]]:
+    """Trace the sixth to eighth step into this file; None: nothing. Yields what to call after every step."""
+    if path is None:
+        yield lambda: None
+        return
+
+    def write(profiler):
+        with name_write_errors(path):
+            profiler.export_chrome_trace(str(path))
+        print(f"trace: {path}; ui.perfetto.dev shows it")
+
+    schedule = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)  # the first steps compile
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler.step
+
+
 # ---------------------------------------------------------------------------------------------------------- run folders
 
 
@@ -264,10 +281,10 @@ def rewind(folder: Path, step: int):
     """Remove from a run folder what lies after this step: lines of the log; for a new run (0), all of an old one."""
     with name_write_errors(folder):
         # The checkpoint first: a kill here must not leave it beside a new log.
-        for name in (
-            ("ckpt.pt", "eval.json", "eval.old.json", "layers.png", "usage.png", "training.png") if step == 0 else ()
-        ):
-            (folder / name).unlink(missing_ok=True)
+        names = ["ckpt.pt", "best.pt", "trace.json", "eval.json", "eval.old.json"]
+        names += ["layers.png", "usage.png", "training.png"]
+        for path in [*(folder / name for name in names), *folder.glob("ckpt_*.pt")] if step == 0 else ():
+            path.unlink(missing_ok=True)
     # Evaluations of this step run again.
     kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "loss" in r)]
     text = "".join(json.dumps(record) + "\n" for record in kept)
@@ -277,7 +294,11 @@ def rewind(folder: Path, step: int):
 def resume_command() -> str:
     """The command line of this run, with --resume."""
     command = re.sub(r" --(resume|overwrite)([ =](true|false))?(?= |$)", "", shlex.join(sys.argv), flags=re.IGNORECASE)
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes, machines = (os.environ.get(f"{name}_WORLD_SIZE", "1") for name in ("LOCAL", "GROUP"))
+    if processes == machines == "1":
+        return f"python {command} --resume"
     # Without the timeout, torchrun kills the processes 30 seconds after a stop signal.
     torchrun = f"torchrun --nproc_per_node={processes} --shutdown_timeout=600"
-    return f"{'python' if processes == '1' else torchrun} {command} --resume"
+    if machines != "1":
+        torchrun += f" --nnodes={machines} --rdzv_backend=c10d --rdzv_endpoint={os.environ['MASTER_ADDR']}:29500"
+    return f"{torchrun} {command} --resume"

@@ -38,6 +38,7 @@ SYNONYMS = {  # what other projects call a setting
     "n_ctx": ["block_size"],
     "max_seq_len": ["block_size"],
     "dataset": ["data_dir"],
+    "always_save_checkpoint": ["keep_best"],
     "wandb_log": ["wandb"],
     "wandb_project": ["wandb"],
     "model": ["init_from"],

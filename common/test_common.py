@@ -116,6 +116,7 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
         "--n_kv_head=3": "n_head is 16; it must be a multiple of n_kv_head, 3",
         "--resume --overwrite": "resume and overwrite cannot be combined",
+        "--min_lr=1": "min_lr is 1.0; it must lie in 0..0.0001",
         "config/tinny.py": "cannot read config/tinny.py: No such file or directory; did you mean config/tiny.py?",
         "config/tiny": "'config/tiny' is not a file of settings; did you mean config/tiny.py?",
     }.items():
@@ -153,6 +154,11 @@ def test_a_script_that_is_stopped_or_runs_out_of_memory_says_so_in_one_line():
 def test_the_command_to_resume_is_that_of_the_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "config/a b.py", "--overwrite", "True", "--resume=false", "--lr=1"])
     assert machine.resume_command() == "python train.py 'config/a b.py' --lr=1 --resume"
+    for name, value in {"LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node0"}.items():
+        monkeypatch.setenv(name, value)
+    torchrun = "torchrun --nproc_per_node=8 --shutdown_timeout=600 --nnodes=2 --rdzv_backend=c10d"
+    command = f"{torchrun} --rdzv_endpoint=node0:29500 train.py 'config/a b.py' --lr=1 --resume"
+    assert machine.resume_command() == command
 
 
 @pytest.mark.parametrize("cls", [

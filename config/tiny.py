@@ -1,5 +1,5 @@
 # A small PolyGLU on the embedded corpus, in minutes on two CPU cores.
-# python prepare_data.py tiny && python train.py config/tiny.py
+# python train.py config/tiny.py
 
 data_dir = "data/tiny"
 out_dir = "out/tiny"

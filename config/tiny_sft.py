@@ -1,5 +1,5 @@
 # A small PolyGLU that answers arithmetic, in minutes on two CPU cores.
-# python prepare_data.py tiny_sft && python sft.py config/tiny_sft.py
+# python train.py config/tiny.py && python sft.py config/tiny_sft.py
 
 data_dir = "data/tiny_sft"
 out_dir = "out/tiny_sft"

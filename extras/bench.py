@@ -14,6 +14,7 @@ each round's ratio to the first line, which depends less on what else the machin
 import dataclasses
 import functools
 import platform
+import re
 import time
 import types
 import weakref
@@ -232,7 +233,9 @@ def print_table(title: str, rows: list[dict]):
 
 
 def describe_machine(device: torch.device) -> str:
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*: (.+)", info, re.M)
+    cpu = f"{model[1] if model else platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 

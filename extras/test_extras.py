@@ -10,6 +10,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +29,13 @@ from common import data
 from common import tokenizer as tokenizers
 from common.run import Ranks
 from common.weights import from_pretrained, renamed
-from extras import bench, embedded, study
+from extras import bench, embedded, report, study
 from model import ModelConfig
 from test_model import (
+    CUT,
     ROOT,
     SMALL,
+    copy_of_repository,
     error_of,
     generated,
     messages,
@@ -41,6 +45,7 @@ from test_model import (
     random_tokens,
     run_eval,
     run_here,
+    run_main,
     run_script,
     run_settings,
     small_model,
@@ -421,6 +426,43 @@ def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
             assert worked.splitlines()[-2] not in steps, question  # nor is the calculation a step of another problem
     same = ("46 - 12", "x + 12 = 46", "Ada has 46 apples and loses 12.", "Ben has 46 coins and loses 12.")
     assert len(set(map(embedded.is_reserved, same))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- speedrun, report
+
+
+def test_the_speedrun_goes_on_where_it_was_killed_and_ends_with_a_report(corpus_dir, tmp_path):
+    """On a small corpus, in steps of seconds."""
+    folder = copy_of_repository(tmp_path)
+    shutil.copytree(corpus_dir, folder / "data/tiny")
+    prepare("tiny_sft", "--math_mb=0.05", f"--data_dir={folder / 'data'}")
+    (folder / "out/tiny_report").mkdir(parents=True)
+    (folder / "out/tiny_report/times.tsv").write_text("data\t1\nchat data\t1\n")  # the two stages that this replaces
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    command, printed = ["bash", "extras/speedrun.sh", "tiny", *CUT], ["", ""]
+    for i in range(2):
+        process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+        for line in process.stdout:
+            printed[i] += line
+            if i == 0 and line.startswith("== fine-tuning"):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == (-signal.SIGKILL, 0)[i], printed[i]
+    names = [re.findall("^== ([a-z- ]+):", text, re.M) for text in printed]
+    assert names == [["pretraining", "evaluation", "fine-tuning"], ["fine-tuning", "problems"]]
+    text = (folder / "out/tiny_report/report.md").read_text()
+    pictures = re.findall(r"^!\[.+\]\((.+)\)$", text, re.M)
+    assert len(pictures) == 4 and all((folder / "out/tiny_report" / name).exists() for name in pictures)
+    lines = ["## out/tiny_sft", "Machine: ", "| fine-tuning | 0:", "| 2 | ", "| word problems | 40 |", "`max_steps`"]
+    assert not [line for line in [*lines, "Ada has 52 stamps"] if line not in text]
+
+
+def test_a_report_is_of_finished_runs_alone(run_small, tmp_path):
+    run_small(max_steps=3)
+    (tmp_path / "log.jsonl").write_text("")
+    unfinished = "has not finished, its last evaluation was at step 0 of 3"
+    for folder, message in ((tmp_path, unfinished), ("x", "x is not the folder of a run")):
+        assert message in error_of(run_main, report, "--check", f"--runs={folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- wandb

@@ -1,0 +1,149 @@
+"""A report on runs that can be sent to others: a folder with report.md and its pictures.
+
+python -m extras.report --runs=out/tiny,out/tiny_sft --out_dir=out/tiny_report
+
+It reads what the scripts wrote: settings.json, log.jsonl, eval.json and the pictures of eval.py. If they are in its
+folder, as extras/speedrun.sh leaves them: sample.txt, answer.txt, and times.tsv with the time of each stage.
+"""
+
+import datetime
+import json
+import platform
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import train
+from common import run as runtime
+from common import settings
+from common.settings import UserError
+from extras.bench import describe_machine
+
+PICTURES = {
+    "training.png": "Loss and entropies over training",
+    "usage.png": "Usage of the activations in each layer over training",
+    "layers.png": "Routing of each layer at the end",
+}
+
+
+@dataclass
+class ReportConfig:
+    """Settings of a report."""
+
+    runs: tuple[str, ...] = ("out/tiny", "out/tiny_sft")  # run folders, in the order of the report
+    out_dir: str = "out/tiny_report"  # folder of the report
+    question: str = ""  # what answer.txt answers
+    check: bool = False  # write nothing; fail unless every run has reached its last step
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """A Markdown table, with a blank line after it."""
+    cells = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in cells] + [""]
+
+
+def quote(title: str, path: Path) -> list[str]:
+    """The text of a file as a block of code under a title; nothing if there is no such file."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    return [title, "", *(f"    {line}" for line in text.splitlines()), ""]
+
+
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """A run's settings and log. UserError unless it has reached its last step."""
+    try:
+        found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not the folder of a run: it has no readable settings.json") from None
+    log = runtime.read_log(folder)
+    step = max((line["step"] for line in log if "val" in line), default=0)
+    if step < found["max_steps"]:
+        done = f"its last evaluation was at step {step} of {found['max_steps']}"
+        raise UserError(f"{folder} has not finished, {done}; run the same command again, or resume it with --resume")
+    return found, log
+
+
+def stages(path: Path) -> list[str]:
+    """The stages of extras/speedrun.sh with their times, as a table."""
+    if not path.is_file():
+        return []
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    times = [[name, datetime.timedelta(seconds=int(seconds))] for name, seconds in rows]
+    total = sum((time for _, time in times), datetime.timedelta())
+    note = "A stage that was stopped and resumed counts from its last start."
+    return table(["stage", "hours:minutes:seconds"], [*times, ["**all**", f"**{total}**"]]) + [note, ""]
+
+
+def training(log: list[dict]) -> list[str]:
+    """The evaluations during training, as a table."""
+    evaluations, rows = [line for line in log if "val" in line], []
+    domains, is_routed = list(evaluations[-1]["val"]), bool(evaluations[-1]["routing"])
+    for line in evaluations:
+        bits = [f"{line['val'][domain]['bits_per_byte']:.3f}" for domain in domains]
+        names = ("dynamic_entropy_share", "agreement") if is_routed else ()
+        rows.append([line["step"], *bits, *(f"{statistics.mean(line['routing'][name]):.1%}" for name in names)])
+    measures = ["dynamic entropy, of ln K", "agreement"] if is_routed else []
+    return ["Held-out text during training, in bits per byte:", "", *table(["step", *domains, *measures], rows)]
+
+
+def results(path: Path) -> list[str]:
+    """The losses and the problems of an eval.json, as tables."""
+    found, lines = json.loads(path.read_text()) if path.is_file() else {}, []
+    if "domains" in found:
+        rows = []
+        for name, x in found["domains"].items():
+            error = x["bits_per_byte_error"]
+            rows.append([name, f"{x['tokens']:,}", f"{x['nats_per_token']:.4f}", f"{x['bits_per_byte']:.4f}"])
+            rows[-1].append("" if error is None else f"{error:.4f}")
+        header = ["domain", "tokens", "nats per token", "bits per byte", "standard error of these"]
+        lines += ["All held-out text, after training:", "", *table(header, rows)]
+    if "problems" in found:
+        rows = []
+        for name, x in found["problems"].items():
+            low, high = x["interval"]
+            rows.append([name, x["n"], f"{x['exact_match']:.0%}", f"{low:.0%} to {high:.0%}"])
+        header = ["problems", "n", "exact match", "95% interval"]
+        lines += ["Problems that are held out of all training data:", "", *table(header, rows)]
+    return lines
+
+
+def describe(folder: Path, out_dir: Path) -> list[str]:
+    """The section of a run. Copies its pictures to out_dir."""
+    found, log = read_run(folder)
+    defaults = json.loads(json.dumps(vars(train.TrainConfig())))  # as in settings.json: lists, no tuples
+    changed = [[f"`{name}`", f"`{value}`"] for name, value in found.items() if value != defaults.get(name)]
+    rate = statistics.median(line["tokens_per_second"] for line in log if "loss" in line)
+    n_tokens = found["max_steps"] * found["batch_size"] * found["block_size"]
+    lines = [f"## {folder}", "", f"It read {n_tokens:,} tokens in training, {rate:,.0f} a second.", ""]
+    lines += training(log) + results(folder / "eval.json")
+    for name, title in PICTURES.items():
+        if (folder / name).exists():
+            shutil.copy(folder / name, out_dir / f"{folder.name}_{name}")
+            lines += [f"![{title}]({folder.name}_{name})", ""]
+    return lines + ["Settings that differ from the defaults of train.py:", "", *table(["setting", "value"], changed)]
+
+
+def main():
+    cfg = settings.load(ReportConfig)
+    for folder in cfg.runs:
+        read_run(Path(folder))
+    if cfg.check:
+        return
+    out_dir = Path(cfg.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lines = [f"# PolyGLU: {', '.join(Path(folder).name for folder in cfg.runs)}", ""]
+    lines += quote("A new document, by the first run:", out_dir / "sample.txt")
+    lines += quote(f"The last run's answer to: {cfg.question}", out_dir / "answer.txt")
+    machine = describe_machine(runtime.pick_device("auto"))
+    lines += [f"Machine: {machine}, Python {platform.python_version()}, {platform.platform()}.", ""]
+    lines += stages(out_dir / "times.tsv")
+    for folder in cfg.runs:
+        lines += describe(Path(folder), out_dir)
+    runtime.write_atomically(out_dir / "report.md", lambda file: file.write("\n".join(lines).encode()))
+    print(f"report: {out_dir / 'report.md'}; send the folder, which has its pictures")
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# From nothing to a chat: data, pretraining, evaluation, fine-tuning, problems, a question, and a report of all this.
+#
+# bash extras/speedrun.sh tiny       a quarter of an hour on two CPU cores, no network
+# bash extras/speedrun.sh pretrain   the paper's model, on one A100 80GB; on eight GPUs, with this before it:
+#                                    LAUNCH="torchrun --nproc_per_node=8 --shutdown_timeout=600"
+#
+# Further words are flags of train.py and sft.py. The pictures need matplotlib, which requirements-dev.txt installs.
+# If the script is stopped or killed, run it again. It skips the stages that are complete and resumes the others. To
+# start over, delete the folders of the runs and of the report under out/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+base=${1:-}
+case "$base" in
+tiny) chat=tiny_sft question="Ada has 52 stamps and loses 17. How many are left?" ;;
+pretrain) chat=sft question="What is the sum of the first 100 odd numbers?" ;;
+*)
+    echo "usage: bash extras/speedrun.sh tiny | pretrain" >&2
+    exit 1
+    ;;
+esac
+flags=("${@:2}")
+report=out/${base}_report
+mkdir -p "$report"
+trap 'exit 130' INT # a training that Ctrl-C stops has saved, and exits with status 0
+
+# Run a command, unless an earlier start has completed this stage, and note how many seconds it took.
+stage() {
+    if grep -qs "^$1	" "$report/times.tsv"; then return; fi
+    echo "== $1: ${*:2}"
+    local started=$SECONDS
+    "${@:2}"
+    printf '%s\t%s\n' "$1" $((SECONDS - started)) >>"$report/times.tsv"
+}
+
+# Train or resume; fails if the training is stopped before its last step.
+finish() {
+    ${LAUNCH:-python} "$1" "$2" --resume ${flags[@]+"${flags[@]}"}
+    python -m extras.report --check --runs="$3"
+}
+
+stage "data" python prepare_data.py "$base"
+stage "pretraining" finish train.py "config/$base.py" "out/$base"
+stage "evaluation" python eval.py "out/$base"
+stage "chat data" python prepare_data.py "$chat"
+stage "fine-tuning" finish sft.py "config/$chat.py" "out/$chat"
+stage "problems" python eval.py "out/$chat" --report --problems
+python sample.py "out/$base" --max_new_tokens=300 >"$report/sample.txt"
+python sample.py "out/$chat" --chat --temperature=0 --prompt="$question" >"$report/answer.txt"
+cat "$report/answer.txt"
+python -m extras.report --runs="out/$base,out/$chat" --question="$question" --out_dir="$report"

@@ -232,7 +232,7 @@ def task_row(name: str, result: dict) -> dict:
 def read_results(file: Path, model: PolychromaticLM) -> dict:
     """The results in an eval.json, if they are of this model's settings and weights, which a hash identifies.
 
-    Others' results move to eval.old.json.
+    Others' results move to a file beside it, from which they come back when their model is evaluated again.
     """
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=8)
     for tensor in model.state_dict().values():
@@ -242,13 +242,15 @@ def read_results(file: Path, model: PolychromaticLM) -> dict:
         saved = json.loads(file.read_text()) if file.exists() else {"weights": weights}
         if saved.get("weights") == weights:
             return saved
+        ours, theirs = (file.with_suffix(f".{name}.json") for name in (weights, saved.get("weights", "old")))
     except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"{file} is damaged ({e}); delete it to measure everything again") from None
-    old = file.with_suffix(".old.json")
-    print(f"{file} is of other weights or settings: moved to {old.name}")
-    with run.name_write_errors(old):
-        file.replace(old)
-    return {"weights": weights}
+    print(f"{file} is of other weights or settings: moved to {theirs.name}")
+    with run.name_write_errors(theirs):
+        file.replace(theirs)
+        if ours.exists():
+            ours.replace(file)
+    return read_results(file, model)
 
 
 def main():
@@ -263,12 +265,10 @@ def main():
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
     batch_size = 1 if model.config.sees_future else cfg.batch_size or max(1, 2**14 // model.config.block_size)
     batcher = functools.partial(in_batches, batch_size=batch_size)  # one row: a "sequence" router reads the padding
-    with run.name_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "eval.json"
-    results = read_results(file, model)
-    run.write_json(file, results)  # fails now rather than after hours
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    file, autocast = folder / "eval.json", torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with run.locked(folder, ".eval.lock"), torch.no_grad(), autocast:
+        results = read_results(file, model)
+        run.write_json(file, results)  # fails now rather than after hours
         if corpus:
             results |= report(model, corpus, cfg, batcher, folder)
             run.write_json(file, results)

@@ -928,6 +928,23 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
     assert f"cannot write {tmp_path}/file/run: Not a directory; choose another folder" in message
 
 
+def test_a_run_in_a_folder_without_a_checkpoint_keeps_what_it_finds(run_small, tmp_path):
+    run_small(max_steps=2)
+    log, results = (tmp_path / "log.jsonl").read_text(), tmp_path / "eval.json"
+    (tmp_path / "ckpt.pt").unlink()
+    results.write_text("{}")
+    run_small("--resume", max_steps=1)
+    assert (tmp_path / "log.old.jsonl").read_text() == log and results.exists()
+    run_small("--overwrite", max_steps=1)
+    assert not results.exists()
+
+
+def test_a_resumed_run_says_what_has_changed_and_nothing_else(run_small, corpus_dir, tmp_path):
+    run_small(max_steps=1)
+    printed = run_small("--resume", max_steps=2, mixture={"math": 1.0})
+    assert "resuming with mixture={'math': 1.0}" in printed and "has changed" not in printed
+
+
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):
     for flag, message in {
         "--init_from=": "init_from is empty; give it a value, or leave it out",

@@ -404,7 +404,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     # nothing can fail any more: delete what an old run left, or what followed the checkpoint
     ranks.wait()  # all have read the folder
     if is_writer:
-        runtime.rewind(run.folder, progress.step)
+        runtime.rewind(run.folder, progress.step, cfg.overwrite)
         runtime.write_json(run.folder / "settings.json", dataclasses.asdict(cfg))
     return run
 
@@ -422,7 +422,8 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     try:
         checkpoint = runtime.load_checkpoint(path)
     except UserError as e:
-        raise UserError(f"{e}; --overwrite starts over") from None
+        hint = "" if "cannot read" in str(e) else "; --overwrite starts over"
+        raise UserError(f"{e}{hint}") from None
     keys = {"model_config", "optimizer", "settings", "progress", "domains"}
     is_run = keys <= checkpoint.keys()
     # older checkpoints lack best_loss, and nothing else
@@ -442,7 +443,9 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
             found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
             raise UserError(f"{found}; --resume cannot change that")
         print(f"resuming with {name}={ours!r}; it was {theirs!r}")
-    if checkpoint["domains"] != corpus.domains and checkpoint["settings"]["data_dir"] == cfg.data_dir:
+    before = checkpoint["domains"]
+    has_changed = any(before.get(domain, counts) != counts for domain, counts in corpus.domains.items())
+    if has_changed and checkpoint["settings"]["data_dir"] == cfg.data_dir:
         print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
     step = checkpoint["progress"]["step"]
     if step > cfg.max_steps:
@@ -475,7 +478,7 @@ def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[
     for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
         shares, names = mixture.values(), ", ".join(cfg.mixture)
         if mixture.keys() != cfg.mixture.keys() or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise UserError(f"the mixture {mixture} must be shares of {names} that sum to 1")
+            raise UserError(f"the mixture {mixture} must be a share for each of {names}, and sum to 1")
     if corpus.tokenizer != cfg.tokenizer or corpus.vocab_size > cfg.vocab_size:
         theirs = f"{corpus.folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens"
         flags = f"--tokenizer={corpus.tokenizer} --vocab_size={corpus.vocab_size}"

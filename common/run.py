@@ -162,15 +162,17 @@ def tracing(path: Path | None) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make this folder, and keep other processes from writing to it. UserError if one already does."""
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Make this folder, and keep other processes from taking its lock `name`. UserError if one has it."""
     with name_write_errors(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
+    lock = filelock.FileLock(folder / name, timeout=0)
+    with name_write_errors(folder / name):
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            found = f"another process is writing to {folder}"
+            raise UserError(f"{found}; wait for it, or choose another folder") from None
     with lock:
         yield
 
@@ -218,6 +220,8 @@ def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
             if damaged := verify and archive.testzip():
                 raise ValueError(f"bad checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, UnicodeError) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own type
         raise UserError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
@@ -274,17 +278,24 @@ def read_log(folder: Path) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
-def rewind(folder: Path, step: int):
-    """Remove from a run folder what lies after this step: lines of the log; for a new run (0), all of an old one."""
+def rewind(folder: Path, step: int, overwrite: bool = False):
+    """Remove from a run folder the log after this step; to overwrite a run, all of it.
+
+    A new run (step 0) in a folder without a checkpoint keeps what it finds: the log moves to log.old.jsonl.
+    """
+    lines = [json.dumps(record) + "\n" for record in read_log(folder)]
     with name_write_errors(folder):
-        # The checkpoint first: a kill here must not leave it beside a new log.
-        names = ["ckpt.pt", "best.pt", "trace.json", "eval.json", "eval.old.json"]
-        names += ["layers.png", "usage.png", "training.png"]
-        for path in [*(folder / name for name in names), *folder.glob("ckpt_*.pt")] if step == 0 else ():
-            path.unlink(missing_ok=True)
+        if overwrite:
+            # The checkpoint first: a kill here must not leave it beside a new log.
+            names = ["ckpt.pt", "best.pt", "trace.json", "layers.png", "usage.png", "training.png"]
+            for path in [*(folder / name for name in names), *folder.glob("ckpt_*.pt"), *folder.glob("eval*.json")]:
+                path.unlink(missing_ok=True)
+        elif step == 0 and lines:
+            with open(folder / "log.old.jsonl", "a") as old:
+                old.writelines(lines)
     # Evaluations of this step run again.
     kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "loss" in r)]
     text = "".join(json.dumps(record) + "\n" for record in kept)

@@ -43,6 +43,7 @@ SYNONYMS = {  # what other projects call a setting
     "wandb_project": ["wandb"],
     "model": ["init_from"],
     "checkpoint": ["init_from"],
+    "out_dir": ["init_from"],
     "start": ["prompt"],
     "input": ["source"],
 }
@@ -70,6 +71,9 @@ sys.excepthook = stop_in_imports
 
 def run(main: Callable[[], None]):
     """Run a script's main(). A UserError is printed as one line, exit status 1; a bug keeps its traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
     with contextlib.suppress(AttributeError):  # not a text file
         sys.stdout.reconfigure(errors="replace")  # print ? for a character that the terminal cannot show
     for name in ("SIGTERM", "SIGHUP"):
@@ -78,11 +82,12 @@ def run(main: Callable[[], None]):
             signal.signal(number, stop)
     try:
         main()
-        if sys.stdout:  # it may be closed
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as e:
-        if e.filename or e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE):
             raise
+        if e.filename:
+            raise SystemExit(f"error: cannot use {e.filename}: {e.strerror}") from None
         # What is printed reaches nobody: its reader went away, as `| head` does, or its file's disk is full.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         raise SystemExit(1 if e.errno == errno.EPIPE else f"error: cannot print: {e.strerror}") from None
@@ -92,7 +97,8 @@ def run(main: Callable[[], None]):
     except UserError as e:
         raise SystemExit(f"error: {e}") from None
     except (MemoryError, RuntimeError) as e:
-        if not re.search("out of memory|(can't|unable to) allocate", f"{type(e).__name__} {e}", re.IGNORECASE):
+        is_memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
+        if not is_memory:
             raise
         found = re.search(r"tried to allocate [\d.]+ \w+", str(e))
         size = f" ({found[0]})" if found else ""
@@ -112,7 +118,7 @@ def load(cls: type, argv: list[str] | None = None):
     hints = {f.name: f.type for f in dataclasses.fields(cls)}
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     kinds = {name: typing.get_args(t) if isinstance(t, types.UnionType) else (t,) for name, t in hints.items()}
-    values = {}
+    values, models = {}, []
     while words:
         word = words.pop(0)
         if word.startswith("-"):
@@ -121,7 +127,13 @@ def load(cls: type, argv: list[str] | None = None):
             overrides = read_overrides(Path(word))
         elif os.path.isfile(f"{word}.py"):
             raise UserError(f"{word!r} is not a file of settings; did you mean {word}.py?")
+        elif "=" in word and word.partition("=")[0] in kinds:
+            raise UserError(f"{word!r} is no flag; did you mean --{word}?")
+        elif "init_from" in kinds and models:
+            found = f"{models[0]!r} and {word!r} are two models"
+            raise UserError(f"{found}; name one, and put a text with spaces in quotes")
         elif "init_from" in kinds:
+            models.append(word)
             overrides = [(word, "init_from", word)]
         else:
             hint = f"; did you mean --source={word}?" if "source" in kinds and os.path.exists(word) else ""
@@ -173,12 +185,12 @@ def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[s
 def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
     """The assignments of an override file: (file:line, name, value). Values are Python literals."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except OSError as e:
         near = difflib.get_close_matches(str(path), map(str, Path("config").rglob("*.py")), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"cannot read {path}: {e.strerror}{hint}") from None
-    except (SyntaxError, ValueError) as e:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise UserError(f"{path}: not lines of `name = value` ({e})") from None
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -195,11 +207,13 @@ def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
 def convert(value, kinds: tuple, label: str):
     """The text of a flag or the literal of a file as one of these types. Raises UserError, starting with label."""
     literal = value
-    if isinstance(value, str):
-        with contextlib.suppress(SyntaxError, TypeError, ValueError):
-            literal = ast.literal_eval(value.title() if value.lower() in ("true", "false", "none") else value)
-    if value == "" and type(None) in kinds:  # --wandb= turns it off
+    if isinstance(value, str) and type(None) in kinds and value.lower() in ("", "none"):  # --wandb= turns it off
         return None
+    if isinstance(value, str) and {str, type(None)} >= set(kinds):  # text is not parsed, whatever it looks like
+        return os.path.expanduser(value) if value.startswith("~/") else value
+    if isinstance(value, str):
+        with contextlib.suppress(SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
+            literal = ast.literal_eval(value.title() if value.lower() in ("true", "false") else value)
     for kind in sorted(kinds, key=lambda kind: kind is str):  # any text is a str, so try that last
         origin, args = typing.get_origin(kind), typing.get_args(kind)
         if kind is str and isinstance(value, str):

@@ -101,6 +101,11 @@ def test_settings_come_from_defaults_then_files_then_flags(tmp_path):
     assert {"lr", "out_dir", "init_from"} < cfg.overridden and "seed" not in cfg.overridden
     off = load("--wandb=x", "--wandb=", "--init_from=none", "--frozen=")
     assert off.wandb is None and off.init_from is None and off.frozen == ()
+    text = "the cat sat on a mat " * 300  # a text is not parsed, which would take more memory than Python allows
+    assert config.load(sample.SampleConfig, ["--prompt", text]).prompt == text
+    assert load("--out_dir=~/x").out_dir == os.path.expanduser("~/x")
+    path.write_bytes(b"\xef\xbb\xbflr = 0.5\r\n")  # as Notepad writes it
+    assert load(str(path)).lr == 0.5
 
 
 def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
@@ -112,6 +117,8 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--max_steps=1.5": "--max_steps: max_steps takes a whole number, not 1.5",
         "--out_dir=": "--out_dir: out_dir is empty; give it a value, or leave it out",
         "--max_steps --compile": "--max_steps needs a value",
+        "max_steps=5": "'max_steps=5' is no flag; did you mean --max_steps=5?",
+        "out/a out/b": "'out/a' and 'out/b' are two models; name one",
         "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
         "--n_kv_head=3": "n_head is 16; it must be a multiple of n_kv_head, 3",
@@ -144,10 +151,12 @@ def test_a_script_that_is_stopped_or_runs_out_of_memory_says_so_in_one_line():
         "settings.run(lambda: os.kill(os.getpid(), signal.SIGTERM))": "stopped by SIGTERM",
         "settings.run(lambda: os.kill(os.getpid(), signal.SIGHUP))": "stopped by SIGHUP",
         "settings.run(lambda: print(flush=True, file=open('/dev/full', 'w')))": "cannot print: No space left on device",
+        "error = PermissionError(13, 'Permission denied', 'val.bin'); settings.run(mock.Mock(side_effect=error))":
+            "cannot use val.bin: Permission denied",
         "import torch; settings.run(lambda: torch.empty(2**60))":
             "out of memory (tried to allocate 4611686018427387904 bytes); use smaller batches or a smaller model",
     }.items():  # fmt: skip
-        done = run_script("-c", f"import os, signal; from common import settings; {code}")
+        done = run_script("-c", f"import os, signal; from unittest import mock; from common import settings; {code}")
         assert done.returncode and done.stderr == f"error: {message}\n"
 
 
@@ -607,7 +616,7 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
         assert error_of(data.Corpus, folder, 64) == f"no data in {folder}; {advice}"
     for overrides, message in [
         ({"mixture": {"maths": 1.0}}, f"{corpus_dir} has no domain 'maths'; there are math, stem, code"),
-        ({"mixture": {"math": 0.9}}, "the mixture {'math': 0.9} must be shares of math that sum to 1"),
+        ({"mixture": {"math": 0.9}}, "the mixture {'math': 0.9} must be a share for each of math, and sum to 1"),
         ({"tokenizer": "qwen3"}, "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259; "),
         ({"block_size": 100_000}, "fewer than a row: block_size 100000 + 1"),
     ]:
@@ -960,9 +969,15 @@ def test_an_interrupted_evaluation_keeps_what_is_finished_and_one_of_other_weigh
     monkeypatch.setattr(evaluate, "solve_problems", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_eval(unbroken, tmp_path, "--report", "--problems", "--max_tokens=64", "--router_context=token")
-    old, new = (json.loads((tmp_path / name).read_text()) for name in ("eval.old.json", "eval.json"))
+    names = f"eval.{results['weights']}.json", "eval.json"
+    old, new = (json.loads((tmp_path / name).read_text()) for name in names)
     assert old == results
     assert new["domains"].keys() == results["domains"].keys() and new["domains"] != results["domains"]
+    monkeypatch.undo()
+    assert run_eval(unbroken, tmp_path, "--report", "--max_tokens=64")[1] == results  # they come back
+    assert json.loads((tmp_path / f"eval.{new['weights']}.json").read_text()) == new
+    with machine.locked(tmp_path, ".eval.lock"):
+        assert "another process is writing to" in error_of(run_eval, unbroken, tmp_path)
 
 
 def test_a_fine_tuned_run_is_measured_on_its_answers_alone_and_on_problems(fine_tuned, chat_dir, tmp_path):

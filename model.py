@@ -85,24 +85,25 @@ class PolyGLU(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}; PolyGLU takes [B, T, n_embd]")
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, F]
         if self.is_mixed:
-            g = self.mixture(x, doc_start, router_sums)
-            mixed = sum(g_k * sigma_k(gate) for g_k, sigma_k in zip(g, self.sigma))
+            e = self.mixture(x, doc_start, router_sums)  # g = e / sum(e)
+            mixed = add([e_k * sigma_k(gate) for e_k, sigma_k in zip(e, self.sigma)]) / add(e)
         else:
             mixed = self.sigma[0](gate)
         return self.w_down((mixed * up).to(up.dtype))
 
     def mixture(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
-        """The weights g of the activations: K tensors [B, T, F], at least float32."""
+        """The weights of the activations up to a factor, exp(logits): K x [B, T, F], at least float32."""
         static = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, F]
         if self.training and self.gumbel:
             static = static + gumbel_noise(static)
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
-        logits = [static[:, k, None, :] + dynamic[:, :, k, None] for k in range(len(self.sigma))]
-        # The same as torch.stack(logits).div(tau).softmax(0), but the compiler can fuse it.
-        top = functools.reduce(torch.maximum, logits).detach()  # keeps exp from overflowing
-        e = [((logit - top) / self.tau).exp() for logit in logits]
-        total = sum(e)
-        return [e_k / total for e_k in e]
+        static = (static / self.tau)[:, :, None].unbind(1)  # K x [B, 1, F]
+        dynamic = (dynamic / self.tau)[..., None].unbind(2)  # K x [B, T, 1]
+        # A softmax, written out: of stacked logits, the compiler would write each step to memory.
+        logits = [a + b for a, b in zip(static, dynamic)]
+        with torch.no_grad():  # a common factor
+            top = functools.reduce(torch.maximum, logits)  # keeps exp from overflowing
+        return [(logit - top).exp() for logit in logits]
 
     def dynamic_logits(self, x, doc_start=None, router_sums=None) -> Tensor:
         """The router, beta * f: [B, T, K]; zeros without one."""
@@ -110,7 +111,6 @@ class PolyGLU(nn.Module):
             return self.alpha.new_zeros(*x.shape[:2], len(self.sigma))
         u = at_least_fp32(self.router_in(x))  # averaging x gives the same mean, but slower
         u_sums, f_sums = router_sums or (None, None)
-        doc_start = torch.full(u.shape[:2], -1, device=u.device) if doc_start is None else doc_start
         with torch.autocast(x.device.type, enabled=False):  # the rest in float32: it is cheap
             context = ROUTER_CONTEXTS[self.router_context](u, doc_start, u_sums)
             f = self.router_out(F.relu(context).to(self.beta.dtype))
@@ -122,17 +122,21 @@ class PolyGLU(nn.Module):
 def running_mean(u: Tensor, doc_start: Tensor, sums: Tensor | None) -> Tensor:
     """Mean of u [B, T, R] over the document so far, this token included."""
     # float64: subtracting two large float32 sums would lose a short document's digits.
-    terms = F.pad(u.to(sum_dtype(u)), (0, 1), value=1.0)  # [B, T, R + 1]; the last column counts
-    sum_before = F.pad(terms, (0, 0, 1, 0)).cumsum(1)  # [B, T + 1, R + 1]; at t, of tokens 0..t - 1
-    start = doc_start.clamp_min(0)[:, :, None].expand_as(terms)
-    total = sum_before[:, 1:] - sum_before.gather(1, start)
-    if sums is not None:
-        total = total + sums * (doc_start < 0)[:, :, None]  # tokens of earlier calls
+    B, T, R = u.shape
+    terms = torch.ones(B, T, R + 1, dtype=sum_dtype(u), device=u.device)  # the last column counts
+    terms[..., :-1] = u
+    total = terms.cumsum(1)
+    if doc_start is not None:  # without the tokens before the document
+        start = doc_start.clamp_min(0)[:, :, None].expand_as(terms)
+        total = total - (total - terms).gather(1, start)
+    if sums is not None:  # with its tokens of earlier calls
+        earlier = sums if doc_start is None else sums * (doc_start < 0)[:, :, None]
+        total = total + earlier
         sums.copy_(total[:, -1:])
     return (total[..., :-1] / total[..., -1:]).to(u.dtype)
 
 
-# What the router reads: functions of u, doc_start (never None) and sums (None, or updated in place)
+# What the router reads: functions of u, doc_start (or None) and sums (None, or updated in place)
 # to the shape and dtype of u. The paper's code averages the whole row, so that a token sees the
 # future; the default is a causal mean. For one that reads later tokens, extend sees_future.
 ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
@@ -140,6 +144,11 @@ ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = 
     "token": lambda u, doc_start, sums: u,  # as in Mixture of Activations (arXiv 2605.26647)
     "sequence": lambda u, doc_start, sums: u.mean(dim=1, keepdim=True).expand_as(u),
 }
+
+
+def add(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, without the 0 that sum() starts from."""
+    return functools.reduce(torch.add, tensors)
 
 
 def set_tau(module: nn.Module, tau: float):
@@ -306,7 +315,6 @@ class PolychromaticLM(nn.Module):
                 self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute blocks in the backward pass: less memory
         self.flex: bool | None = None  # FlexAttention for packed documents; None: see uses_flex()
-        self.is_compiled = False
         self.chunk_loss = chunk_loss  # compile() replaces it
         self.isolates_documents = True  # trained with doc_ids; other people's models were not
         self.init_weights()
@@ -325,6 +333,10 @@ class PolychromaticLM(nn.Module):
     @property
     def head_weight(self) -> Tensor:  # [vocab_size, n_embd]
         return self.embedding.weight if self.config.tied_head else self.head.weight
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.blocks[0]._compiled_call_impl is not None
 
     @property
     def device(self) -> torch.device:
@@ -360,7 +372,6 @@ class PolychromaticLM(nn.Module):
         for block in self.blocks:
             block.compile(**options)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=False, **options)
-        self.is_compiled = not options.get("disable")
 
 
 # ------------------------------------------------------------- positions, packed documents, masks
@@ -401,20 +412,22 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
     """Positions, documents and mask of a batch, which may continue a cache; arguments as forward()'s."""
     if tokens.dim() != 2 or not tokens.numel():
         raise ValueError(f"tokens have shape {list(tokens.shape)}; the model takes [B, T], neither of them 0")
-    c, (B, T) = model.config, tokens.shape
+    c, T = model.config, tokens.size(1)
     past, room = (0, c.block_size) if cache is None else (cache.length, cache.max_length)
     if past + T > min(room, c.block_size):
         raise ValueError(f"{past + T} tokens in a row, but there is room for {min(room, c.block_size)}")
-    positions = torch.arange(past, past + T, device=tokens.device)
+    positions = torch.arange(T, device=tokens.device)
+    positions = positions if cache is None else positions + cache.position
     layout = Layout(positions, *rotary_angles(positions, c.head_dim, c.rope_theta))
-    if past == 0 and doc_ids is None:
-        return layout  # one causal document a row
-    previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
-    doc_ids = previous.expand(B, T) if doc_ids is None else doc_ids
-    layout = layout._replace(doc_start=document_starts(doc_ids, previous))
+    if doc_ids is not None:  # else one causal document a row, or the last one goes on
+        previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
+        layout = layout._replace(doc_start=document_starts(doc_ids, previous))
+    elif cache is not None and model.is_compiled:  # the same graph as with doc_ids
+        layout = layout._replace(doc_start=torch.full_like(tokens, -1))
     if cache is not None:
-        cache.doc_ids[:, past : past + T] = doc_ids
-        return layout._replace(mask=document_mask(cache.doc_ids, positions))
+        return layout._replace(mask=cache.mask(model, positions, doc_ids))
+    if doc_ids is None:
+        return layout
     return layout._replace(mask=document_mask(doc_ids, positions, uses_flex(model)))
 
 
@@ -431,13 +444,11 @@ def uses_flex(model: PolychromaticLM) -> bool:
 def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Scaled dot-product attention: q [B, n_head, T, head_dim], k and v [B, n_kv_head, T, head_dim].
 
-    With a cache, writes k and v to it and, under a mask, attends to all of it.
+    With a cache, writes k and v to it and attends to all of it.
     """
     if layout.keys is not None:
-        layout.keys[:, :, layout.positions] = k.to(layout.keys.dtype)
-        layout.values[:, :, layout.positions] = v.to(layout.values.dtype)
-        if layout.mask is not None:
-            k, v = layout.keys, layout.values
+        k = layout.keys.index_copy_(2, layout.positions, k.to(layout.keys.dtype))
+        v = layout.values.index_copy_(2, layout.positions, v.to(layout.values.dtype))
     if isinstance(layout.mask, BlockMask):
         is_compiling = torch.compiler.is_compiling()  # else: routing_stats(), which runs the parts of a block
         flex = flex_attention if is_compiling else torch.compile(flex_attention)
@@ -458,10 +469,9 @@ def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 class KVCache:
-    """Decoding state of `length` tokens, so that each step runs only the new token.
+    """Decoding state of `length` tokens, so that each step runs only the new tokens.
 
-    decode() fills it, and attends to all max_length positions under a mask: one compiled graph
-    serves every token. It cannot be rewound, because the router keeps only sums.
+    It cannot be rewound, because the router keeps only sums.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=None):
@@ -469,7 +479,9 @@ class KVCache:
             raise ValueError('router_context="sequence" reads later tokens too, so no cache is exact')
         self.length = 0
         self.max_length = max_length
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # length, on the device
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
+        self.has_documents = False  # several in a row
         self.layers = [self.layer_cache(config, dtype) for _ in range(config.n_layer)]
 
     def layer_cache(self, config: ModelConfig, dtype: torch.dtype | None) -> dict:
@@ -481,6 +493,19 @@ class KVCache:
         sums = tuple(zeros(B, 1, width, dtype=sum_dtype(self.doc_ids)) for width in widths)
         return {"keys": keys, "values": values, "router_sums": sums}
 
+    def mask(self, model: PolychromaticLM, positions: Tensor, doc_ids: Tensor | None) -> Tensor | None:
+        """Attention mask of new tokens; None: causal. Remembers their doc_ids."""
+        T, end = len(positions), self.length + len(positions)
+        if doc_ids is not None:
+            self.doc_ids[:, self.length :] = doc_ids[:, -1:]  # later tokens continue the last document
+            self.doc_ids[:, self.length : end] = doc_ids
+            self.has_documents = True
+        if T == 1 and (model.is_compiled or positions.is_cuda):
+            end = self.max_length  # static shapes: one graph serves every token
+        elif not self.has_documents and (T == 1 or self.length == 0):
+            return None
+        return document_mask(self.doc_ids[:, :end], positions)
+
 
 def decode(model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache) -> Tensor:
     """Logits [B, 1, vocab_size] after the last token; tokens [B, T] continue the cached rows.
@@ -488,12 +513,16 @@ def decode(model: PolychromaticLM, tokens: Tensor, doc_ids: Tensor | None, cache
     Without doc_ids they continue each row's last document. Raises ValueError if the cache is full.
     """
     layout = make_layout(model, tokens, doc_ids, cache)
+    cache.length += tokens.size(1)
+    cache.position += tokens.size(1)
+    end = cache.length if layout.mask is None else layout.mask.size(-1)
     x = model.embedding(tokens)
-    for block, layer_cache in zip(model.blocks, cache.layers):
+    for block, layer in zip(model.blocks, cache.layers):
+        keys, values = (layer[name][:, :, :end] for name in ("keys", "values"))
+        layer_layout = layout._replace(keys=keys, values=values, router_sums=layer["router_sums"])
         # A prompt runs uncompiled, by block.forward: every new length would recompile.
         run = block if tokens.size(1) == 1 else block.forward
-        x = run(x, layout._replace(**layer_cache))
-    cache.length += tokens.size(1)
+        x = run(x, layer_layout)
     return F.linear(model.norm(x[:, -1:]), model.head_weight)
 
 
@@ -592,7 +621,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in float32, or unchanged if it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -18,12 +18,13 @@ from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np
 import torch
+from torch import nn
 
 from common.generate import check_sampling, text_deltas, visible_text
 from common.run import compiler_works, pick_device, pick_dtype
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
-from model import PolychromaticLM
+from model import KVCache, PolychromaticLM, compute_dtype
 
 
 @dataclass
@@ -51,7 +52,7 @@ class SampleConfig:
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
-    compile: bool = False  # compile the blocks: takes half a minute, pays off for long texts
+    compile: bool | None = None  # compile the blocks, which takes half a minute; None: from 16,384 tokens on
 
     def __post_init__(self):
         check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
@@ -116,6 +117,8 @@ class Chat:
         self.model, self.encoding, self.cfg = model, encoding, cfg
         self.system = [{"role": "system", "content": cfg.system}] if cfg.system else []
         self.turns: list[dict] = []  # user and assistant alternate; an answer is kept as its token ids
+        self.cache: KVCache | None = None  # of the turns so far
+        self.read: list[int] = []  # the tokens that it holds
 
     def answer(self, question: str):
         """Print the answer to a message of the user, and remember both. Ctrl-C ends the answer early."""
@@ -130,9 +133,11 @@ class Chat:
         if len(turns) <= len(self.turns):
             note("(the context is full: the oldest turn is forgotten)")
         new_ids, text = [], ""
+        self.open_cache(ids)
         length = min(self.cfg.max_new_tokens, block_size - len(ids))
         try:
-            for piece in stream(self.model, self.encoding, ids, self.cfg, max_new_tokens=length, new_ids=[new_ids]):
+            settings = {"max_new_tokens": length, "new_ids": [new_ids], "cache": self.cache}
+            for piece in stream(self.model, self.encoding, ids, self.cfg, **settings):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
@@ -141,9 +146,17 @@ class Chat:
                 return
         finally:
             print(flush=True)
+            self.read = (ids + new_ids)[: self.cache.length] if self.cache else []
         if len(new_ids) == length < self.cfg.max_new_tokens:
             note("(the context is full: the answer ends here)")
         self.turns = [*turns, {"role": "assistant", "content": self.said(new_ids, text)}]
+
+    def open_cache(self, ids: list[int]):
+        """Keep the cache for a conversation that goes on; otherwise, empty it."""
+        config = self.model.config
+        if not config.sees_future and (self.cache is None or ids[: len(self.read)] != self.read):
+            dtype = compute_dtype(self.model.embedding.weight)
+            self.cache = KVCache(config, 1, config.block_size, self.model.device, dtype)
 
     def said(self, new_ids: list[int], text: str) -> np.ndarray:
         """The answer as the next turn reads it: the tokens that were drawn, up to a stop text."""
@@ -185,8 +198,13 @@ def main():
     source = cfg.init_from or cfg.out_dir or newest_checkpoint(fine_tuned=cfg.chat)
     model = open_model(source, device, cfg.revision, cfg.router_context, is_asked=cfg.chat)
     with contextlib.redirect_stdout(sys.stderr):
-        if cfg.compile and compiler_works(device):
+        pays = not cfg.chat and cfg.num_samples * cfg.max_new_tokens >= 2**14
+        if (pays if cfg.compile is None else cfg.compile) and compiler_works(device):
             model.compile()
+    if device.type == "cuda":  # else autocast would cast the weights again for every token
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.to(dtype)
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     torch.manual_seed(cfg.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -2,15 +2,15 @@
 
 import codecs
 import functools
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from common.data import Corpus
 from common.settings import UserError
-from model import KVCache, PolychromaticLM, compute_dtype, sum_dtype
+from model import KVCache, ModelConfig, PolychromaticLM, compute_dtype, sum_dtype
 
 
 @torch.no_grad()
@@ -18,57 +18,113 @@ def generate(
     model: PolychromaticLM, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
     top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
     end_of_text: int = -1, generator: torch.Generator | None = None, vocab_size: int | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Continue prompts, one token of every row at a time: yields [B] int64, -1 in rows that have ended.
 
     tokens: prompts of any lengths, [B, T] or lists of ids. temperature 0 takes the likeliest token; top_k keeps the
     k likeliest, top_p the fewest whose probabilities reach p. A row ends after a token in stop_ids. After the token
     end_of_text (-1: none) a new document starts, as in training. Ids from vocab_size on (None: none) are never drawn.
-    A row longer than block_size continues from its last block_size / 2 tokens. UserError for bad values, an empty
-    prompt, several lengths with a "sequence" router, and a model whose output is not finite.
+    A row longer than block_size continues from its last block_size / 2 tokens. cache: holds the first tokens of all
+    prompts, which are not read again. UserError for bad values, an empty prompt, several lengths with a "sequence"
+    router, and a model whose output is not finite.
     """
     config, device = model.config, model.device
-    prompts = [torch.as_tensor(row, dtype=torch.int64, device=device) for row in tokens]
-    if not prompts or any(prompt.dim() != 1 or not len(prompt) for prompt in prompts):
-        raise UserError("an empty prompt, or none; start from [[<|endoftext|>]] to write freely")
-    if any(prompt.min() < 0 or prompt.max() >= config.vocab_size for prompt in prompts):
-        raise UserError(f"a token that is not in 0..{config.vocab_size - 1}")
+    rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in tokens]  # all tokens so far
+    check_prompts(rows, config)
     check_sampling(temperature, top_k, top_p)
-    if config.sees_future and len(set(map(len, prompts))) > 1:
-        raise UserError('router_context="sequence" would read the padding too; give prompts of one length')
-    context = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")  # [B, T]; -1: padding
-    ended = torch.zeros(len(context), dtype=torch.bool, device=device)
-    stop = torch.tensor(list(stop_ids), device=device)
-    cache = None
+    is_active = [True] * len(rows)
+    step_graph = None
     was_training = model.training
     model.eval()
     try:
-        for step in range(max_new_tokens):
-            n_unread = 1
-            if cache is None or cache.length == config.block_size:  # read the context
-                lengths = (context >= 0).sum(1)
-                lengths[lengths > config.block_size] = max(1, config.block_size // 2)  # the recent half of a long row
-                lengths[ended] = 1
-                n_unread = int(lengths.max())
-                is_kept = torch.arange(n_unread, 0, -1, device=device) <= lengths[:, None]
-                context = context[:, -n_unread:].where(is_kept, -1)
-                if not config.sees_future:  # a "sequence" router has no cache: it reads the context at every step
-                    room = min(config.block_size, n_unread + max_new_tokens - step)
-                    cache = KVCache(config, len(context), room, device, compute_dtype(model.embedding.weight))
-            is_end = (context < 0) | (context == end_of_text)  # each token of the padding is a document
-            doc_ids = document_ids(is_end)[:, -n_unread:]
-            unread = context[:, -n_unread:].clamp_min(0)
-            logits = model(unread, doc_ids=doc_ids if doc_ids.any() else None, cache=cache)[:, -1, :vocab_size].float()
-            if not logits.isfinite().all():
+        for n_left in range(max_new_tokens, 0, -1):
+            if cache is None or cache.length == config.block_size:  # start from the rows, or from the recent half
+                rows = [row if active else row[-1:] for row, active in zip(rows, is_active)]
+                n_recent = max(1, config.block_size // 2)
+                rows = [row if len(row) <= config.block_size else row[-n_recent:] for row in rows]
+                room = min(config.block_size, max(map(len, rows)) + n_left)
+                if not config.sees_future:  # a "sequence" router has no cache: it reads the rows at every step
+                    cache = KVCache(config, len(rows), room, device, compute_dtype(model.embedding.weight))
+                step_graph = None
+            unread, doc_ids = next_inputs(rows, cache.length if cache else 0, end_of_text, device)
+            is_step = cache and cache.length > 0 and unread.size(1) == 1 and doc_ids is None
+            if is_step and step_graph:
+                logits = step_graph(unread)
+            else:
+                logits = model(unread, doc_ids=doc_ids, cache=cache)
+                if is_step and StepGraph.fits(model) and n_left > 1:  # this step was its warm-up
+                    step_graph = StepGraph(model, unread, cache)
+            logits = logits[:, -1, :vocab_size].float()
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            ids = token.where(logits.isfinite().all(-1), -1).tolist()  # the only wait for a GPU
+            if -1 in ids:
                 raise UserError("the model's output is not finite: a weight is NaN or too large; use an earlier model")
-            token = sample_token(logits, temperature, top_k, top_p, generator).where(~ended, -1)
-            yield token
-            context = torch.cat((context, token[:, None]), 1)
-            ended |= torch.isin(token, stop)
-            if ended.all():
+            for row, new in zip(rows, ids):
+                row.append(new)
+            yield torch.tensor([new if active else -1 for new, active in zip(ids, is_active)], device=device)
+            is_active = [active and new not in stop_ids for new, active in zip(ids, is_active)]
+            if not any(is_active):
                 return
     finally:
         model.train(was_training)
+
+
+def check_prompts(rows: list[list[int]], config: ModelConfig):
+    """Raise UserError unless these prompts can be continued together."""
+    if not rows or not all(rows):
+        raise UserError("an empty prompt, or none; start from [[<|endoftext|>]] to write freely")
+    if any(min(row) < 0 or max(row) >= config.vocab_size for row in rows):
+        raise UserError(f"a token that is not in 0..{config.vocab_size - 1}")
+    if config.sees_future and len(set(map(len, rows))) > 1:
+        raise UserError('router_context="sequence" would read the padding too; give prompts of one length')
+
+
+def next_inputs(
+    rows: list[list[int]], n_read: int, end_of_text: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens and doc_ids of the rows after the n_read that a cache holds, [B, n] int64; padded on the left.
+
+    Each token of the padding is a document. doc_ids are None if no document starts.
+    """
+    longest = max(map(len, rows))
+    n = longest - n_read
+    tokens = [([0] * (longest - len(row)) + row[-n:])[-n:] for row in rows]
+    has_padding = n_read == 0 and any(len(row) < longest for row in rows)
+    doc_ids = None
+    if has_padding or any(end_of_text in row[max(0, len(row) - n - 1) : -1] for row in rows):
+        doc_ids = []
+        for row in rows:
+            padding = longest - len(row)
+            ends = itertools.accumulate((token == end_of_text for token in row[:-1]), initial=padding)
+            doc_ids.append([*range(padding), *ends][-n:])
+        doc_ids = torch.tensor(doc_ids, device=device)
+    return torch.tensor(tokens, device=device), doc_ids
+
+
+class StepGraph:
+    """A decoding step as a CUDA graph: a replay launches all of its kernels at once."""
+
+    def __init__(self, model: PolychromaticLM, tokens: Tensor, cache: KVCache):
+        self.tokens = tokens.clone()
+        self.cache = cache
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # records the step without running it
+            self.logits = model(self.tokens, cache=cache)
+        cache.length -= 1
+
+    @staticmethod
+    def fits(model: PolychromaticLM) -> bool:
+        """Whether there is a GPU, and autocast, whose copies a graph could not keep, has no weights to cast."""
+        weight = model.embedding.weight
+        return weight.is_cuda and weight.dtype == compute_dtype(weight)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits [B, 1, vocab_size] of model(tokens, cache=cache)."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        self.cache.length += 1
+        return self.logits
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None):
@@ -107,19 +163,19 @@ def sample_token(logits: Tensor, temperature: float, top_k=None, top_p=None, gen
 def text_deltas(
     model: PolychromaticLM, encoding, prompts: list[list[int]], max_new_tokens: int, stop_ids: Collection[int],
     stop_texts: Sequence[str] = (), temperature: float = 0.0, top_k=None, top_p=None, generator=None,
-    new_ids: list[list[int]] | None = None,
+    new_ids: list[list[int]] | None = None, cache: KVCache | None = None,
 ) -> Iterator[list[str]]:  # fmt: skip
     """Continue prompts (token ids), each up to a stop token or stop text; yields the new text of each, step by step.
 
-    new_ids: a list for each prompt, which collects its new tokens, without the stop token. An interrupt, such as
-    Ctrl-C, first gets the text that was held back because it may begin a stop text.
+    new_ids: a list for each prompt, which collects its new tokens, without the stop token. cache: see generate(). An
+    interrupt, such as Ctrl-C, first gets the text that was held back because it may begin a stop text.
     """
     longest = max(map(len, stop_texts), default=1)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]  # keep unfinished characters
     held = dict.fromkeys(range(len(prompts)), "")  # by row that has not ended: text that may begin a stop text
     steps = generate(
         model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, document_end(model, encoding), generator,
-        encoding.n_vocab,
+        encoding.n_vocab, cache,
     )  # fmt: skip
     try:
         for step, tokens in enumerate(steps, start=1):

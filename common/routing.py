@@ -40,8 +40,8 @@ def routing_stats(
         dynamic, agreement, mean_g = 0.0, 0.0, 0.0
         for i in range(len(tokens)):  # a row at a time: g has K * T * d_ff numbers
             doc_start = None if layout.doc_start is None else layout.doc_start[i : i + 1]
-            g = torch.stack(block.ffn.mixture(h[i : i + 1], doc_start))
-            g = g[:, 0, is_text[i]]  # [K, tokens, d_ff]
+            e = torch.stack(block.ffn.mixture(h[i : i + 1], doc_start))[:, 0, is_text[i]]
+            g = e / e.sum(0)  # [K, tokens, d_ff]
             votes = (g == g.amax(0)).float()  # a tie splits the neuron's vote
             agreement += (votes / votes.sum(0)).mean(-1).amax(0).sum() / is_text.sum()
             dynamic += entropy(g).mean(-1).sum() / is_text.sum()

@@ -1069,7 +1069,8 @@ def test_the_documented_measures_are_those_of_the_report():
     mixture = ffn.mixture
     ffn.mixture = lambda *inputs: mixtures.append(mixture(*inputs)) or mixtures[-1]
     stats = routing_stats(model, tokens)
-    g = torch.stack(mixtures[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
+    e = torch.stack(mixtures[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
+    g = e / e.sum(-1, keepdim=True)
     scope = dict(torch=torch, alpha=ffn.alpha.detach(), g=g.detach())
     for formula in fenced((ROOT / "docs/routing.md").read_text(), "python"):
         exec(formula, scope)

@@ -124,15 +124,16 @@ def random_batch() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @torch._inductor.config.patch(fallback_random=True)  # the routing noise of eager code
-def test_flexattention_and_compiled_code_agree_with_dense_masks_and_eager_code(compiled):
+def test_flexattention_and_compiled_code_agree_with_dense_masks_and_eager_code(compiled, monkeypatch):
     """In training with one seed's noise, gradients included, and in evaluation."""
+    monkeypatch.setattr(PolychromaticLM, "is_compiled", True)  # eager blocks may use FlexAttention, compiled alone
     flex = ON_GPU or not compiled
     tokens, targets, doc_ids = random_batch()
 
     def results(is_ours: bool) -> dict[str, list[Tensor]]:
         model = random_model()
         model.requires_grad_(ON_GPU or not flex)  # FlexAttention has no backward pass on a CPU
-        model.flex = model.is_compiled = flex and is_ours  # uncompiled blocks compile FlexAttention alone
+        model.flex = flex and is_ours
         if compiled and is_ours:
             model.compile(backend=BACKEND)
         torch.manual_seed(2)
@@ -172,9 +173,10 @@ def test_the_loss_in_chunks_is_the_plain_loss():
 
 
 @torch.no_grad()
-def test_packed_documents_give_the_logits_of_each_alone():
+def test_packed_documents_give_the_logits_of_each_alone(monkeypatch):
+    monkeypatch.setattr(PolychromaticLM, "is_compiled", True)  # as above
     model, (tokens, _, doc_ids) = random_model().eval(), random_batch()
-    model.flex = model.is_compiled = True  # without its blocks
+    model.flex = True
 
     def results(is_packed: bool) -> dict[str, list[Tensor]]:
         if is_packed:

@@ -870,6 +870,20 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         model(random_tokens(1, 65))
 
 
+def test_a_turn_of_a_chat_reads_its_own_tokens_alone(fine_tuned):
+    model, lengths = from_pretrained(fine_tuned), []
+    chat = sample.Chat(model, tokenizer.get_tokenizer("bytes"), sample.SampleConfig(chat=True, max_new_tokens=2))
+    model.register_forward_pre_hook(lambda model, inputs: lengths.append(inputs[0].size(1)))
+    for question in ("a", "b"):
+        chat.answer(question)
+    asked, _ = tokenizer.encode_chat(chat.encoding, chat.turns[:-1], reply=True)
+    assert sum(lengths) == chat.cache.length == len(chat.read) >= len(asked)  # each token once
+    assert chat.read[: len(asked)] == asked.tolist()
+    chat.turns.clear()
+    chat.answer("c")
+    assert chat.cache.length < len(asked)  # another conversation, another cache
+
+
 def test_a_chat_forgets_on_request_and_when_full_and_refuses_a_long_message(fine_tuned):
     chat = functools.partial(run_main, sample, f"--out_dir={fine_tuned}", "--chat", "--max_new_tokens=12")
     said = chat("--temperature=0", stdin="Say 1.\n/reset\n/sing\n\nSay 1.\n/exit\nnever read\n")

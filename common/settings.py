@@ -23,7 +23,8 @@ from pathlib import Path
 
 # Read when torch is imported. By default, a thread of OpenMP that waits for the others spins for milliseconds, also
 # where another process needs its core: a training step then takes up to 16 times as long. This costs 4% at most.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 SYNONYMS = {  # what other projects call a setting
     "learning_rate": ["lr"],

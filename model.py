@@ -113,7 +113,8 @@ class PolyGLU(nn.Module):
         u_sums, f_sums = router_sums or (None, None)
         with torch.autocast(x.device.type, enabled=False):  # the rest in float32: it is cheap
             context = ROUTER_CONTEXTS[self.router_context](u, doc_start, u_sums)
-            f = self.router_out(F.relu(context).to(self.beta.dtype))
+            weight, bias = at_least_fp32(self.router_out.weight), at_least_fp32(self.router_out.bias)
+            f = F.linear(F.relu(context), weight, bias)
             if self.router_centred:
                 f = f - running_mean(f, doc_start, f_sums)
             return self.beta * f

@@ -72,6 +72,13 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
+def cast_matrices(model: PolychromaticLM, dtype: torch.dtype):
+    """Cast the weights that autocast would copy: the copies fill memory, and a CUDA graph cannot hold them."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.to(dtype)
+
+
 def stream(model: PolychromaticLM, encoding, ids: list[int], cfg: SampleConfig, **settings) -> Iterator[str]:
     """Continue token ids up to <|endoftext|>, <|im_end|> or the stop text; yields pieces of text."""
     settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, **settings}
@@ -140,13 +147,17 @@ class Chat:
             for piece in stream(self.model, self.encoding, ids, self.cfg, **settings):
                 print(piece, end="", flush=True)
                 text += piece
-        except KeyboardInterrupt:
+            if self.cache:
+                self.read = (ids + new_ids)[: self.cache.length]
+        except BaseException as e:
+            self.cache = None  # it may hold half of a step
+            if not isinstance(e, KeyboardInterrupt):
+                raise
             print(" (stopped)", end="", file=sys.stderr)
             if not new_ids:  # the question counts as not asked
                 return
         finally:
             print(flush=True)
-            self.read = (ids + new_ids)[: self.cache.length] if self.cache else []
         if len(new_ids) == length < self.cfg.max_new_tokens:
             note("(the context is full: the answer ends here)")
         self.turns = [*turns, {"role": "assistant", "content": self.said(new_ids, text)}]
@@ -154,7 +165,8 @@ class Chat:
     def open_cache(self, ids: list[int]):
         """Keep the cache for a conversation that goes on; otherwise, empty it."""
         config = self.model.config
-        if not config.sees_future and (self.cache is None or ids[: len(self.read)] != self.read):
+        goes_on = self.cache and len(self.read) < len(ids) and ids[: len(self.read)] == self.read
+        if not config.sees_future and not goes_on:
             dtype = compute_dtype(self.model.embedding.weight)
             self.cache = KVCache(config, 1, config.block_size, self.model.device, dtype)
 
@@ -201,10 +213,8 @@ def main():
         pays = not cfg.chat and cfg.num_samples * cfg.max_new_tokens >= 2**14
         if (pays if cfg.compile is None else cfg.compile) and compiler_works(device):
             model.compile()
-    if device.type == "cuda":  # else autocast would cast the weights again for every token
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.to(dtype)
+    if device.type == "cuda":
+        cast_matrices(model, dtype)
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     torch.manual_seed(cfg.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -39,7 +39,7 @@ def generate(
     model.eval()
     try:
         for n_left in range(max_new_tokens, 0, -1):
-            if cache is None or cache.length == config.block_size:  # start from the rows, or from the recent half
+            if cache is None or cache.length == cache.max_length:  # start from the rows, or from the recent half
                 rows = [row if active else row[-1:] for row, active in zip(rows, is_active)]
                 n_recent = max(1, config.block_size // 2)
                 rows = [row if len(row) <= config.block_size else row[-n_recent:] for row in rows]
@@ -53,11 +53,14 @@ def generate(
                 logits = step_graph(unread)
             else:
                 logits = model(unread, doc_ids=doc_ids, cache=cache)
-                if is_step and StepGraph.fits(model) and n_left > 1:  # this step was its warm-up
+                has_room = cache is not None and cache.length < cache.max_length
+                if is_step and has_room and StepGraph.fits(model):  # this step was its warm-up
                     step_graph = StepGraph(model, unread, cache)
-            logits = logits[:, -1, :vocab_size].float()
+            logits = logits[:, -1, :vocab_size]
+            is_finite = logits.isfinite().all(-1)
+            logits = logits.where(is_finite[:, None], 0)  # which can be sampled from
             token = sample_token(logits, temperature, top_k, top_p, generator)
-            ids = token.where(logits.isfinite().all(-1), -1).tolist()  # the only wait for a GPU
+            ids = token.where(is_finite, -1).tolist()
             if -1 in ids:
                 raise UserError("the model's output is not finite: a weight is NaN or too large; use an earlier model")
             for row, new in zip(rows, ids):
@@ -115,7 +118,7 @@ class StepGraph:
 
     @staticmethod
     def fits(model: PolychromaticLM) -> bool:
-        """Whether there is a GPU, and autocast, whose copies a graph could not keep, has no weights to cast."""
+        """Whether the model is on a GPU, with weights in autocast's dtype: a graph must not hold autocast's copies."""
         weight = model.embedding.weight
         return weight.is_cuda and weight.dtype == compute_dtype(weight)
 

@@ -173,8 +173,10 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
         except filelock.Timeout:
             found = f"another process is writing to {folder}"
             raise UserError(f"{found}; wait for it, or choose another folder") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -198,7 +200,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], hint: str 
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except (OSError, RuntimeError):
+        except BaseException:  # a second Ctrl-C too
             partial.unlink(missing_ok=True)
             raise
 

@@ -870,6 +870,42 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         model(random_tokens(1, 65))
 
 
+def test_matrices_in_bfloat16_decode_as_autocast_does():
+    model, tokens = small_model(), random_tokens(1, 20)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = model(tokens)
+        sample.cast_matrices(model, torch.bfloat16)
+        cache = KVCache(model.config, 1, 20, dtype=torch.bfloat16)
+        logits = torch.cat([model(part, cache=cache) for part in tokens.split([17, 1, 1, 1], dim=1)], dim=1)
+    assert (logits - expected[:, 16:]).norm() < 0.03 * expected.norm()
+
+
+def test_a_weight_that_is_not_finite_is_named_at_any_temperature():
+    model = small_model()
+    model.norm.weight.data[0] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(config.UserError, match="the model's output is not finite"):
+            list(generation.generate(model, [[1, 2]], 1, temperature))
+
+
+def test_a_turn_after_ctrl_c_reads_the_conversation_again(fine_tuned, monkeypatch):
+    chats, cfg = [], sample.SampleConfig(chat=True, max_new_tokens=2, temperature=0.0)
+    for is_stopped in (True, False):
+        model = from_pretrained(fine_tuned)
+        chat = sample.Chat(model, tokenizer.get_tokenizer("bytes"), cfg)
+        if is_stopped:
+            with monkeypatch.context() as patch:
+                patch.setattr(model.blocks[1], "forward", mock.Mock(side_effect=KeyboardInterrupt))
+                chat.answer("a")
+            assert chat.turns == []
+        chat.answer("a")
+        chats.append(chat.read)
+        chat.turns.clear()
+        chat.answer("a")  # the cache holds all of it
+        chats.append(chat.read)
+    assert chats[0] and all(read == chats[0] for read in chats)
+
+
 def test_a_turn_of_a_chat_reads_its_own_tokens_alone(fine_tuned):
     model, lengths = from_pretrained(fine_tuned), []
     chat = sample.Chat(model, tokenizer.get_tokenizer("bytes"), sample.SampleConfig(chat=True, max_new_tokens=2))

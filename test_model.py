@@ -941,8 +941,11 @@ def test_a_run_in_a_folder_without_a_checkpoint_keeps_what_it_finds(run_small, t
 
 def test_a_resumed_run_says_what_has_changed_and_nothing_else(run_small, corpus_dir, tmp_path):
     run_small(max_steps=1)
+    run_small("--resume", max_steps=1)
+    assert [x["step"] for x in read_log(tmp_path) if "val" in x] == [0, 1]  # the last evaluation is repeated
     printed = run_small("--resume", max_steps=2, mixture={"math": 1.0})
     assert "resuming with mixture={'math': 1.0}" in printed and "has changed" not in printed
+    assert [x["step"] for x in read_log(tmp_path) if "val" in x] == [0, 1, 2]  # or kept
 
 
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):

@@ -404,7 +404,8 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     # nothing can fail any more: delete what an old run left, or what followed the checkpoint
     ranks.wait()  # all have read the folder
     if is_writer:
-        runtime.rewind(run.folder, progress.step, cfg.overwrite)
+        evaluates_again = progress.step % cfg.eval_interval == 0 or progress.step == cfg.max_steps
+        runtime.rewind(run.folder, progress.step, evaluates_again, cfg.overwrite)
         runtime.write_json(run.folder / "settings.json", dataclasses.asdict(cfg))
     return run
 

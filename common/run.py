@@ -283,8 +283,8 @@ def read_log(folder: Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
-def rewind(folder: Path, step: int, overwrite: bool = False):
-    """Remove from a run folder the log after this step; to overwrite a run, all of it.
+def rewind(folder: Path, step: int, evaluates_again: bool, overwrite: bool):
+    """Remove from a run folder the log after this step, with its evaluation if it runs again; to overwrite, all of it.
 
     A new run (step 0) in a folder without a checkpoint keeps what it finds: the log moves to log.old.jsonl.
     """
@@ -298,8 +298,8 @@ def rewind(folder: Path, step: int, overwrite: bool = False):
         elif step == 0 and lines:
             with open(folder / "log.old.jsonl", "a") as old:
                 old.writelines(lines)
-    # Evaluations of this step run again.
-    kept = [r for r in read_log(folder) if r["step"] < step or (r["step"] == step and "loss" in r)]
+    last = step + (not evaluates_again)  # evaluations of earlier steps are kept
+    kept = [r for r in read_log(folder) if r["step"] < (step + 1 if "loss" in r else last)]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
 

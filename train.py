@@ -112,10 +112,11 @@ class TrainConfig(ModelConfig):
         check_range(self, 1e-3, 1e3, "tau_start", "tau_end")
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % micro:
-            raise UserError(f"batch_size is {batch}; it must be a multiple of micro_batch_size {micro}")
+            found = f"batch_size is {batch}; it must be a multiple of micro_batch_size {micro}"
+            raise UserError(f"{found}, which may change too")
         if self.overwrite and (self.resume or self.eval_only):
             other = "resume" if self.resume else "eval_only"
-            raise UserError(f"{other} and overwrite cannot be combined")
+            raise UserError(f"{other} and overwrite cannot be combined; --overwrite=False turns one off")
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
@@ -299,13 +300,13 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         model, progress, rows_per_domain = compile_and_distribute(run), run.progress, quotas(cfg)
         step_seconds = []  # since the last line of the log
         stop, is_stopping = None, False
-        model.train()
-        set_tau(model, get_tau(progress.step, cfg))
 
         # evaluate once, if no more is asked for
         if cfg.eval_only:
             report(run)
             return ranks.wait(is_last=True)
+        model.train()
+        set_tau(model, get_tau(progress.step, cfg))
         for step in range(progress.step, cfg.max_steps):
             # evaluate
             if step % cfg.eval_interval == 0:
@@ -418,7 +419,8 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
             raise UserError(f"{path} exists; --resume continues that run, --overwrite starts over")
         return None
     if not path.exists():
-        print(f"nothing to resume in {path.parent} yet: starting at step 0")
+        what = "evaluating the first weights" if cfg.eval_only else "starting at step 0"
+        print(f"there is no checkpoint in {path.parent} yet: {what}")
         return None
     try:
         checkpoint = runtime.load_checkpoint(path)

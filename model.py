@@ -92,17 +92,17 @@ class PolyGLU(nn.Module):
         return self.w_down((mixed * up).to(up.dtype))
 
     def mixture(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
-        """The weights of the activations up to a factor, exp(logits): K x [B, T, F], at least float32."""
+        """The weights g before they are divided by their sum: K x [B, T, F], at least float32."""
         static = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, F]
         if self.training and self.gumbel:
             static = static + gumbel_noise(static)
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
         static = (static / self.tau)[:, :, None].unbind(1)  # K x [B, 1, F]
         dynamic = (dynamic / self.tau)[..., None].unbind(2)  # K x [B, T, 1]
-        # A softmax, written out: of stacked logits, the compiler would write each step to memory.
+        # F.softmax of the stacked logits gives the same, but the compiler could not fuse it.
         logits = [a + b for a, b in zip(static, dynamic)]
-        with torch.no_grad():  # a common factor
-            top = functools.reduce(torch.maximum, logits)  # keeps exp from overflowing
+        with torch.no_grad():  # the division cancels top, which keeps exp from overflowing
+            top = functools.reduce(torch.maximum, logits)
         return [(logit - top).exp() for logit in logits]
 
     def dynamic_logits(self, x, doc_start=None, router_sums=None) -> Tensor:
@@ -127,10 +127,10 @@ def running_mean(u: Tensor, doc_start: Tensor, sums: Tensor | None) -> Tensor:
     terms = torch.ones(B, T, R + 1, dtype=sum_dtype(u), device=u.device)  # the last column counts
     terms[..., :-1] = u
     total = terms.cumsum(1)
-    if doc_start is not None:  # without the tokens before the document
+    if doc_start is not None:  # subtract the tokens before the document
         start = doc_start.clamp_min(0)[:, :, None].expand_as(terms)
         total = total - (total - terms).gather(1, start)
-    if sums is not None:  # with its tokens of earlier calls
+    if sums is not None:  # add its tokens of earlier calls
         earlier = sums if doc_start is None else sums * (doc_start < 0)[:, :, None]
         total = total + earlier
         sums.copy_(total[:, -1:])
@@ -337,6 +337,7 @@ class PolychromaticLM(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
+        """Whether compile() was called."""
         return self.blocks[0]._compiled_call_impl is not None
 
     @property
@@ -420,16 +421,16 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
     positions = torch.arange(T, device=tokens.device)
     positions = positions if cache is None else positions + cache.position
     layout = Layout(positions, *rotary_angles(positions, c.head_dim, c.rope_theta))
-    if doc_ids is not None:  # else one causal document a row, or the last one goes on
+    if cache is None and doc_ids is None:
+        return layout  # one causal document a row
+    if doc_ids is not None:
         previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
         layout = layout._replace(doc_start=document_starts(doc_ids, previous))
-    elif cache is not None and model.is_compiled:  # the same graph as with doc_ids
+    elif model.is_compiled:  # a tensor, so that one graph serves both cases
         layout = layout._replace(doc_start=torch.full_like(tokens, -1))
-    if cache is not None:
-        return layout._replace(mask=cache.mask(model, positions, doc_ids))
-    if doc_ids is None:
-        return layout
-    return layout._replace(mask=document_mask(doc_ids, positions, uses_flex(model)))
+    if cache is None:
+        return layout._replace(mask=document_mask(doc_ids, positions, uses_flex(model)))
+    return layout._replace(mask=cache.mask(model, positions, doc_ids))
 
 
 def uses_flex(model: PolychromaticLM) -> bool:
@@ -482,7 +483,7 @@ class KVCache:
         self.max_length = max_length
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # length, on the device
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
-        self.has_documents = False  # several in a row
+        self.has_documents = False  # whether doc_ids were ever given
         self.layers = [self.layer_cache(config, dtype) for _ in range(config.n_layer)]
 
     def layer_cache(self, config: ModelConfig, dtype: torch.dtype | None) -> dict:

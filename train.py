@@ -305,6 +305,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         if cfg.eval_only:
             report(run)
             return ranks.wait(is_last=True)
+
         model.train()
         set_tau(model, get_tau(progress.step, cfg))
         for step in range(progress.step, cfg.max_steps):

@@ -2,7 +2,6 @@
 
 import codecs
 import functools
-import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -96,12 +95,8 @@ def next_inputs(
     has_padding = n_read == 0 and any(len(row) < longest for row in rows)
     doc_ids = None
     if has_padding or any(end_of_text in row[max(0, len(row) - n - 1) : -1] for row in rows):
-        doc_ids = []
-        for row in rows:
-            padding = longest - len(row)
-            ends = itertools.accumulate((token == end_of_text for token in row[:-1]), initial=padding)
-            doc_ids.append([*range(padding), *ends][-n:])
-        doc_ids = torch.tensor(doc_ids, device=device)
+        padded = torch.tensor([[-1] * (longest - len(row)) + row for row in rows], device=device)
+        doc_ids = document_ids((padded == -1) | (padded == end_of_text))[:, -n:]
     return torch.tensor(tokens, device=device), doc_ids
 
 

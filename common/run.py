@@ -74,9 +74,9 @@ class StopSignal:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.requested and time.monotonic() > self.time + 1:  # torchrun repeats the Ctrl-C of a terminal at once
-            raise KeyboardInterrupt
         if self.requested:
+            if time.monotonic() > self.time + 1:  # sooner, it is torchrun, which repeats a terminal's Ctrl-C
+                raise KeyboardInterrupt
             return
         self.requested, self.time = True, time.monotonic()
         is_main = os.environ.get("RANK", "0") == "0"
@@ -288,18 +288,18 @@ def rewind(folder: Path, step: int, evaluates_again: bool, overwrite: bool):
 
     A new run (step 0) in a folder without a checkpoint keeps what it finds: the log moves to log.old.jsonl.
     """
-    lines = [json.dumps(record) + "\n" for record in read_log(folder)]
+    records = read_log(folder)
     with name_write_errors(folder):
         if overwrite:
             # The checkpoint first: a kill here must not leave it beside a new log.
             names = ["ckpt.pt", "best.pt", "trace.json", "layers.png", "usage.png", "training.png"]
             for path in [*(folder / name for name in names), *folder.glob("ckpt_*.pt"), *folder.glob("eval*.json")]:
                 path.unlink(missing_ok=True)
-        elif step == 0 and lines:
+        elif step == 0 and records:
             with open(folder / "log.old.jsonl", "a") as old:
-                old.writelines(lines)
+                old.writelines(json.dumps(record) + "\n" for record in records)
     last = step + (not evaluates_again)  # evaluations of earlier steps are kept
-    kept = [r for r in read_log(folder) if r["step"] < (step + 1 if "loss" in r else last)]
+    kept = [r for r in records if r["step"] < (step + 1 if "loss" in r else last)]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
 

@@ -192,7 +192,7 @@ def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"cannot read {path}: {e.strerror}{hint}") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise UserError(f"{path}: not lines of `name = value` ({e})") from None
+        raise UserError(f"{path}: not lines of `name = value` ({str(e) or type(e).__name__})") from None
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring

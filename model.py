@@ -93,17 +93,18 @@ class PolyGLU(nn.Module):
 
     def mixture(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
         """The weights g before they are divided by their sum: K x [B, T, F], at least float32."""
-        static = at_least_fp32(self.alpha.t()).contiguous().expand(x.size(0), -1, -1)  # [B, K, F]
+        static = at_least_fp32(self.alpha.t())  # [K, F]
         if self.training and self.gumbel:
-            static = static + gumbel_noise(static)
+            static = gumbel_noise(static.expand(x.size(0), -1, -1)) + static  # [B, K, F]
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
-        static = (static / self.tau)[:, :, None].unbind(1)  # K x [B, 1, F]
-        dynamic = (dynamic / self.tau)[..., None].unbind(2)  # K x [B, T, 1]
+        ones = [1] * len(self.sigma)
+        static = (static / self.tau).split(ones, dim=-2)  # K x [B, 1, F], or [1, F] for all rows
+        dynamic = (dynamic / self.tau).split(ones, dim=-1)  # K x [B, T, 1]
         # F.softmax of the stacked logits gives the same, but the compiler could not fuse it.
         logits = [a + b for a, b in zip(static, dynamic)]
         with torch.no_grad():  # the division cancels top, which keeps exp from overflowing
             top = functools.reduce(torch.maximum, logits)
-        return [(logit - top).exp() for logit in logits]
+        return [logit.sub_(top).exp_() for logit in logits]  # in place: less memory to move
 
     def dynamic_logits(self, x, doc_start=None, router_sums=None) -> Tensor:
         """The router, beta * f: [B, T, K]; zeros without one."""
@@ -148,8 +149,11 @@ ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = 
 
 
 def add(tensors: Sequence[Tensor]) -> Tensor:
-    """Their sum, without the 0 that sum() starts from."""
-    return functools.reduce(torch.add, tensors)
+    """Their sum. In place after the first two: less memory to move, and autograd keeps no sum."""
+    total = tensors[0] + tensors[1]
+    for tensor in tensors[2:]:
+        total += tensor
+    return total
 
 
 def set_tau(module: nn.Module, tau: float):

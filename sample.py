@@ -18,9 +18,8 @@ from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np
 import torch
-from torch import nn
 
-from common.generate import check_sampling, text_deltas, visible_text
+from common.generate import check_sampling, prepare_weights, text_deltas, visible_text
 from common.run import compiler_works, pick_device, pick_dtype
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
@@ -70,13 +69,6 @@ class SampleConfig:
 def note(message: str):
     """Print a message to stderr: stdout is for generated text."""
     print(message, file=sys.stderr)
-
-
-def cast_matrices(model: PolychromaticLM, dtype: torch.dtype):
-    """Cast the weights that autocast would copy: the copies fill memory, and a CUDA graph cannot hold them."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.to(dtype)
 
 
 def stream(model: PolychromaticLM, encoding, ids: list[int], cfg: SampleConfig, **settings) -> Iterator[str]:
@@ -213,8 +205,7 @@ def main():
         pays = not cfg.chat and cfg.num_samples * cfg.max_new_tokens >= 2**14
         if (pays if cfg.compile is None else cfg.compile) and compiler_works(device):
             model.compile()
-    if device.type == "cuda":
-        cast_matrices(model, dtype)
+    prepare_weights(model, dtype)
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     torch.manual_seed(cfg.seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.data import Corpus
 from common.settings import UserError
@@ -98,6 +98,19 @@ def next_inputs(
         padded = torch.tensor([[-1] * (longest - len(row)) + row for row in rows], device=device)
         doc_ids = document_ids((padded == -1) | (padded == end_of_text))[:, -n:]
     return torch.tensor(tokens, device=device), doc_ids
+
+
+def prepare_weights(model: PolychromaticLM, dtype: torch.dtype):
+    """Hold the matrices as decoding reads them fastest, for products in this dtype.
+
+    They are cast to it, as autocast would do: its copies fill memory, and a CUDA graph cannot hold them. In float32 on
+    a CPU, where a token waits for memory, which is fastest in long runs, they are stored along their longer side.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = module.to(dtype).weight
+            if weight.device.type == "cpu" and dtype == torch.float32 and weight.size(0) > weight.size(1):
+                weight.data = weight.t().contiguous().t()
 
 
 class StepGraph:

@@ -870,14 +870,19 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         model(random_tokens(1, 65))
 
 
-def test_matrices_in_bfloat16_decode_as_autocast_does():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_weights_decode_as_the_plain_ones_do(dtype):
     model, tokens = small_model(), random_tokens(1, 20)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
         expected = model(tokens)
-        sample.cast_matrices(model, torch.bfloat16)
-        cache = KVCache(model.config, 1, 20, dtype=torch.bfloat16)
+        generation.prepare_weights(model, dtype)
+        cache = KVCache(model.config, 1, 20, dtype=dtype)
         logits = torch.cat([model(part, cache=cache) for part in tokens.split([17, 1, 1, 1], dim=1)], dim=1)
-    assert (logits - expected[:, 16:]).norm() < 0.03 * expected.norm()
+    assert (logits - expected[:, 16:]).norm() < (1e-5 if dtype == torch.float32 else 0.03) * expected.norm()
+    ffn = model.blocks[0].ffn
+    assert (ffn.w_up.weight.dtype, ffn.alpha.dtype) == (dtype, torch.float32)
+    assert ffn.w_up.weight.t().is_contiguous() == (dtype == torch.float32)  # [d_ff, n_embd], stored along d_ff
+    assert ffn.w_down.weight.is_contiguous()
 
 
 def test_a_weight_that_is_not_finite_is_named_at_any_temperature():

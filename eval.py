@@ -99,7 +99,7 @@ def print_table(title: str, results: dict[str, dict]):
 def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     """The validation text of cfg's corpus, else of the one that the model was trained on."""
     try:
-        folder = cfg.data_dir or run.load_checkpoint(source)["settings"]["data_dir"]
+        folder = cfg.data_dir or run.load_checkpoint(source, verify=False)["settings"]["data_dir"]
     except (UserError, KeyError):  # weights without a run
         advice = "name a corpus, --data_dir=, or --report=False"
         raise UserError(f"{source} does not say what it was trained on; {advice}") from None

@@ -459,16 +459,14 @@ def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         is_compiling = torch.compiler.is_compiling()  # else: routing_stats(), which runs the parts of a block
         flex = flex_attention if is_compiling else torch.compile(flex_attention)
         return flex(q, k, v, block_mask=layout.mask, enable_gqa=True)
-    if q.size(2) == 1:
-        # One new token: the queries of a key head become its rows, because CUDA has no fast kernel
-        # for grouped queries with a mask.
-        rows = q.reshape(q.size(0), k.size(1), -1, q.size(3))
-        return F.scaled_dot_product_attention(rows, k, v, layout.mask).reshape(q.shape)
-    if layout.mask is None:
+    if layout.mask is None and q.size(2) > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # With a mask and grouped queries, CUDA would use the kernel that holds all scores.
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, layout.mask)
+    # The queries of a key head become its rows: with a mask and grouped queries, CUDA would use the
+    # kernel that holds all scores.
+    group = q.size(1) // k.size(1)
+    mask = None if layout.mask is None else layout.mask.repeat(1, 1, group, 1)
+    rows = q.reshape(q.size(0), k.size(1), group * q.size(2), q.size(3))
+    return F.scaled_dot_product_attention(rows, k, v, mask).reshape(q.shape)
 
 
 # --------------------------------------------------------------------------------- key/value cache

@@ -19,7 +19,7 @@ from common.settings import UserError, check_range, load, run  # isort: skip
 import numpy as np
 import torch
 
-from common.generate import check_sampling, prepare_weights, text_deltas, visible_text
+from common.generate import DECODING_OPTIONS, check_sampling, prepare_weights, text_deltas, visible_text
 from common.run import compiler_works, pick_device, pick_dtype
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
@@ -204,7 +204,7 @@ def main():
     with contextlib.redirect_stdout(sys.stderr):
         pays = not cfg.chat and cfg.num_samples * cfg.max_new_tokens >= 2**14
         if (pays if cfg.compile is None else cfg.compile) and compiler_works(device):
-            model.compile()
+            model.compile(options=DECODING_OPTIONS)
     prepare_weights(model, dtype)
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     torch.manual_seed(cfg.seed)

@@ -678,7 +678,7 @@ def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(
     settings = run_settings(corpus_dir, tmp_path)
     command, resume = command_of(settings), command_of(settings, "--resume")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # before the first step, nothing is there to save
-        status, output = signal_at(command, ".* parameters, ", number)
+        status, output = signal_at(command, "override: ", number)
         assert status == 1 and "error: stopped" in output.splitlines()[-1] and not (tmp_path / "ckpt.pt").exists()
     for step, number in [(1, signal.SIGTERM), (4, signal.SIGHUP), (7, signal.SIGKILL), (9, signal.SIGINT)]:
         status, output = signal_at(command, f"step +{step}/", number)

@@ -198,6 +198,8 @@ class Run:
         self.folder = Path(self.cfg.out_dir)
         device, dtype = self.ranks.device, runtime.pick_dtype(self.cfg.dtype, self.ranks.device)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, for the products that autocast leaves in float32
 
     def where_saved(self) -> str:
         step = self.progress.last_saved_step

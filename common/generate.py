@@ -11,6 +11,8 @@ from common.data import Corpus
 from common.settings import UserError
 from model import KVCache, ModelConfig, PolychromaticLM, compute_dtype, sum_dtype
 
+DECODING_OPTIONS = {"cpp.min_chunk_size": 2**13}  # of the compiler: a token's vectors are too short to share out
+
 
 @torch.no_grad()
 def generate(

@@ -22,7 +22,10 @@ from torch import Tensor
 from common.settings import UserError, convert
 from model import SIZES, ModelConfig, PolychromaticLM
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
+PEAK_FLOPS = {  # of GPUs by their names, regular expressions; dense bf16, float32 sums, from the vendor's data sheets
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H200$": 989e12, "RTX 4090$": 165e12,
+    "RTX 3090$": 71e12,
+}  # fmt: skip
 
 
 class Ranks:
@@ -39,7 +42,8 @@ class Ranks:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            on_gpu = self.device.type == "cuda"
+            torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")
 
@@ -130,7 +134,7 @@ def compiler_works(device: torch.device) -> bool:
 def peak_flops(device: torch.device) -> float:
     """Peak FLOP/s of a GPU, dense bf16; NaN if unknown."""
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(name, card)), math.nan)
 
 
 def flops_per_token(model: PolychromaticLM, length: int | None = None) -> float:

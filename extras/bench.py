@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.generate import generate, prepare_weights
+from common.generate import DECODING_OPTIONS, generate, prepare_weights
 from common.run import Ranks, compiler_works, pick_device, pick_dtype, prepare_cpu, write_json
 from model import ModelConfig, PolychromaticLM, PolyGLU, set_tau
 from train import TrainConfig, configure_optimizer, optimizer_step
@@ -216,10 +216,10 @@ def bench_decode(cfg: BenchConfig, device: torch.device, autocast: torch.autocas
         for name, model in build_models(cfg, c, device).items():
             model.to(autocast.fast_dtype).eval()
             settings = {}
-            if isinstance(model, PolychromaticLM):
+            if isinstance(model, PolychromaticLM):  # as sample.py does
                 prepare_weights(model, autocast.fast_dtype)
-            if mode == "compiled" and isinstance(model, PolychromaticLM):
-                model.compile()
+                if mode == "compiled":
+                    model.compile(options=DECODING_OPTIONS)
             elif mode == "compiled":
                 model.compile(dynamic=False)
                 settings["cache_implementation"] = "static"  # one graph for all lengths, as our cache has

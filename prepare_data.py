@@ -289,7 +289,7 @@ def count(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: d
         print(f"{folder.name}: {note}")
     if min(entry["train_tokens"], entry["val_tokens"]) <= 256:  # block_size of config/tiny.py
         found = "; ".join([found, *notes[:3]])
-        raise UserError(f"{folder.name} has too little text, {found}: add some, or change --val_fraction=")
+        raise UserError(f"too little text in {folder}, {found}: add some, or change --val_fraction=")
     entry |= {"val_targets": len(targets)} if source.max_length else {}
     return entry | ({"notes": progress["notes"]} if notes else {})
 
@@ -350,7 +350,8 @@ def find_files(source: str) -> list[str]:
         path = os.path.expanduser(pattern.strip())
         found = [path] if os.path.exists(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         if not found:
-            raise UserError(f"no file matches {path!r}; name your text: --source=input.txt or --source='*.txt'")
+            found = f"no file matches {path!r}; " if path else ""
+            raise UserError(f"{found}name your text: --source=input.txt or --source='*.txt'")
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; name its files: --source='{path}/*.txt'")
         files += found
@@ -572,7 +573,8 @@ def main():
         print(f"{__doc__}\nThe settings of one: python prepare_data.py tiny --help")
         return
     if corpus not in CORPORA:
-        raise UserError(f"which corpus? python prepare_data.py {' | '.join(CORPORA)} (not {corpus!r})")
+        found = f"there is no corpus {corpus!r}" if corpus else "name a corpus"
+        raise UserError(f"{found}: python prepare_data.py {' | '.join(CORPORA)}")
     settings, open_sources, command = CORPORA[corpus]
     cfg = load(settings, sys.argv[2:])
     encoding, folder = get_tokenizer(cfg.tokenizer, cfg.vocab), Path(cfg.data_dir) / corpus

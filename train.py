@@ -42,6 +42,7 @@ from common.run import Ranks
 from common.settings import UserError, check_range
 from model import ModelConfig, PolychromaticLM, set_tau
 
+NO_CHANGE = ("resume", "overwrite", "eval_only", "init_from", "revision", "out_dir", "profile")  # to a resumed run
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
 
@@ -443,7 +444,7 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
     """Print what a resumed run changes. UserError if that is the model, or if it is already past the end."""
     for name, theirs in checkpoint["settings"].items():
         ours = getattr(cfg, name, "(no such setting)")
-        if ours == theirs or name in ("resume", "overwrite", "eval_only", "init_from", "revision"):
+        if ours == theirs or name in NO_CHANGE:
             continue
         if name in checkpoint["model_config"] or name == "frozen":
             found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
@@ -460,11 +461,11 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
 
 def make_embedded_corpus(folder: Path, ranks: Ranks):
     """Prepare a missing data/tiny or data/tiny_sft, which needs no network. No other is made unasked."""
-    is_embedded = folder.parent.name == "data" and folder.name in ("tiny", "tiny_sft")
+    is_embedded = folder in (Path("data/tiny"), Path("data/tiny_sft"))
     if ranks.is_main and is_embedded and not (folder / "meta.json").exists():
         print(f"there is no {folder} yet: preparing it, which takes about half a minute", flush=True)
         script = Path(__file__).with_name("prepare_data.py")
-        command = [sys.executable, script, folder.name, f"--data_dir={folder.parent}"]
+        command = [sys.executable, script, folder.name]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise SystemExit(1)  # it has printed why
     ranks.wait()

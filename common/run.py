@@ -42,8 +42,8 @@ class Ranks:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            on_gpu = self.device.type == "cuda"
-            torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+            backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            torch.distributed.init_process_group(backend, device_id=device_id)
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")
 

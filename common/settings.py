@@ -25,6 +25,7 @@ from pathlib import Path
 # where another process needs its core: a training step then takes up to 16 times as long. This costs 4% at most.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # nothing: torch's profiler would print that it starts and stops
 
 SYNONYMS = {  # what other projects call a setting
     "learning_rate": ["lr"],
@@ -119,7 +120,7 @@ def load(cls: type, argv: list[str] | None = None):
     hints = {f.name: f.type for f in dataclasses.fields(cls)}
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     kinds = {name: typing.get_args(t) if isinstance(t, types.UnionType) else (t,) for name, t in hints.items()}
-    values, models = {}, []
+    values, models, shown = {}, [], {}
     while words:
         word = words.pop(0)
         if word.startswith("-"):
@@ -145,11 +146,13 @@ def load(cls: type, argv: list[str] | None = None):
                 near = known or difflib.get_close_matches(name, kinds, n=1)
                 hint = f"did you mean {' and '.join(map(repr, near))}?" if near else "--help lists them"
                 raise UserError(f"{where}: there is no setting {name!r}; {hint}")
-            values[name] = convert(value, kinds[name], f"{where}: {name}")
+            label = where if where == f"--{name}" else f"{where}: {name}"
+            values[name] = convert(value, kinds[name], label)
             if values[name] == "" != defaults[name]:
-                raise UserError(f"{where}: {name} is empty; give it a value, or leave it out")
-    if values and not wants_help:
-        print("override:", ", ".join(f"{name}={value!r}" for name, value in values.items()), file=sys.stderr)
+                raise UserError(f"{label} is empty; give it a value, or leave it out")
+            shown |= {word: word} if word.endswith(".py") else {name: f"{name}={values[name]!r}"}
+    if shown and not wants_help:
+        print("override:", ", ".join(shown.values()), file=sys.stderr)
     try:
         settings = cls(**values)
     except ValueError as e:  # model.py, which imports nothing of ours, raises no UserError

@@ -1,9 +1,11 @@
-"""The study: what routing is worth.
+"""Three studies: what routing is worth, and whether that changes with training or with size.
 
-python -m extras.study                             train the published variants with five seeds (hours)
-python -m extras.study --variants=swiglu,mine      train some of them, or a new one, by its file in config/study/
+python -m extras.study                             15 variants of config/tiny.py, 500 steps, five seeds (hours)
+python -m extras.study config/study_longer.py      five of them, 4,000 steps, read at five points
+python -m extras.study config/study_larger.py      four of them, 6.8M parameters, 1,600 steps, three seeds
+python -m extras.study --variants=swiglu,mine      train some variants, or a new one, by its file in config/study/
 python -m extras.study --jobs=0                    report the runs that are finished, without training
-python -m extras.study --report=study.json         print the tables and draw the figure again from the numbers alone
+python -m extras.study --report=assets/study.json  print the tables and draw the figures again from the numbers alone
 
 Runs that share a seed see the same data in the same order and start from identical weights, except the routing
 parameters, so variants are compared within each seed. A finished run is kept: the same command continues the study.
@@ -11,6 +13,7 @@ parameters, so variants are compared within each seed. A finished run is kept: t
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -55,20 +58,22 @@ MEASURES = {  # of the routing: heading and format
 class StudyConfig:
     """Settings of a study."""
 
+    name: str = "short"  # of the study, in study.json
     base: str = "config/tiny.py"  # override file that all variants share
     variants: tuple[str, ...] = PUBLISHED  # names of files in config/study/
     seeds: int = 5  # runs of each variant, with the seeds 1, 2, ...
     max_steps: int = 500  # optimizer steps of a run
+    points: int = 1  # evaluations of a run, evenly spread over its steps; the last is at its end
     cost_ratio: float = 1.19  # time of a routed variant's step to a baseline's, by the runs' logs; 1: no equal time
     check_lr: int = 3  # seeds with which swiglu, geglu and prefix also train at half and at twice the learning rate
     eval_tokens: int = 131_072  # evaluate on at most this many tokens of each domain's val.bin
     out_dir: str = "out/study"  # where the runs, study.json and study.png go
     jobs: int | None = None  # runs at a time; None: one per CPU core, on a GPU one; 0: report finished runs
-    report: str | None = None  # a study.json to report, without any run; the figure goes beside it
+    report: tuple[str, ...] = ()  # study.json files to report, without any run; several are joined in out_dir
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
 
     def __post_init__(self):
-        settings.check_range(self, 1, 100, "seeds", "cost_ratio")
+        settings.check_range(self, 1, 100, "seeds", "cost_ratio", "points")
         settings.check_range(self, 0, 1024, "check_lr", "jobs")
 
 
@@ -89,6 +94,18 @@ class Run:
         found = [line for line in read_log(self.folder) if "val" in line and line["step"] == self.settings.max_steps]
         return found[-1] if found else None
 
+    def points(self) -> list[dict]:
+        """What each evaluation after a step measured: mean bits per byte, and means over the layers of the routing."""
+        found = {line["step"]: line for line in read_log(self.folder) if "val" in line and line["step"] > 0}
+        return [{
+            "tokens": step * self.settings.batch_size * self.settings.block_size,
+            "mean": statistics.fmean(val["bits_per_byte"] for val in line["val"].values()),
+            **({
+                "favourite": statistics.fmean(map(max, line["routing"]["usage"])),
+                "input_dependence": statistics.fmean(line["routing"]["input_dependence"]),
+            } if line["routing"] else {}),
+        } for step, line in sorted(found.items())]  # fmt: skip
+
 
 def plan_runs(cfg: StudyConfig) -> list[Run]:
     """All runs of the study, the most important first."""
@@ -97,7 +114,7 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
         folder = Path(cfg.out_dir) / f"{group.replace(', ', '-').replace(' x ', '_').replace(' ', '_')}-{seed}"
         arguments = [
             cfg.base, f"{VARIANTS / group.split(',')[0]}.py", *flags, f"--seed={seed}", f"--max_steps={steps}",
-            f"--eval_interval={steps}", f"--eval_tokens={cfg.eval_tokens}", f"--out_dir={folder}",
+            f"--eval_interval={-(-steps // cfg.points)}", f"--eval_tokens={cfg.eval_tokens}", f"--out_dir={folder}",
             f"--device={cfg.device}",
         ]  # fmt: skip
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # load() prints the overrides
@@ -191,6 +208,7 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
             "activations": run.settings.activations, "causal": not run.settings.sees_future or group != run.group,
             "bits_per_byte": {**bits, "mean": statistics.fmean(bits.values())},  # variants are judged by the mean
             "routing": run.evaluation()["routing"] if group == run.group else {},
+            "points": run.points() if group == run.group else [],
         } for group, bits in scores.items()]  # fmt: skip
     return results
 
@@ -246,7 +264,26 @@ def summarize(results: list[dict]) -> dict:
         for x, p in zip(tested, holm([x["p"] for x in tested])):
             x |= {"p_holm": p, "survives": p < 0.05}
     contrasts = list(compare([*CONTRASTS, *((name, name.split(",")[0]) for name in groups if ", lr" in name)]))
-    return {"summary": list(rows.values()), "comparisons": comparisons, "contrasts": contrasts}
+    summary = {"summary": list(rows.values()), "comparisons": comparisons, "contrasts": contrasts}
+    return summary | {"growth": growth(results)}
+
+
+def growth(results: list[dict]) -> dict:
+    """By baseline and group, at each point of the runs: the difference, paired by seed, and what the routing does."""
+    groups = {}
+    for run in results:
+        if run.get("points") and "," not in run["group"]:
+            groups.setdefault(run["group"], {})[run["seed"]] = run["points"]
+    found = {}
+    for theirs, ours in itertools.product(BASELINES, groups):
+        seeds = [seed for seed in groups[ours] if seed in groups.get(theirs, {})]
+        pairs = [list(zip(groups[ours][seed], groups[theirs][seed])) for seed in seeds if ours != theirs]
+        found.setdefault(theirs, {})[ours] = [
+            {"tokens": points[0][0]["tokens"], **estimate([a["mean"] - b["mean"] for a, b in points])}
+            | {name: estimate([a[name] for a, _ in points]) for name in points[0][0] if name not in ("tokens", "mean")}
+            for points in zip(*pairs)
+        ]
+    return {name: {group: points for group, points in x.items() if points} for name, x in found.items()}
 
 
 def with_interval(x: dict, form: str) -> str:
@@ -279,6 +316,10 @@ def print_report(report: dict):
         } for x in differences])  # fmt: skip
     print_table("Routing at the end, mean over layers and seeds [95% interval]; entropies as shares of ln K", measures)
     print_table("Usage by layer, mean over the seeds", usage)
+    for theirs, groups in report.get("growth", {}).items():
+        print_table(f"Mean bits per byte minus {theirs}'s, paired by seed [95% interval], by training tokens", [{
+            "": ours, **{f"{x['tokens']:,}": with_interval(x, "+.4f") for x in points}
+        } for ours, points in groups.items()])  # fmt: skip
 
 
 def draw_usage(ax, variant: str, runs: list[dict]):
@@ -299,8 +340,6 @@ def draw_usage(ax, variant: str, runs: list[dict]):
 def draw_report(path: Path, report: dict):
     """Draw the differences to SwiGLU, at most ten, and below them the usage by layer without and with centring."""
     groups = {name: [run for run in report["runs"] if run["group"] == name] for name in MAIN}
-    if not all(groups.values()):
-        return print(f"no figure: it needs runs of {', '.join(MAIN)}")
     figure = matplotlib.figure.Figure(figsize=(7, 6.5), dpi=200, layout="constrained")
     axes = figure.subplot_mosaic([["differences"] * 2, ["prefix", "centred"]], height_ratios=(3, 2))
     ax, rows = axes["differences"], sorted(report["summary"], key=lambda row: "equal time" not in row["group"])
@@ -327,29 +366,72 @@ def draw_report(path: Path, report: dict):
     print(f"\nfigure: {path}")
 
 
+def draw_growth(path: Path, studies: dict[str, dict]):
+    """Draw by training tokens, a column for each study: differences to SwiGLU, and what the routing does."""
+    figure = matplotlib.figure.Figure(figsize=(7, 6.5), dpi=200, layout="constrained")
+    axes = figure.subplots(2, len(studies), sharey="row", squeeze=False)
+    for (top, bottom), (name, report) in zip(axes.T, studies.items()):
+        groups = report["growth"]["swiglu"]
+        for i, (group, points) in enumerate(groups.items()):
+            style = {"color": f"C{i}", "marker": "o", "markersize": 3, "linewidth": 1}
+            tokens, means = np.array([[x["tokens"] / 1e6, x["mean"]] for x in points]).T
+            shift = (i - len(groups) / 2) * tokens[-1] / 100  # or the intervals would hide each other
+            intervals = np.array([x["interval"] or 2 * [x["mean"]] for x in points])
+            top.errorbar(tokens + shift, means, yerr=abs(intervals.T - means), capsize=2, label=group, **style)
+            if "favourite" in points[0]:
+                bottom.plot(tokens, [x["favourite"]["mean"] for x in points], **style)
+                dependence = [x["input_dependence"]["mean"] / np.log(4) for x in points]
+                bottom.plot(tokens, dependence, linestyle="--", **style)
+        top.axhline(0, color="gray", linewidth=1)
+        top.set(title=f"{name}: {report['settings']['seeds']} seeds")
+        bottom.set(xlabel="training tokens, millions", ylim=(0, 1))
+    axes[0, 0].set(ylabel="bits per byte minus SwiGLU's,\nwith the 95% interval (lower is better)")
+    axes[1, 0].set(ylabel="solid: weight of a layer's favourite\ndashed: input dependence / ln K")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
+    figure.savefig(path)
+    print(f"\nfigure: {path}")
+
+
+def report_studies(file: Path, studies: dict[str, dict]):
+    """Print the tables of these studies and draw their figures beside the file."""
+    for name, report in studies.items():
+        print(f"\n{name}: {report['machine']}")
+        print_report(report)
+        if all(any(run["group"] == group for run in report["runs"]) for group in MAIN):
+            draw_report(file.with_suffix(".png"), report)
+    if growing := {name: report for name, report in studies.items() if report["growth"].get("swiglu")}:
+        draw_growth(file.with_name(f"{file.stem}_growth.png"), growing)
+
+
+def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
+    """Train what is missing: the report of all finished runs, and what went wrong."""
+    device, runs = pick_device(cfg.device), plan_runs(cfg)
+    default_jobs = os.cpu_count() if device.type == "cpu" else 1
+    jobs = default_jobs if cfg.jobs is None else cfg.jobs
+    open_corpora(runs[0].settings)  # a missing corpus is an error now, not that of each run
+    prepare_cpu()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of a run: its results do not depend on the number of cores
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    errors = train_runs(runs, jobs) if jobs else []
+    results = collect_results(runs, device)
+    if not results:
+        raise settings.UserError(errors[0] if errors else f"no run in {cfg.out_dir} is finished")
+    machine = f"{describe_machine(device)}; one thread per run"
+    return {"machine": machine, "settings": dataclasses.asdict(cfg), "runs": results}, errors
+
+
 def main():
     cfg, errors = settings.load(StudyConfig), []
-    file = Path(cfg.report or f"{cfg.out_dir}/study.json")
+    file = Path(cfg.out_dir) / "study.json"
     if cfg.report:
-        report = json.loads(file.read_text())
-        report |= summarize(report["runs"])
+        file = file if len(cfg.report) > 1 else Path(cfg.report[0])
+        studies = {name: report for path in cfg.report for name, report in json.loads(Path(path).read_text()).items()}
     else:
-        device, runs = pick_device(cfg.device), plan_runs(cfg)
-        default_jobs = os.cpu_count() if device.type == "cpu" else 1
-        jobs = default_jobs if cfg.jobs is None else cfg.jobs
-        open_corpora(runs[0].settings)  # a missing corpus is an error now, not that of each run
-        prepare_cpu()
-        os.environ["OMP_NUM_THREADS"] = "1"  # of a run: its results do not depend on the number of cores
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        errors = train_runs(runs, jobs) if jobs else []
-        results = collect_results(runs, device)
-        if not results:
-            raise settings.UserError(errors[0] if errors else f"no run in {cfg.out_dir} is finished")
-        machine = f"{describe_machine(device)}; one thread per run"
-        report = {"machine": machine, "settings": dataclasses.asdict(cfg), **summarize(results), "runs": results}
-        write_json(file, report)
-    print_report(report)
-    draw_report(file.with_suffix(".png"), report)
+        report, errors = run_study(cfg)
+        studies = {cfg.name: report}
+    if not cfg.report or len(cfg.report) > 1:
+        write_json(file, studies)
+    report_studies(file, {name: report | summarize(report["runs"]) for name, report in studies.items()})
     if errors:
         raise settings.UserError(f"{len(errors)} runs failed: {errors[0]}")
 

@@ -275,7 +275,7 @@ def test_the_tests_for_a_gpu_run_on_a_cpu():
 def test_a_study_plans_the_published_runs_the_most_important_first(monkeypatch):
     monkeypatch.chdir(ROOT)
     runs = study.plan_runs(study.StudyConfig())
-    published = json.loads((ROOT / "assets/study.json").read_text())["runs"]
+    published = json.loads((ROOT / "assets/study.json").read_text())["short"]["runs"]
     assert {f"python train.py {' '.join(run.arguments)}" for run in runs} == {run["command"] for run in published}
     assert [run.folder.name for run in runs[:5]] == ["swiglu-1", "geglu-1", "prefix-1", "centred-1", "swiglu-2"]
 
@@ -327,12 +327,12 @@ def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, 
     file = tmp_path / "out" / "study.json"
     settings = dict(
         base=base, out_dir=file.parent, variants=("swiglu", "prefix", "sequence"), max_steps=2, eval_tokens=256,
-        seeds=1, check_lr=0, cost_ratio=1, device="cpu",
+        seeds=1, check_lr=0, cost_ratio=1, device="cpu", points=2,
     )  # fmt: skip
     run_study = functools.partial(run_here, settings, script=study)
     error = error_of(run_study, "--variants=bad,swiglu,prefix,sequence")
     assert error.startswith("1 runs failed: bad-1 did not finish (error: ")
-    complete = json.loads(file.read_text())["runs"]
+    complete = json.loads(file.read_text())["short"]["runs"]
     assert [run["group"] for run in complete] == ["swiglu", "prefix", "sequence", "sequence, causal"]
     assert len({run["bits_per_byte"]["math"] for run in complete}) == 4
 
@@ -340,9 +340,15 @@ def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, 
     assert "| prefix |" not in run_study("--jobs=0")  # trains nothing
     printed = run_study()
     assert "3 runs, 2 of them done before" in printed and "prefix-1: done" in printed
-    assert json.loads(file.read_text())["runs"] == complete  # to the last digit
-    tables = printed[printed.index("\nBits per byte") : printed.index("no figure: ")]
+    assert json.loads(file.read_text())["short"]["runs"] == complete  # to the last digit
+    tables = printed[printed.index("\nBits per byte") : printed.index("\nfigure: ")]
     assert tables in run_here({"report": file}, script=study)
+    swiglu, prefix = ([x["mean"] for x in run["points"]] for run in complete[:2])
+    other_file = tmp_path / "other.json"
+    other_file.write_text(file.read_text().replace('"short"', '"longer"'))
+    printed = run_here({"report": f"{file},{other_file}", "out_dir": tmp_path}, script=study)
+    assert printed.count("| prefix | {:+.4f} | {:+.4f} |".format(*(b - a for a, b in zip(swiglu, prefix)))) == 2
+    assert (tmp_path / "study_growth.png").exists() and len(json.loads((tmp_path / "study.json").read_text())) == 2
     other = "swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir"
     assert other in error_of(run_study, "--max_steps=3")
 

@@ -1,0 +1,13 @@
+# Does it change with size? The study at 6.8M parameters and 1,600 steps (1.6M tokens), read at five points.
+# python -m extras.study config/study_larger.py
+
+name = "larger"
+base = "config/tiny_wide.py"
+variants = ("swiglu", "geglu", "prefix", "moa")
+seeds = 3
+max_steps = 1600
+points = 5
+cost_ratio = 1.0
+check_lr = 0
+eval_tokens = 65_536
+out_dir = "out/study_larger"

@@ -461,11 +461,12 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
 
 def make_embedded_corpus(folder: Path, ranks: Ranks):
     """Prepare a missing data/tiny or data/tiny_sft, which needs no network. No other is made unasked."""
-    is_embedded = folder in (Path("data/tiny"), Path("data/tiny_sft"))
+    is_embedded = folder.parent.name == "data" and folder.name in ("tiny", "tiny_sft")
     if ranks.is_main and is_embedded and not (folder / "meta.json").exists():
         print(f"there is no {folder} yet: preparing it, which takes about half a minute", flush=True)
         script = Path(__file__).with_name("prepare_data.py")
-        command = [sys.executable, script, folder.name]
+        elsewhere = [] if folder.parent == Path("data") else [f"--data_dir={folder.parent}"]
+        command = [sys.executable, script, folder.name, *elsewhere]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise SystemExit(1)  # it has printed why
     ranks.wait()

@@ -114,8 +114,8 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--max_step=5": "--max_step: there is no setting 'max_step'; did you mean 'max_steps'?",
         "--gradient_accumulation_steps=8": "did you mean 'batch_size' and 'micro_batch_size'?",
         "-overwrite": "-overwrite: a flag starts with two dashes, --overwrite",
-        "--max_steps=1.5": "--max_steps: max_steps takes a whole number, not 1.5",
-        "--out_dir=": "--out_dir: out_dir is empty; give it a value, or leave it out",
+        "--max_steps=1.5": "--max_steps takes a whole number, not 1.5",
+        "--out_dir=": "--out_dir is empty; give it a value, or leave it out",
         "--max_steps --compile": "--max_steps needs a value",
         "max_steps=5": "'max_steps=5' is no flag; did you mean --max_steps=5?",
         "out/a out/b": "'out/a' and 'out/b' are two models; name one",
@@ -379,7 +379,9 @@ def test_a_text_that_repeats_itself_is_taken_once_and_the_rest_is_counted(tmp_pa
     assert f"text: 39 {note}" in prepare("text", "--source=line.txt").out
     assert len(split_texts(Path("data/text/text"))["train"]) == 1
     write_jsonl(Path("row.jsonl"), [{"text": "The same row. " * 30}] * 99)
-    assert re.search(f"too little text, .* 0 val tokens .*; 98 {note}", error_of(prepare, "text", "--source=row.jsonl"))
+    assert re.search(
+        f"too little text in .* 0 val tokens .*; 98 {note}", error_of(prepare, "text", "--source=row.jsonl")
+    )
     many = [f"row {i} of many" for i in range(300)]
     write_jsonl(Path("rows.jsonl"), [{"text": text} for row in many for text in (row, "the same row")])
     assert f"text: 299 {note}" in prepare("text", "--source=rows.jsonl").out
@@ -533,10 +535,10 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
     prepare("text", "--source=good.txt")
     before = corpus_bytes(Path("data"))
     for arguments, message in {
-        "tinny": "which corpus? python prepare_data.py text | tiny | tiny_sft | pretrain | sft (not 'tinny')",
-        "text": "no file matches ''; name your text: --source=input.txt or --source='*.txt'",
+        "tinny": "there is no corpus 'tinny': python prepare_data.py text | tiny | tiny_sft | pretrain | sft",
+        "text": "name your text: --source=input.txt or --source='*.txt'",
         "text --source=data": "data is a folder; name its files: --source='data/*.txt'",
-        "text --source.a=good.txt --source.b=word.txt": "b has too little text, 5 train and 0 val tokens (word.txt)",
+        "text --source.a=good.txt --source.b=word.txt": "too little text in data/text/b, 5 train and 0 val tokens (word.txt)",
         "text --source=binary.txt": "binary.txt is not text in UTF-8; name its encoding: --encoding=latin-1, utf-16,",
         "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; set --text_field=",
         "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error in row 1: ",

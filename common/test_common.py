@@ -537,7 +537,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "tinny": "there is no corpus 'tinny': python prepare_data.py text | tiny | tiny_sft | pretrain | sft",
         "text": "name your text: --source=input.txt or --source='*.txt'",
         "text --source=data": "data is a folder; name its files: --source='data/*.txt'",
-        "text --source.a=good.txt --source.b=word.txt": "too little text in data/text/b, 5 train and 0 val tokens (word",
+        "text --source.a=good.txt --source.b=word.txt": "too little text in data/text/b, 5 train and 0 val tokens (w",
         "text --source=binary.txt": "binary.txt is not text in UTF-8; name its encoding: --encoding=latin-1, utf-16,",
         "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; set --text_field=",
         "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error in row 1: ",

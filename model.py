@@ -95,7 +95,8 @@ class PolyGLU(nn.Module):
         """The weights g before they are divided by their sum: K x [B, T, F], at least float32."""
         static = at_least_fp32(self.alpha.t())  # [K, F]
         if self.training and self.gumbel:
-            static = gumbel_noise(static.expand(x.size(0), -1, -1)) + static  # [B, K, F]
+            noise = gumbel_noise(static.expand(x.size(0), -1, -1))  # [B, K, F]
+            static = noise + static  # in the noise's memory order, along F
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
         ones = [1] * len(self.sigma)
         static = (static / self.tau).split(ones, dim=-2)  # K x [B, 1, F], or [1, F] for all rows

@@ -89,7 +89,7 @@ class PolyGLU(nn.Module):
             mixed = add([e_k * sigma_k(gate) for e_k, sigma_k in zip(e, self.sigma)]) / add(e)
         else:
             mixed = self.sigma[0](gate)
-        return self.w_down((mixed * up).to(up.dtype))
+        return self.w_down((mixed * up).to(up.dtype))  # under autocast, mixed is float32
 
     def mixture(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
         """The weights g before they are divided by their sum: K x [B, T, F], at least float32."""
@@ -103,7 +103,7 @@ class PolyGLU(nn.Module):
         dynamic = (dynamic / self.tau).split(ones, dim=-1)  # K x [B, T, 1]
         # F.softmax of the stacked logits gives the same, but the compiler could not fuse it.
         logits = [a + b for a, b in zip(static, dynamic)]
-        with torch.no_grad():  # the division cancels top, which keeps exp from overflowing
+        with torch.no_grad():  # less their maximum, exp cannot overflow; in e / sum(e) it cancels
             top = functools.reduce(torch.maximum, logits)
         return [logit.sub_(top).exp_() for logit in logits]  # in place: less memory to move
 
@@ -111,7 +111,7 @@ class PolyGLU(nn.Module):
         """The router, beta * f: [B, T, K]; zeros without one."""
         if not self.has_router:
             return self.alpha.new_zeros(*x.shape[:2], len(self.sigma))
-        u = at_least_fp32(self.router_in(x))  # averaging x gives the same mean, but slower
+        u = at_least_fp32(self.router_in(x))  # averaging x first gives the same f, but slower
         u_sums, f_sums = router_sums or (None, None)
         with torch.autocast(x.device.type, enabled=False):  # the rest in float32: it is cheap
             context = ROUTER_CONTEXTS[self.router_context](u, doc_start, u_sums)
@@ -122,8 +122,8 @@ class PolyGLU(nn.Module):
             return self.beta * f
 
 
-def running_mean(u: Tensor, doc_start: Tensor, sums: Tensor | None) -> Tensor:
-    """Mean of u [B, T, R] over the document so far, this token included."""
+def running_mean(u: Tensor, doc_start: Tensor | None, sums: Tensor | None) -> Tensor:
+    """Mean of u [B, T, R] over the document so far, this token included. Updates sums in place."""
     # float64: subtracting two large float32 sums would lose a short document's digits.
     B, T, R = u.shape
     terms = torch.ones(B, T, R + 1, dtype=sum_dtype(u), device=u.device)  # the last column counts
@@ -141,8 +141,8 @@ def running_mean(u: Tensor, doc_start: Tensor, sums: Tensor | None) -> Tensor:
 
 # What the router reads: functions of u, doc_start (or None) and sums (None, or updated in place)
 # to the shape and dtype of u. The paper's code averages the whole row, so that a token sees the
-# future; the default is a causal mean. For one that reads later tokens, extend sees_future.
-ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+# future; the default is a causal mean. If yours reads later tokens, add it to sees_future.
+ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "prefix": running_mean,
     "token": lambda u, doc_start, sums: u,  # as in Mixture of Activations (arXiv 2605.26647)
     "sequence": lambda u, doc_start, sums: u.mean(dim=1, keepdim=True).expand_as(u),
@@ -205,7 +205,7 @@ class ModelConfig:
     activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # one alone: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (not causal)
-    router_centred: bool = False  # subtract from the router's output its mean over the document
+    router_centred: bool = False  # subtract from the router's output its mean over the document so far
     gumbel: bool = True  # Gumbel noise on the routing logits in training
 
     def __post_init__(self):
@@ -313,7 +313,8 @@ class PolychromaticLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):  # how much is drawn here depends on the routing
+        # init_weights() draws all of this again; what is drawn here depends on the routing
+        with torch.random.fork_rng(devices=[]):
             self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -439,7 +440,7 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
 
 
 def uses_flex(model: PolychromaticLM) -> bool:
-    """Whether packed documents use FlexAttention: compiled, and by default in bfloat16 on CUDA.
+    """Whether packed documents use FlexAttention: if compiled, and by default in bfloat16 on CUDA alone.
 
     Uncompiled it would hold all scores; in float32 it needs more shared memory than small GPUs have.
     """
@@ -457,13 +458,13 @@ def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         k = layout.keys.index_copy_(2, layout.positions, k.to(layout.keys.dtype))
         v = layout.values.index_copy_(2, layout.positions, v.to(layout.values.dtype))
     if isinstance(layout.mask, BlockMask):
-        is_compiling = torch.compiler.is_compiling()  # else: routing_stats(), which runs the parts of a block
+        is_compiling = torch.compiler.is_compiling()  # routing_stats() calls the parts of a block itself
         flex = flex_attention if is_compiling else torch.compile(flex_attention)
         return flex(q, k, v, block_mask=layout.mask, enable_gqa=True)
     if layout.mask is None and q.size(2) > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # The queries of a key head become its rows: with a mask and grouped queries, CUDA would use the
-    # kernel that holds all scores.
+    # Query heads that share a key head become its rows, [B, n_kv_head, group * T, head_dim]: with a
+    # mask and grouped queries, CUDA would use the kernel that holds all scores.
     group = q.size(1) // k.size(1)
     mask = None if layout.mask is None else layout.mask.repeat(1, 1, group, 1)
     rows = q.reshape(q.size(0), k.size(1), group * q.size(2), q.size(3))

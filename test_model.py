@@ -881,16 +881,20 @@ def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small
 
 def test_an_evaluation_alone_prints_the_losses_of_the_run_and_changes_no_file(unbroken, corpus_dir, tmp_path):
     before = {path: path.read_bytes() for path in unbroken.iterdir()}
-    printed = run_here(run_settings(corpus_dir, unbroken), "--eval_only")
+    printed = run_here(run_settings(corpus_dir, unbroken), "--eval_only", "--max_steps=5")  # changes nothing
+    assert "resuming with" not in printed
     losses = "  ".join(f"{name} {x['bits_per_byte']:.3f}" for name, x in read_log(unbroken)[-1]["val"].items())
     assert f"step 12: val bits per byte: {losses}\n" in printed and "done" not in printed
     assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
     printed = run_here(settings_from(unbroken, corpus_dir, tmp_path / "new"), "--eval_only")
     assert f"step 0: val bits per byte: {losses}\n" in printed and not (tmp_path / "new").exists()
+    error = error_of(run_here, run_settings(corpus_dir, tmp_path / "new"), "--eval_only")
+    assert error.endswith("new/ckpt.pt; name the run to evaluate, --out_dir=, or --init_from=")
 
 
 def test_a_profile_traces_a_few_steps(run_small, tmp_path):
-    assert f"trace: {tmp_path}/trace.json" in run_small("--profile")
+    assert "no trace: it takes eight steps" in run_small("--profile", max_steps=7)
+    assert f"trace: {tmp_path}/trace.json" in run_small("--profile", "--overwrite")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert steps == {f"ProfilerStep#{i}" for i in (5, 6, 7)}  # counted from 0

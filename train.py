@@ -1,7 +1,7 @@
 """Train a PolychromaticLM.
 
 python train.py config/smoke.py                 data, training, evaluation and a sample in a minute
-python train.py config/tiny.py                  five minutes on two CPU cores
+python train.py config/tiny.py                  four minutes on two CPU cores
 python train.py config/tiny.py --max_steps=50   a flag overrides any setting
 python train.py config/tiny.py --resume         continue a stopped run
 torchrun --nproc_per_node=8 --shutdown_timeout=600 train.py config/pretrain.py
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-# first: it prints Ctrl-C during the slow imports below as one line, and has a setting for torch
+# first: it makes Ctrl-C during the slow imports below one line, and sets what torch reads at import
 from common import settings  # isort: skip
 
 import numpy as np
@@ -42,7 +42,7 @@ from common.run import Ranks
 from common.settings import UserError, check_range
 from model import ModelConfig, PolychromaticLM, set_tau
 
-NO_CHANGE = ("resume", "overwrite", "eval_only", "init_from", "revision", "out_dir", "profile")  # to a resumed run
+NO_CHANGE = "resume overwrite eval_only init_from revision out_dir profile".split()  # to a resumed run
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
 
@@ -63,12 +63,12 @@ class TrainConfig(ModelConfig):
     micro_batch_size: int = 8  # rows in a forward pass; divides batch_size; does not change the data
     # optimizer
     lr: float = 1e-4  # peak learning rate
-    min_lr: float = 0.0  # learning rate after the last step
+    min_lr: float = 0.0  # learning rate at which the decay ends
     warmup_steps: int = 2000  # linear warm-up, then cosine decay to min_lr
     routing_lr: float = 1.0  # learning rate of alpha, beta and the router, as a multiple of lr
     alpha_lr: float = 1.0  # a further multiple for alpha
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # AdamW, decay of the mean of gradients
+    beta2: float = 0.95  # AdamW, decay of the mean of their squares
     weight_decay: float = 0.1  # AdamW, on weight matrices and the embedding only
     grad_clip: float = 1.0  # maximum gradient norm
     frozen: tuple[str, ...] = ()  # parameters to freeze: names or parts of names, for example alpha
@@ -83,15 +83,15 @@ class TrainConfig(ModelConfig):
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
     eval_interval: int = 1000  # steps between evaluations; one is at the start, one at the end
-    eval_tokens: int | None = None  # maximum tokens of each val.bin to read; None: see open_corpora
-    eval_only: bool = False  # evaluate the run's checkpoint or first weights, and change no file
-    save_interval: int = 500  # steps between checkpoints
+    eval_tokens: int | None = None  # of each val.bin; None: a million, and together no more than trained on
+    eval_only: bool = False  # evaluate the run's checkpoint, or init_from, and change no file
+    save_interval: int = 500  # most steps between two checkpoints
     keep_best: bool = False  # also save best.pt when an evaluation finds the lowest loss so far
     keep_every: int | None = None  # also save ckpt_<step>.pt every so many steps; None: never
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     sample_tokens: int = 80  # length of the text that the model writes at every evaluation; 0: none
     wandb: str | None = None  # Weights & Biases project to log to as well; None: log.jsonl only
-    profile: bool = False  # trace steps 6 to 8 with torch's profiler, into trace.json
+    profile: bool = False  # trace the sixth to eighth step from here with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are always float32
@@ -115,6 +115,8 @@ class TrainConfig(ModelConfig):
         if batch % micro:
             found = f"batch_size is {batch}; it must be a multiple of micro_batch_size {micro}"
             raise UserError(f"{found}, which may change too")
+        if self.init_from == "resume":
+            raise UserError("init_from='resume' is nanoGPT's; here it is --resume")
         if self.overwrite and (self.resume or self.eval_only):
             other = "resume" if self.resume else "eval_only"
             raise UserError(f"{other} and overwrite cannot be combined; --overwrite=False turns one off")
@@ -199,8 +201,6 @@ class Run:
         self.folder = Path(self.cfg.out_dir)
         device, dtype = self.ranks.device, runtime.pick_dtype(self.cfg.dtype, self.ranks.device)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, for the products that autocast leaves in float32
 
     def where_saved(self) -> str:
         step = self.progress.last_saved_step
@@ -291,9 +291,11 @@ def count_step(run: Run, loss: float, norm: float):
 
 def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     """Run the training that cfg describes, from its first step or its checkpoint on."""
-    # machine; then lock the run folder
+    # the machine, and the lock on the run folder
     runtime.prepare_cpu()
     ranks = Ranks(cfg.device)
+    if ranks.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves a product in float32
     folder, is_writer = Path(cfg.out_dir), ranks.is_main and not cfg.eval_only
     lock = runtime.locked(folder) if is_writer else contextlib.nullcontext()
     trace = folder / "trace.json" if is_writer and cfg.profile else None
@@ -326,7 +328,8 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             step_seconds.append(time.monotonic() - started)
             end_traced_step()
             count_step(run, loss, norm)
-            stop = stop or runtime.StopSignal()  # before the first step, there is nothing to save
+            # from now on a signal saves first; before this step there was nothing to save
+            stop = stop or runtime.StopSignal()
 
             # set the temperature of the next step, which a checkpoint keeps
             set_tau(model, get_tau(progress.step, cfg))
@@ -369,7 +372,8 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     """A new run, or the one to resume. Fills in cfg: init_from's shape, the corpus's mixture."""
     # model and data
     if cfg.batch_size < cfg.micro_batch_size * ranks.world_size:
-        raise UserError(f"{ranks.world_size} processes need as many micro-batches; lower --micro_batch_size")
+        found = f"each of {ranks.world_size} processes needs a micro-batch of its own"
+        raise UserError(f"{found}; lower --micro_batch_size or raise --batch_size")
     checkpoint, model = find_checkpoint(cfg), None
     if cfg.init_from:
         from common.weights import inherit_shape, starting_model
@@ -383,7 +387,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     if checkpoint:
         check_changes(checkpoint, cfg, corpus)
         model = runtime.build_model(cfg.model_config(), checkpoint["model"], cfg.out_dir)
-    elif not model:
+    elif model is None:
         torch.manual_seed(cfg.seed)
         model = PolychromaticLM(cfg.model_config())
     if cfg.frozen:
@@ -406,7 +410,7 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
         from extras.wandb_log import open_wandb
 
         run.wandb = open_wandb(cfg.wandb, progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
-    # nothing can fail any more: delete what an old run left, or what followed the checkpoint
+    # everything is checked: delete what an old run left, or what followed the checkpoint
     ranks.wait()  # all have read the folder
     if is_writer:
         evaluates_again = progress.step % cfg.eval_interval == 0 or progress.step == cfg.max_steps
@@ -422,9 +426,11 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
         if path.exists() and not cfg.overwrite:
             raise UserError(f"{path} exists; --resume continues that run, --overwrite starts over")
         return None
+    if not path.exists() and cfg.eval_only and not cfg.init_from:
+        raise UserError(f"no checkpoint at {path}; name the run to evaluate, --out_dir=, or --init_from=")
     if not path.exists():
-        what = "evaluating the first weights" if cfg.eval_only else "starting at step 0"
-        print(f"there is no checkpoint in {path.parent} yet: {what}")
+        if cfg.resume:
+            print(f"there is no checkpoint in {path.parent} yet: starting at step 0")
         return None
     try:
         checkpoint = runtime.load_checkpoint(path)
@@ -441,7 +447,7 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
 
 
 def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
-    """Print what a resumed run changes. UserError if that is the model, or if it is already past the end."""
+    """Print what a resumed run changes. UserError if it changes the model or ends before the checkpoint."""
     for name, theirs in checkpoint["settings"].items():
         ours = getattr(cfg, name, "(no such setting)")
         if ours == theirs or name in NO_CHANGE:
@@ -449,13 +455,14 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
         if name in checkpoint["model_config"] or name == "frozen":
             found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
             raise UserError(f"{found}; --resume cannot change that")
-        print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+        if not cfg.eval_only:
+            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
     before = checkpoint["domains"]
     has_changed = any(before.get(domain, counts) != counts for domain, counts in corpus.domains.items())
     if has_changed and checkpoint["settings"]["data_dir"] == cfg.data_dir:
         print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
     step = checkpoint["progress"]["step"]
-    if step > cfg.max_steps:
+    if step > cfg.max_steps and not cfg.eval_only:
         raise UserError(f"{cfg.out_dir} is already at step {step}, beyond max_steps, {cfg.max_steps}")
 
 
@@ -498,7 +505,8 @@ def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[
 def compile_and_distribute(run: Run) -> torch.nn.Module:
     """The model as a step calls it: compiled if asked for and possible, shared by all GPUs."""
     cfg, ranks, model = run.cfg, run.ranks, run.model
-    pays = {"cuda": True, "cpu": cfg.max_steps >= 1000}.get(ranks.device.type, False)
+    is_long = cfg.max_steps >= 1000 and not cfg.eval_only
+    pays = {"cuda": True, "cpu": is_long}.get(ranks.device.type, False)
     wants_compile = pays if cfg.compile is None else cfg.compile
     compiled = wants_compile and runtime.compiler_works(ranks.device)
     what = f"{sum(p.numel() for p in model.parameters()):,} parameters, {'/'.join(cfg.activations)}"
@@ -545,8 +553,8 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks, au
         loss = total / count
         val[domain] = {"loss": loss, "bits_per_byte": corpus.bits_per_byte(domain, loss)}
     routing = {}
-    if ranks.is_main:  # on 8,192 tokens, or 6 rows if that is more
-        n, rows = -(-max(6, 2**13 // cfg.block_size) // len(corpus.domains)), []
+    if ranks.is_main:  # on about 8,192 tokens, or 6 rows if that is more; n rows of each domain
+        n, rows = math.ceil(max(6, 2**13 // cfg.block_size) / len(corpus.domains)), []
         for domain in corpus.domains:
             rows += [corpus.row(domain, i) for i in corpus.spread_rows(domain, cfg.eval_tokens)[:n]]
         tokens, targets, doc_ids = to_inputs(np.stack(rows), ranks.device)

@@ -152,14 +152,19 @@ def tracing(path: Path | None) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
 
+    written = []
+
     def write(profiler):
         with name_write_errors(path):
             profiler.export_chrome_trace(str(path))
+        written.append(path)
         print(f"trace: {path}; ui.perfetto.dev shows it")
 
     schedule = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)  # the first steps compile
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler.step
+    if not written:
+        print("no trace: it takes eight steps")
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders

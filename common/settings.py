@@ -41,6 +41,10 @@ SYNONYMS = {  # what other projects call a setting
     "max_seq_len": ["block_size"],
     "dataset": ["data_dir"],
     "always_save_checkpoint": ["keep_best"],
+    "decay_lr": ["min_lr"],
+    "backend": ["device"],
+    "dropout": [],  # there is none
+    "bias": [],
     "wandb_log": ["wandb"],
     "wandb_project": ["wandb"],
     "model": ["init_from"],
@@ -142,8 +146,8 @@ def load(cls: type, argv: list[str] | None = None):
             raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag{hint}")
         for where, name, value in overrides:
             if name not in kinds:
-                known = [ours for ours in SYNONYMS.get(name, ()) if ours in kinds]
-                near = known or difflib.get_close_matches(name, kinds, n=1)
+                guesses = SYNONYMS.get(name, difflib.get_close_matches(name, kinds, n=1))
+                near = [ours for ours in guesses if ours in kinds]
                 hint = f"did you mean {' and '.join(map(repr, near))}?" if near else "--help lists them"
                 raise UserError(f"{where}: there is no setting {name!r}; {hint}")
             label = where if where == f"--{name}" else f"{where}: {name}"

@@ -3,7 +3,6 @@
 
 data_dir = "data/tiny"
 out_dir = "out/smoke"
-overwrite = True  # run it again as often as you like
 
 # model: 0.1M parameters
 tokenizer = "bytes"

@@ -164,7 +164,7 @@ def tracing(path: Path | None) -> Iterator[Callable[[], None]]:
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler.step
     if not written:
-        print("no trace: it takes eight steps")
+        print("no trace: it starts with the sixth step")
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders

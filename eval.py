@@ -83,7 +83,7 @@ def print_table(title: str, results: dict[str, dict]):
 
     def cell(value) -> str:
         values = value if isinstance(value, list) else [value]
-        return " / ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in values)
+        return " / ".join(f"{x:.4f}" if isinstance(x, float) else "-" if x is None else str(x) for x in values)
 
     table = [["", *next(iter(results.values()))]]
     table += [[name, *map(cell, row.values())] for name, row in results.items()]

@@ -301,6 +301,7 @@ def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, S
     meta |= {"vocab": os.path.abspath(vocab)} if vocab else {}
     meta["domains"] = {}
     with locked(folder):
+        print_replaced(folder, sources)
         written = {d: write_domain(folder / d, encoding, source, commit_seconds) for d, source in sources.items()}
         (folder / "meta.json").unlink(missing_ok=True)  # it describes the earlier files
         for domain, progress in written.items():
@@ -310,6 +311,14 @@ def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, S
             save_json(folder / domain / "progress.json", progress)
             meta["domains"][domain] = sources[domain].describe(folder / domain, progress["entry"])
         save_json(folder / "meta.json", meta)
+
+
+def print_replaced(folder: Path, sources: dict[str, Source]):
+    """Say which texts of an earlier corpus in this folder are about to go."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):  # none, or a damaged one
+        earlier = {entry["source"] for entry in json.loads((folder / "meta.json").read_text())["domains"].values()}
+        if gone := earlier - {source.name for source in sources.values()}:
+            print(f"replacing the corpus in {folder}, which was made from {', '.join(sorted(gone))}")
 
 
 # --------------------------------------------------------------------------------------------- tiny, tiny_sft: embedded
@@ -353,7 +362,7 @@ def find_files(source: str) -> list[str]:
             found = f"no file matches {path!r}; " if path else ""
             raise UserError(f"{found}name your text: --source=input.txt or --source='*.txt'")
         if os.path.isdir(path):
-            raise UserError(f"{path} is a folder; name its files: --source='{path}/*.txt'")
+            raise UserError(f"{path} is a folder; name its files: --source='{path.rstrip('/')}/*.txt'")
         files += found
     return list(dict.fromkeys(files))
 
@@ -465,7 +474,7 @@ def read_files(files: list[str], field: str, encoding=None, state: dict | None =
         state["row"] = 0
         if names and not state["found"] and (on_hub or i == len(files) - 1):  # the files of a data set are alike
             found = f"no field {field!r} but {', '.join(names)[:300]}"
-            raise UserError(f"cannot read {files[i]}: {found}; set --text_field= or --messages_field=")
+            raise UserError(f"cannot read {files[i]}: {found}; name it: --text_field= (in a chat, --messages_field=)")
 
 
 def open_files(files: list[str], field: str, encoding: str | None, state: dict | None = None) -> Batches:
@@ -577,6 +586,8 @@ def main():
         raise UserError(f"{found}: python prepare_data.py {' | '.join(CORPORA)}")
     settings, open_sources, command = CORPORA[corpus]
     cfg = load(settings, sys.argv[2:])
+    if (Path(cfg.data_dir) / "meta.json").exists():
+        raise UserError(f"{cfg.data_dir} is a corpus; --data_dir= is the folder of all corpora, for example data")
     encoding, folder = get_tokenizer(cfg.tokenizer, cfg.vocab), Path(cfg.data_dir) / corpus
     try:
         sources = dict(open_sources(cfg, corpus))  # what cannot be read fails before anything is written

@@ -37,11 +37,11 @@ class SFTConfig(TrainConfig):
 
 
 def print_routing(folder: Path):
-    """The five routing measures, averaged over the layers, at the run's first and last evaluation."""
+    """Print the five routing measures, averaged over the layers, at the run's first and last evaluation."""
     measured = [(line["step"], line["routing"]) for line in read_log(folder) if line.get("routing")]
     if len(measured) < 2:
         return  # a plain GLU, or a run that was stopped early
-    print("routing, means over the layers:")
+    print("routing before and after, means over the layers (docs/routing.md):")
     for step, routing in (measured[0], measured[-1]):
         usage = "/".join(f"{share:.3f}" for share in np.mean(routing["usage"], axis=0))
         print(

@@ -455,8 +455,9 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
         if name in checkpoint["model_config"] or name == "frozen":
             found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
             raise UserError(f"{found}; --resume cannot change that")
-        if not cfg.eval_only:
-            print(f"resuming with {name}={ours!r}; it was {theirs!r}")
+        if not cfg.eval_only or name == "data_dir":
+            what = "evaluating" if cfg.eval_only else "resuming"
+            print(f"{what} with {name}={ours!r}; it was {theirs!r}")
     before = checkpoint["domains"]
     has_changed = any(before.get(domain, counts) != counts for domain, counts in corpus.domains.items())
     if has_changed and checkpoint["settings"]["data_dir"] == cfg.data_dir:
@@ -488,6 +489,8 @@ def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[
     domains = list(cfg.mixture) if cfg.mixture else None
     corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", domains, cfg.seed)
     cfg.mixture = cfg.mixture or corpus.shares
+    if corpus_type is Corpus and any("val_targets" in counts for counts in corpus.domains.values()):
+        raise UserError(f"{cfg.data_dir} holds conversations; train on it with sft.py")
     n_tokens = cfg.max_steps * cfg.batch_size * cfg.block_size
     cfg.eval_tokens = cfg.eval_tokens or max(1, min(2**20, n_tokens // len(cfg.mixture)))
     for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
@@ -513,6 +516,8 @@ def compile_and_distribute(run: Run) -> torch.nn.Module:
     where = f"{ranks.world_size} x {ranks.device.type} in {str(run.autocast.fast_dtype)[6:]}"
     where += ", compiled" if compiled else ""
     print(f"{what}, on {where}; {cfg.batch_size * cfg.block_size:,} tokens a step", flush=True)
+    if cfg.warmup_steps >= cfg.max_steps and not cfg.eval_only:
+        print(f"the warm-up of {cfg.warmup_steps:,} steps outlasts the run: the learning rate never falls")
     if compiled:
         print("compiling, about half a minute", flush=True)
         model.compile()

@@ -131,8 +131,8 @@ def load(cls: type, argv: list[str] | None = None):
             overrides = [read_flag(word, words, values, kinds)]
         elif word.endswith(".py"):
             overrides = read_overrides(Path(word))
-        elif os.path.isfile(f"{word}.py"):
-            raise UserError(f"{word!r} is not a file of settings; did you mean {word}.py?")
+        elif near := [path for path in (f"{word}.py", f"config/{word}.py") if os.path.isfile(path)]:
+            raise UserError(f"{word!r} is not a file of settings; did you mean {near[0]}?")
         elif "=" in word and word.partition("=")[0] in kinds:
             raise UserError(f"{word!r} is no flag; did you mean --{word}?")
         elif "init_from" in kinds and models:
@@ -142,7 +142,9 @@ def load(cls: type, argv: list[str] | None = None):
             models.append(word)
             overrides = [(word, "init_from", word)]
         else:
-            hint = f"; did you mean --source={word}?" if "source" in kinds and os.path.exists(word) else ""
+            hint = "; name several files by a pattern in quotes: --source='*.txt'" if "source" in values else ""
+            if "source" in kinds and "source" not in values and os.path.exists(word):
+                hint = f"; did you mean --source={word}?"
             raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag{hint}")
         for where, name, value in overrides:
             if name not in kinds:
@@ -171,7 +173,11 @@ def load(cls: type, argv: list[str] | None = None):
 def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[str, str, object]:
     """(flag, name, value) of --name=value, --name or --name.key=value. A value without = is taken from `words`."""
     if not flag.startswith("--"):
-        raise UserError(f"{flag}: a flag starts with two dashes, -{flag}")
+        name = flag.strip("-").partition("=")[0]
+        hint = (
+            f"a flag starts with two dashes, -{flag}" if name in kinds else "there is no such flag; --help lists them"
+        )
+        raise UserError(f"{flag}: {hint}")
     flag, equals, text = flag.partition("=")
     name, _, key = flag.lstrip("-").partition(".")
     if not equals:

@@ -115,6 +115,7 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--gradient_accumulation_steps=8": "did you mean 'batch_size' and 'micro_batch_size'?",
         "--dropout=0.1": "--dropout: there is no setting 'dropout'; --help lists them",
         "--init_from=resume": "init_from='resume' is nanoGPT's; here it is --resume",
+        "-p hello": "-p: there is no such flag; --help lists them",
         "-overwrite": "-overwrite: a flag starts with two dashes, --overwrite",
         "--max_steps=1.5": "--max_steps takes a whole number, not 1.5",
         "--out_dir=": "--out_dir is empty; give it a value, or leave it out",
@@ -541,7 +542,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text --source=data": "data is a folder; name its files: --source='data/*.txt'",
         "text --source.a=good.txt --source.b=word.txt": "too little text in data/text/b, 5 train and 0 val tokens (w",
         "text --source=binary.txt": "binary.txt is not text in UTF-8; name its encoding: --encoding=latin-1, utf-16,",
-        "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; set --text_field=",
+        "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; name it: --text_field=",
         "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error in row 1: ",
         **{f"text --source=good.txt --{name}=": f"{name} is empty" for name in ("data_dir", "domain", "text_field")},
         "text --source=": "source is empty; give it a value, or leave it out",
@@ -1235,7 +1236,7 @@ def test_a_chat_takes_the_newest_fine_tuned_model_and_notes_another(unbroken, fi
     assert newest_checkpoint() == Path("out/new/ckpt.pt")
     chat = functools.partial(run_main, sample, "--chat", "--prompt=Say 1.", "--max_new_tokens=1")
     assert "model: out/chat/ckpt.pt\n" in chat().err and "never fine-tuned" not in chat().err
-    note = "it was never fine-tuned to answer questions; see python sft.py --help"
+    note = "out/new was never fine-tuned to answer questions; see python sft.py --help"
     assert note in chat("out/new").err
     assert note in run_main(evaluate, "out/new", "--problems", "--limit=1", "--device=cpu").err
     shutil.rmtree("out/chat")

@@ -56,7 +56,7 @@ def open_model(
     model = from_pretrained(source, revision, router_context)
     print(f"model: {source}", file=sys.stderr)
     if is_asked and is_fine_tuned(source) is False:
-        print("it was never fine-tuned to answer questions; see python sft.py --help", file=sys.stderr)
+        print(f"{source} was never fine-tuned to answer questions; see python sft.py --help", file=sys.stderr)
     if model.config.sees_future:
         print("slow: its router averages the whole sequence; --router_context=prefix reads the past", file=sys.stderr)
     return model.to(device)

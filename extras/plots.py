@@ -19,7 +19,7 @@ def plot_layers(path: Path, stats: dict, activations: tuple[str, ...]):
     """The measures by layer: usage, and below it the others."""
     usage, dependence = np.array(stats["usage"]), np.array(stats["input_dependence"])  # [n_layer, K], [n_layer]
     n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), np.log(len(activations))
-    title = f"{n_single} of {len(usage)} layers make over 90% of their choices with one activation;\n"
+    title = f"{n_single} of {len(usage)} layers give over 90% of the weight to one activation;\n"
     title += f"input dependence is highest in layer {layer}: {dependence[layer]:.2g} of {ln_K:.2f} nats"
     figure, ((top,), (bottom,)) = make_figure(title, "layer (0 reads the embedding)", 2)
     for k, name in enumerate(activations):
@@ -42,11 +42,13 @@ def plot_usage(path: Path, evaluations: list[dict], activations: tuple[str, ...]
     n_single, L = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
     since = steps[max((i + 1 for i, n in enumerate(n_single) if n != n_single[-1]), default=0)]
     n_columns = int(np.ceil(np.sqrt(L)))
-    title = f"From step {since} on, {n_single[-1]} of {L} layers make over 90% of their choices\nwith one activation"
+    when = f"From step {since} on" if since < steps[-1] else f"At step {since}"
+    title = f"{when}, {n_single[-1]} of {L} layers give over 90% of the weight\nto one activation"
     figure, axes = make_figure(title, "optimizer step", -(-L // n_columns), n_columns)
     for i, ax in enumerate(axes.flat[:L]):
         areas = ax.stackplot(steps, usage[:, i].T, colors=[f"C{k}" for k in range(len(activations))])
         ax.set(title=f"layer {i}", xlim=(steps[0], steps[-1]), ylim=(0, 1))
+        ax.plot(steps, np.zeros(len(steps)), "k|", clip_on=False)  # the evaluations
     for ax in axes.flat[L:]:
         ax.set_axis_off()
     figure.supylabel("usage")
@@ -63,7 +65,7 @@ def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
         dynamic = [np.mean(line["routing"]["dynamic_entropy_share"]) for line in evaluations]
         title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
         title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
-        title += f"the static entropy never fell below {min(static):.2%}"
+        title += f"the static entropy stayed at {min(static):.2%} or more"
     figure, axes = make_figure(title, "optimizer step", 1 + bool(evaluations))
     axes[0, 0].plot(steps, losses, "C7")
     axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))

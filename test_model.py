@@ -911,7 +911,7 @@ def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):
     assert re.match("the run ended in non-finite updates; .* at step 2; resume with a lower --lr", message)
 
 
-def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corpus_dir, tmp_path):
+def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corpus_dir, chat_dir, tmp_path):
     before = {path: path.read_bytes() for path in unbroken.iterdir()}
     for arguments, message in {
         "": "ckpt.pt exists.*--resume.*--overwrite",
@@ -927,6 +927,8 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     message = error_of(run_here, run_settings(corpus_dir, tmp_path), "--resume")
     assert "this version does not know its setting n_experts; --overwrite starts over" in message
+    message = error_of(run_here, run_settings(chat_dir, tmp_path / "new"))
+    assert message == f"{chat_dir} holds conversations; train on it with sft.py"
     (tmp_path / "file").write_text("")
     message = error_of(run_here, run_settings(corpus_dir, tmp_path / "file" / "run"))
     assert f"cannot write {tmp_path}/file/run: Not a directory; choose another folder" in message

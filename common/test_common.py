@@ -381,12 +381,16 @@ def test_a_text_that_repeats_itself_is_taken_once_and_the_rest_is_counted(tmp_pa
     Path("line.txt").write_text("The same line.\n" * 10_000)  # 40 equal parts and a shorter one
     assert f"text: 39 {note}" in prepare("text", "--source=line.txt").out
     assert len(split_texts(Path("data/text/text"))["train"]) == 1
+    nested = error_of(prepare, "text", "--source=line.txt", "--data_dir=data/text")
+    assert nested == "data/text is a corpus; --data_dir= is the folder of all corpora, for example data"
     write_jsonl(Path("row.jsonl"), [{"text": "The same row. " * 30}] * 99)
     error = error_of(prepare, "text", "--source=row.jsonl")
     assert re.search(f"too little text in .* 0 val tokens .*; 98 {note}", error)
     many = [f"row {i} of many" for i in range(300)]
     write_jsonl(Path("rows.jsonl"), [{"text": text} for row in many for text in (row, "the same row")])
-    assert f"text: 299 {note}" in prepare("text", "--source=rows.jsonl").out
+    printed = prepare("text", "--source=rows.jsonl").out
+    assert f"text: 299 {note}" in printed
+    assert "replacing the corpus in data/text, which was made from line.txt" in printed
     texts = split_texts(Path("data/text/text"))
     assert len(texts["val"]) == 31 and sorted(texts["train"] + texts["val"]) == sorted(["the same row", *many])
 

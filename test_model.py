@@ -58,6 +58,7 @@ from model import (
 
 ROOT = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of scripts; the tests run in parallel
+signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts would ignore it if the shell started us with &
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported: no test waits for a network
 ROUTING = re.compile(r"alpha|beta|router")

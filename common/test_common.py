@@ -499,8 +499,8 @@ def test_a_damaged_file_is_named_with_its_row(tmp_path):
         ("f.jsonl.gz", gzip.compress(good * 9)[:-9], "Compressed file ended before the end-of-stream marker"),
         ("g.parquet", parquet[:99], "Parquet magic bytes not found in footer"),
         ("h.parquet", parquet[:9] + bytes(20_000) + parquet[20_009:], ""),
-        ("i.jsonl", b'{"body": "a"}\n{"other": 1}', "no field 'text' but body; set --text_field= or --messages_field="),
-        ("j.jsonl", b"null\n[]\n", "no field 'text' but rows without names; set --text_field="),
+        ("i.jsonl", b'{"body": "a"}\n{"other": 1}', "no field 'text' but body; name it: --text_field="),
+        ("j.jsonl", b"null\n[]\n", "no field 'text' but rows without names; name it: --text_field="),
     ]:
         (tmp_path / name).write_bytes(content)
         error = error_of(prepare, "text", f"--source={tmp_path / name}", f"--data_dir={tmp_path}")

@@ -58,7 +58,8 @@ from model import (
 
 ROOT = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of scripts; the tests run in parallel
-signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts would ignore it if the shell started us with &
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script would ignore, had we been started with &
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or with nohup
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported: no test waits for a network
 ROUTING = re.compile(r"alpha|beta|router")

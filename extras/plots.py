@@ -59,11 +59,12 @@ def plot_usage(path: Path, evaluations: list[dict], activations: tuple[str, ...]
 def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
     """Loss over the steps, and below it the entropies of the routing with tau."""
     steps, losses, taus = zip(*[(line["step"], line["loss"], line["tau"]) for line in log if line.get("loss")])
-    title = f"The training loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats"
+    title = f"The training loss went from {losses[0]:.3g} to {losses[-1]:.3g} nats"
     if evaluations:
         static = [np.mean(line["routing"]["static_entropy_share"]) for line in evaluations]
         dynamic = [np.mean(line["routing"]["dynamic_entropy_share"]) for line in evaluations]
-        title += f".\nWhile tau went from {evaluations[0]['tau']:.2g} to {evaluations[-1]['tau']:.2g}, "
+        first, last = (f"{evaluations[i]['tau']:.2g}" for i in (0, -1))
+        title += f".\nWhile tau went from {first} to {last}, " if first != last else f".\nWith tau at {last}, "
         title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
         title += f"the static entropy stayed at {min(static):.2%} or more"
     figure, axes = make_figure(title, "optimizer step", 1 + bool(evaluations))

@@ -97,7 +97,7 @@ def results(path: Path) -> list[str]:
             error = x["bits_per_byte_error"]
             rows.append([name, f"{x['tokens']:,}", f"{x['nats_per_token']:.4f}", f"{x['bits_per_byte']:.4f}"])
             rows[-1].append("" if error is None else f"{error:.4f}")
-        header = ["domain", "tokens", "nats per token", "bits per byte", "standard error of these"]
+        header = ["domain", "tokens", "nats per token", "bits per byte", "standard error"]
         lines += ["All held-out text, after training:", "", *table(header, rows)]
     if "problems" in found:
         rows = []

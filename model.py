@@ -103,7 +103,7 @@ class PolyGLU(nn.Module):
         dynamic = (dynamic / self.tau).split(ones, dim=-1)  # K x [B, T, 1]
         # F.softmax of the stacked logits gives the same, but the compiler could not fuse it.
         logits = [a + b for a, b in zip(static, dynamic)]
-        with torch.no_grad():  # less their maximum, exp cannot overflow; in e / sum(e) it cancels
+        with torch.no_grad():  # subtracting the maximum keeps exp finite; it cancels in e / sum(e)
             top = functools.reduce(torch.maximum, logits)
         return [logit.sub_(top).exp_() for logit in logits]  # in place: less memory to move
 
@@ -313,7 +313,7 @@ class PolychromaticLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # init_weights() draws all of this again; what is drawn here depends on the routing
+        # leave the random state alone: init_weights() draws all weights anew, in an order of its own
         with torch.random.fork_rng(devices=[]):
             self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))

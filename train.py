@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-# first: it makes Ctrl-C during the slow imports below one line, and sets what torch reads at import
+# first: so that Ctrl-C during the slow imports below prints one line; it also has settings for torch
 from common import settings  # isort: skip
 
 import numpy as np
@@ -42,7 +42,8 @@ from common.run import Ranks
 from common.settings import UserError, check_range
 from model import ModelConfig, PolychromaticLM, set_tau
 
-NO_CHANGE = "resume overwrite eval_only init_from revision out_dir profile".split()  # to a resumed run
+# settings that a resumed run may change without a word
+UNREPORTED = "resume overwrite eval_only init_from revision out_dir profile".split()
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
 
@@ -83,15 +84,15 @@ class TrainConfig(ModelConfig):
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
     eval_interval: int = 1000  # steps between evaluations; one is at the start, one at the end
-    eval_tokens: int | None = None  # of each val.bin; None: a million, and together no more than trained on
+    eval_tokens: int | None = None  # tokens of each val.bin; None: a million, in all no more than trained on
     eval_only: bool = False  # evaluate the run's checkpoint, or init_from, and change no file
-    save_interval: int = 500  # most steps between two checkpoints
+    save_interval: int = 500  # at most this many steps between checkpoints
     keep_best: bool = False  # also save best.pt when an evaluation finds the lowest loss so far
     keep_every: int | None = None  # also save ckpt_<step>.pt every so many steps; None: never
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     sample_tokens: int = 80  # length of the text that the model writes at every evaluation; 0: none
     wandb: str | None = None  # Weights & Biases project to log to as well; None: log.jsonl only
-    profile: bool = False  # trace the sixth to eighth step from here with torch's profiler, into trace.json
+    profile: bool = False  # trace this start's sixth to eighth step with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are always float32
@@ -201,6 +202,7 @@ class Run:
         self.folder = Path(self.cfg.out_dir)
         device, dtype = self.ranks.device, runtime.pick_dtype(self.cfg.dtype, self.ranks.device)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self.is_writer = self.ranks.is_main and not self.cfg.eval_only
 
     def where_saved(self) -> str:
         step = self.progress.last_saved_step
@@ -304,7 +306,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         run = set_up(cfg, corpus_type, ranks)
         model, progress, rows_per_domain = compile_and_distribute(run), run.progress, quotas(cfg)
         step_seconds = []  # since the last line of the log
-        stop, is_stopping = None, False
+        stop = None
 
         # evaluate once, if no more is asked for
         if cfg.eval_only:
@@ -349,8 +351,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             if is_stopping:
                 print(f"stopped; {run.where_saved()}. Resume with: {runtime.resume_command()}")
                 break
-
-        if not is_stopping:
+        else:  # every step is taken
             finish(run)
         ranks.wait(is_last=True)
 
@@ -405,14 +406,13 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
         progress = Progress(**checkpoint["progress"])
         print(f"resumed {cfg.out_dir}/ckpt.pt at step {progress.step}")
     run = Run(cfg, ranks, model, optimizer, corpus, val_corpus, progress)
-    is_writer = ranks.is_main and not cfg.eval_only
-    if is_writer and cfg.wandb:
+    if run.is_writer and cfg.wandb:
         from extras.wandb_log import open_wandb
 
         run.wandb = open_wandb(cfg.wandb, progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
     # everything is checked: delete what an old run left, or what followed the checkpoint
     ranks.wait()  # all have read the folder
-    if is_writer:
+    if run.is_writer:
         evaluates_again = progress.step % cfg.eval_interval == 0 or progress.step == cfg.max_steps
         runtime.rewind(run.folder, progress.step, evaluates_again, cfg.overwrite)
         runtime.write_json(run.folder / "settings.json", dataclasses.asdict(cfg))
@@ -448,20 +448,20 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
 
 def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
     """Print what a resumed run changes. UserError if it changes the model or ends before the checkpoint."""
+    what = "evaluating" if cfg.eval_only else "resuming"
     for name, theirs in checkpoint["settings"].items():
         ours = getattr(cfg, name, "(no such setting)")
-        if ours == theirs or name in NO_CHANGE:
+        if ours == theirs or name in UNREPORTED:
             continue
         if name in checkpoint["model_config"] or name == "frozen":
             found = f"{cfg.out_dir} was trained with {name}={theirs!r}, not {ours!r}"
             raise UserError(f"{found}; --resume cannot change that")
         if not cfg.eval_only or name == "data_dir":
-            what = "evaluating" if cfg.eval_only else "resuming"
             print(f"{what} with {name}={ours!r}; it was {theirs!r}")
     before = checkpoint["domains"]
     has_changed = any(before.get(domain, counts) != counts for domain, counts in corpus.domains.items())
     if has_changed and checkpoint["settings"]["data_dir"] == cfg.data_dir:
-        print(f"resuming on other data: {cfg.data_dir} has changed since the checkpoint")
+        print(f"{what} on other data: {cfg.data_dir} has changed since the checkpoint")
     step = checkpoint["progress"]["step"]
     if step > cfg.max_steps and not cfg.eval_only:
         raise UserError(f"{cfg.out_dir} is already at step {step}, beyond max_steps, {cfg.max_steps}")
@@ -535,7 +535,7 @@ def compile_and_distribute(run: Run) -> torch.nn.Module:
 def val_batches(corpus: Corpus, domain: str, cfg: TrainConfig, ranks: Ranks) -> Iterator[tuple]:
     """This process's batches of eval_tokens held-out tokens: tokens, targets and doc_ids."""
     B, chosen = cfg.micro_batch_size, corpus.spread_rows(domain, cfg.eval_tokens)
-    for i in ranks.items(-(-len(chosen) // B)):
+    for i in ranks.items(math.ceil(len(chosen) / B)):
         rows = np.stack([corpus.row(domain, index) for index in chosen[i * B : i * B + B]])
         batch = np.resize(rows, (B, *rows.shape[1:]))  # all of one shape, so nothing recompiles
         batch[len(rows) :, 1] = -1  # the last one is filled up with ignored targets
@@ -597,7 +597,7 @@ def report(run: Run):
 
 def log(run: Run, record: dict):
     """Append a record to log.jsonl and, if asked for, to Weights & Biases."""
-    if run.ranks.is_main and not run.cfg.eval_only:
+    if run.is_writer:
         runtime.append_log(run.folder, record)
     if run.wandb:
         run.wandb.log(record)

@@ -11,7 +11,7 @@ from common.data import Corpus
 from common.settings import UserError
 from model import KVCache, ModelConfig, PolychromaticLM, compute_dtype, sum_dtype
 
-DECODING_OPTIONS = {"cpp.min_chunk_size": 2**13}  # of the compiler: a token's vectors are too short to share out
+DECODING_OPTIONS = {"cpp.min_chunk_size": 2**13}  # of compile(): threads cost more than they save on one token
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def prepare_weights(model: PolychromaticLM, dtype: torch.dtype):
     """Hold the matrices as decoding reads them fastest, for products in this dtype.
 
     They are cast to it, as autocast would do: its copies fill memory, and a CUDA graph cannot hold them. In float32 on
-    a CPU, where a token waits for memory, which is fastest in long runs, they are stored along their longer side.
+    a CPU, where a token waits for the weights, each is stored along its longer side: memory is fastest in long runs.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

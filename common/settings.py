@@ -172,14 +172,11 @@ def load(cls: type, argv: list[str] | None = None):
 
 def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[str, str, object]:
     """(flag, name, value) of --name=value, --name or --name.key=value. A value without = is taken from `words`."""
-    if not flag.startswith("--"):
-        name = flag.strip("-").partition("=")[0]
-        hint = (
-            f"a flag starts with two dashes, -{flag}" if name in kinds else "there is no such flag; --help lists them"
-        )
-        raise UserError(f"{flag}: {hint}")
     flag, equals, text = flag.partition("=")
     name, _, key = flag.lstrip("-").partition(".")
+    if not flag.startswith("--"):
+        hint = f"a flag starts with two dashes, --{name}" if name in kinds else "no such flag; --help lists them"
+        raise UserError(f"{flag}: {hint}")
     if not equals:
         is_switch = bool in kinds.get(name, [bool])  # load() refuses an unknown name
         if words and (words[0].lower() in ("true", "false") if is_switch else not words[0].startswith("--")):

@@ -115,7 +115,7 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--gradient_accumulation_steps=8": "did you mean 'batch_size' and 'micro_batch_size'?",
         "--dropout=0.1": "--dropout: there is no setting 'dropout'; --help lists them",
         "--init_from=resume": "init_from='resume' is nanoGPT's; here it is --resume",
-        "-p hello": "-p: there is no such flag; --help lists them",
+        "-p hello": "-p: no such flag; --help lists them",
         "-overwrite": "-overwrite: a flag starts with two dashes, --overwrite",
         "--max_steps=1.5": "--max_steps takes a whole number, not 1.5",
         "--out_dir=": "--out_dir is empty; give it a value, or leave it out",

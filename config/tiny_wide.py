@@ -1,4 +1,4 @@
-# config/tiny.py made larger: width 320 and 6 layers, on the same corpus. About half an hour on two CPU cores.
+# config/tiny.py made larger: width 320 and 6 layers, on the same corpus. 20 minutes on one CPU core.
 # python train.py config/tiny_wide.py
 
 data_dir = "data/tiny"

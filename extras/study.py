@@ -97,12 +97,13 @@ class Run:
     def points(self) -> list[dict]:
         """What each evaluation after a step measured: mean bits per byte, and means over the layers of the routing."""
         found = {line["step"]: line for line in read_log(self.folder) if "val" in line and line["step"] > 0}
+        ln_K = np.log(len(self.settings.activations))
         return [{
             "tokens": step * self.settings.batch_size * self.settings.block_size,
             "mean": statistics.fmean(val["bits_per_byte"] for val in line["val"].values()),
             **({
                 "favourite": statistics.fmean(map(max, line["routing"]["usage"])),
-                "input_dependence": statistics.fmean(line["routing"]["input_dependence"]),
+                "input_dependence": statistics.fmean(line["routing"]["input_dependence"]) / ln_K,  # a share
             } if line["routing"] else {}),
         } for step, line in sorted(found.items())]  # fmt: skip
 
@@ -380,8 +381,7 @@ def draw_growth(path: Path, studies: dict[str, dict]):
             top.errorbar(tokens + shift, means, yerr=abs(intervals.T - means), capsize=2, label=group, **style)
             if "favourite" in points[0]:
                 bottom.plot(tokens, [x["favourite"]["mean"] for x in points], **style)
-                dependence = [x["input_dependence"]["mean"] / np.log(4) for x in points]
-                bottom.plot(tokens, dependence, linestyle="--", **style)
+                bottom.plot(tokens, [x["input_dependence"]["mean"] for x in points], linestyle="--", **style)
         top.axhline(0, color="gray", linewidth=1)
         top.set(title=f"{name}: {report['settings']['seeds']} seeds")
         bottom.set(xlabel="training tokens, millions", ylim=(0, 1))
@@ -397,7 +397,7 @@ def report_studies(file: Path, studies: dict[str, dict]):
     for name, report in studies.items():
         print(f"\n{name}: {report['machine']}")
         print_report(report)
-        if all(any(run["group"] == group for run in report["runs"]) for group in MAIN):
+        if {run["group"] for run in report["runs"]} >= set(MAIN):
             draw_report(file.with_suffix(".png"), report)
     if growing := {name: report for name, report in studies.items() if report["growth"].get("swiglu")}:
         draw_growth(file.with_name(f"{file.stem}_growth.png"), growing)
@@ -422,14 +422,14 @@ def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
 
 def main():
     cfg, errors = settings.load(StudyConfig), []
-    file = Path(cfg.out_dir) / "study.json"
+    is_there = len(cfg.report) == 1
+    file = Path(cfg.report[0]) if is_there else Path(cfg.out_dir) / "study.json"
     if cfg.report:
-        file = file if len(cfg.report) > 1 else Path(cfg.report[0])
         studies = {name: report for path in cfg.report for name, report in json.loads(Path(path).read_text()).items()}
     else:
         report, errors = run_study(cfg)
         studies = {cfg.name: report}
-    if not cfg.report or len(cfg.report) > 1:
+    if not is_there:
         write_json(file, studies)
     report_studies(file, {name: report | summarize(report["runs"]) for name, report in studies.items()})
     if errors:

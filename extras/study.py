@@ -33,6 +33,7 @@ from common import settings
 from common.run import Ranks, pick_device, pick_dtype, prepare_cpu, read_log, write_json
 from common.weights import from_pretrained
 from extras.bench import describe_machine, print_table
+from model import PolychromaticLM
 from train import TrainConfig, open_corpora, val_batches
 
 VARIANTS = Path("config/study")  # one override file per variant
@@ -51,6 +52,10 @@ MEASURES = {  # of the routing: heading and format
     "dynamic_entropy_share": ("dynamic entropy", ".1%"),
     "input_dependence": ("input dependence, nats", ".3f"),
     "agreement": ("agreement", ".1%"),
+}
+GROWING = {  # of a run's points: heading
+    "collapsed": "Share of layers that give over 90% of their weight to one activation",
+    "input_dependence": "Input dependence, as a share of ln K",
 }
 
 
@@ -94,16 +99,24 @@ class Run:
         found = [line for line in read_log(self.folder) if "val" in line and line["step"] == self.settings.max_steps]
         return found[-1] if found else None
 
+    def n_parameters(self) -> int:
+        with torch.device("meta"):  # no storage
+            return sum(p.numel() for p in PolychromaticLM(self.settings.model_config()).parameters())
+
     def points(self) -> list[dict]:
-        """What each evaluation after a step measured: mean bits per byte, and means over the layers of the routing."""
+        """What each evaluation after a step measured: mean bits per byte, and of the routing, shares.
+
+        "collapsed" layers give over 90% of their weight to one activation. "input_dependence" is the mean over the
+        layers, as a share of ln K.
+        """
         found = {line["step"]: line for line in read_log(self.folder) if "val" in line and line["step"] > 0}
         ln_K = np.log(len(self.settings.activations))
         return [{
             "tokens": step * self.settings.batch_size * self.settings.block_size,
             "mean": statistics.fmean(val["bits_per_byte"] for val in line["val"].values()),
             **({
-                "favourite": statistics.fmean(map(max, line["routing"]["usage"])),
-                "input_dependence": statistics.fmean(line["routing"]["input_dependence"]) / ln_K,  # a share
+                "collapsed": statistics.fmean(max(usage) > 0.9 for usage in line["routing"]["usage"]),  # of the layers
+                "input_dependence": statistics.fmean(line["routing"]["input_dependence"]) / ln_K,
             } if line["routing"] else {}),
         } for step, line in sorted(found.items())]  # fmt: skip
 
@@ -206,6 +219,7 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
             scores[f"{run.group}, causal"] = json.loads(path.read_text())
         results += [{
             "group": group, "seed": run.settings.seed, "command": f"python train.py {shlex.join(run.arguments)}",
+            "parameters": run.n_parameters(), "tokens": run.points()[-1]["tokens"],
             "activations": run.settings.activations, "causal": not run.settings.sees_future or group != run.group,
             "bits_per_byte": {**bits, "mean": statistics.fmean(bits.values())},  # variants are judged by the mean
             "routing": run.evaluation()["routing"] if group == run.group else {},
@@ -273,7 +287,7 @@ def growth(results: list[dict]) -> dict:
     """By baseline and group, at each point of the runs: the difference, paired by seed, and what the routing does."""
     groups = {}
     for run in results:
-        if run.get("points") and "," not in run["group"]:
+        if len(run.get("points", ())) > 1 and "," not in run["group"]:
             groups.setdefault(run["group"], {})[run["seed"]] = run["points"]
     found = {}
     for theirs, ours in itertools.product(BASELINES, groups):
@@ -289,6 +303,11 @@ def growth(results: list[dict]) -> dict:
 
 def with_interval(x: dict, form: str) -> str:
     return format(x["mean"], form) + (" [{:{f}}, {:{f}}]".format(*x["interval"], f=form) if x["interval"] else "")
+
+
+def size(report: dict) -> str:
+    """Of a study's largest variant."""
+    return f"{max(run['parameters'] for run in report['runs']) / 1e6:.1f}M parameters"
 
 
 def print_report(report: dict):
@@ -317,10 +336,33 @@ def print_report(report: dict):
         } for x in differences])  # fmt: skip
     print_table("Routing at the end, mean over layers and seeds [95% interval]; entropies as shares of ln K", measures)
     print_table("Usage by layer, mean over the seeds", usage)
-    for theirs, groups in report.get("growth", {}).items():
+    for theirs, groups in report["growth"].items():
         print_table(f"Mean bits per byte minus {theirs}'s, paired by seed [95% interval], by training tokens", [{
             "": ours, **{f"{x['tokens']:,}": with_interval(x, "+.4f") for x in points}
         } for ours, points in groups.items()])  # fmt: skip
+    for name, title in GROWING.items():
+        print_table(f"{title}, by training tokens, mean over the seeds [95% interval]", [{
+            "": ours, **{f"{x['tokens']:,}": with_interval(x[name], ".0%") for x in points}
+        } for ours, points in report["growth"].get("swiglu", {}).items() if name in points[0]])  # fmt: skip
+
+
+def print_ends(studies: dict[str, dict]):
+    """Print the differences at the end of each study side by side, of the variants that several studies have."""
+    headings = {}
+    for name, report in studies.items():
+        tokens = max(run["tokens"] for run in report["runs"] if "," not in run["group"]) / 1e6
+        headings[name] = f"{name}: {size(report)}, {tokens:.1f}M tokens"
+    for theirs in BASELINES:
+        rows = {}  # by variant, the cells of the studies that have it
+        for name, report in studies.items():
+            for x in report["comparisons"].get(theirs, ()):
+                if "," not in x["ours"]:
+                    p = f", p {x['p_holm']:.2g}" if "p_holm" in x else ""
+                    rows.setdefault(x["ours"], {})[headings[name]] = with_interval(x, "+.4f") + p
+        print_table(f"Mean bits per byte minus {theirs}'s at the end of each study [95% interval], p by Holm", [
+            {"": ours, **{heading: cells.get(heading, "-") for heading in headings.values()}}
+            for ours, cells in rows.items() if len(cells) > 1
+        ])  # fmt: skip
 
 
 def draw_usage(ax, variant: str, runs: list[dict]):
@@ -379,14 +421,14 @@ def draw_growth(path: Path, studies: dict[str, dict]):
             shift = (i - len(groups) / 2) * tokens[-1] / 100  # or the intervals would hide each other
             intervals = np.array([x["interval"] or 2 * [x["mean"]] for x in points])
             top.errorbar(tokens + shift, means, yerr=abs(intervals.T - means), capsize=2, label=group, **style)
-            if "favourite" in points[0]:
-                bottom.plot(tokens, [x["favourite"]["mean"] for x in points], **style)
+            if "collapsed" in points[0]:
+                bottom.plot(tokens, [x["collapsed"]["mean"] for x in points], **style)
                 bottom.plot(tokens, [x["input_dependence"]["mean"] for x in points], linestyle="--", **style)
         top.axhline(0, color="gray", linewidth=1)
-        top.set(title=f"{name}: {report['settings']['seeds']} seeds")
+        top.set(title=f"{name}: {size(report)}, {report['settings']['seeds']} seeds")
         bottom.set(xlabel="training tokens, millions", ylim=(0, 1))
     axes[0, 0].set(ylabel="bits per byte minus SwiGLU's,\nwith the 95% interval (lower is better)")
-    axes[1, 0].set(ylabel="solid: weight of a layer's favourite\ndashed: input dependence / ln K")
+    axes[1, 0].set(ylabel="solid: share of layers with over 90%\nin one activation; dashed: input\ndependence, as a share of ln K")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
     figure.savefig(path)
     print(f"\nfigure: {path}")
@@ -399,6 +441,8 @@ def report_studies(file: Path, studies: dict[str, dict]):
         print_report(report)
         if {run["group"] for run in report["runs"]} >= set(MAIN):
             draw_report(file.with_suffix(".png"), report)
+    if len(studies) > 1:
+        print_ends(studies)
     if growing := {name: report for name, report in studies.items() if report["growth"].get("swiglu")}:
         draw_growth(file.with_name(f"{file.stem}_growth.png"), growing)
 

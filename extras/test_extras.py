@@ -348,6 +348,10 @@ def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, 
     other_file.write_text(file.read_text().replace('"short"', '"longer"'))
     printed = run_here({"report": f"{file},{other_file}", "out_dir": tmp_path}, script=study)
     assert printed.count("| prefix | {:+.4f} | {:+.4f} |".format(*(b - a for a, b in zip(swiglu, prefix)))) == 2
+    end = f"{prefix[-1] - swiglu[-1]:+.4f}"
+    assert f"| prefix | {end} | {end} |" in printed  # side by side
+    collapsed = [f"{x['collapsed']:.0%}" for x in complete[1]["points"]]
+    assert printed.count(f"| prefix | {' | '.join(collapsed)} |") >= 2
     assert (tmp_path / "study_growth.png").exists() and len(json.loads((tmp_path / "study.json").read_text())) == 2
     other = "swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir"
     assert other in error_of(run_study, "--max_steps=3")

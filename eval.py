@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
+# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
 from common import settings  # isort: skip
 
 import numpy as np

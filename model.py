@@ -34,8 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 #   tau   []         temperature: at 1 the activations mix, at 0.1 one dominates; see set_tau()
 #   g     K x [B, T, F]  weight of each activation in each neuron at each token
 # For packed documents and decoding:
-#   doc_start [B, T] index in this call of the first token of a token's document; -1 if the document
-#                    opens the row or continues from an earlier call; None: all -1
+#   doc_start [B, T] index, in this call, of the first token of each token's document; -1 if the
+#                    document opens the row or began in an earlier call; None: all -1
 #   router_sums      sums of u and of f over the document in earlier calls, with counts; see KVCache
 
 
@@ -46,9 +46,10 @@ class PolyGLU(nn.Module):
         g          = softmax( (alpha + Gumbel noise + beta * f) / tau )    over the K activations
         f          = W2 relu( context(W1 x + b1) ) + b2                    context: a running mean
 
-    It stands alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise, one
-    sample per row and neuron, is for training only. One activation alone makes a plain GLU, without
-    g. router_hidden=0 leaves out f; router_centred subtracts the running mean of f from it.
+    It stands alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is
+    for training only: one draw per row, neuron and activation, the same for all tokens of the row.
+    One activation alone makes a plain GLU, without g. router_hidden=0 leaves out f; router_centred
+    subtracts from f its running mean.
     """
 
     def __init__(
@@ -85,18 +86,18 @@ class PolyGLU(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}; PolyGLU takes [B, T, n_embd]")
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, F]
         if self.is_mixed:
-            e = self.mixture(x, doc_start, router_sums)  # g = e / sum(e)
+            e = self.unnormalized_weights(x, doc_start, router_sums)  # g = e / sum(e)
             mixed = add([e_k * sigma_k(gate) for e_k, sigma_k in zip(e, self.sigma)]) / add(e)
         else:
             mixed = self.sigma[0](gate)
-        return self.w_down((mixed * up).to(up.dtype))  # under autocast, mixed is float32
+        return self.w_down((mixed * up).to(up.dtype))  # e is float32, and so is mixed
 
-    def mixture(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
+    def unnormalized_weights(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
         """The weights g before they are divided by their sum: K x [B, T, F], at least float32."""
         static = at_least_fp32(self.alpha.t())  # [K, F]
         if self.training and self.gumbel:
             noise = gumbel_noise(static.expand(x.size(0), -1, -1))  # [B, K, F]
-            static = noise + static  # in the noise's memory order, along F
+            static = noise + static  # noise first: the sum takes its layout, contiguous along F
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
         ones = [1] * len(self.sigma)
         static = (static / self.tau).split(ones, dim=-2)  # K x [B, 1, F], or [1, F] for all rows
@@ -108,7 +109,7 @@ class PolyGLU(nn.Module):
         return [logit.sub_(top).exp_() for logit in logits]  # in place: less memory to move
 
     def dynamic_logits(self, x, doc_start=None, router_sums=None) -> Tensor:
-        """The router, beta * f: [B, T, K]; zeros without one."""
+        """Router logits beta * f: [B, T, K]; zeros without a router."""
         if not self.has_router:
             return self.alpha.new_zeros(*x.shape[:2], len(self.sigma))
         u = at_least_fp32(self.router_in(x))  # averaging x first gives the same f, but slower
@@ -139,18 +140,18 @@ def running_mean(u: Tensor, doc_start: Tensor | None, sums: Tensor | None) -> Te
     return (total[..., :-1] / total[..., -1:]).to(u.dtype)
 
 
-# What the router reads: functions of u, doc_start (or None) and sums (None, or updated in place)
-# to the shape and dtype of u. The paper's code averages the whole row, so that a token sees the
-# future; the default is a causal mean. If yours reads later tokens, add it to sees_future.
+# What the router reads. Each maps u, doc_start (or None) and sums (None, or updated in place) to a
+# tensor like u. The paper's code averages the whole row, so a token sees the future; the default is
+# a causal mean. If yours reads later tokens, add it to sees_future.
 ROUTER_CONTEXTS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "prefix": running_mean,
-    "token": lambda u, doc_start, sums: u,  # as in Mixture of Activations (arXiv 2605.26647)
+    "token": lambda u, doc_start, sums: u,  # close to Mixture of Activations (arXiv 2605.26647)
     "sequence": lambda u, doc_start, sums: u.mean(dim=1, keepdim=True).expand_as(u),
 }
 
 
 def add(tensors: Sequence[Tensor]) -> Tensor:
-    """Their sum. In place after the first two: less memory to move, and autograd keeps no sum."""
+    """Sum of two or more tensors, in place after the first addition: less memory to move."""
     total = tensors[0] + tensors[1]
     for tensor in tensors[2:]:
         total += tensor
@@ -182,7 +183,8 @@ def init_linear(module: nn.Module, std: float = 0.02):
 
 # ----------------------------------------------------------------------------------- configuration
 
-SIZES = "block_size vocab_size n_layer n_head n_kv_head n_embd head_dim d_ff rope_theta norm_eps".split()
+# must be above 0; a checkpoint must name them, because the defaults are PolychromaticLM's
+REQUIRED = "block_size vocab_size n_layer n_head n_kv_head n_embd head_dim d_ff rope_theta norm_eps".split()
 
 
 @dataclass
@@ -205,14 +207,14 @@ class ModelConfig:
     activations: tuple[str, ...] = ("relu", "tanh", "silu", "gelu")  # one alone: a plain GLU
     router_hidden: int = 32  # width of the router's hidden layer; 0: static preferences only
     router_context: str = "prefix"  # what the router reads: prefix, token, or sequence (not causal)
-    router_centred: bool = False  # subtract from the router's output its mean over the document so far
+    router_centred: bool = False  # subtract the mean of the router's output over the document so far
     gumbel: bool = True  # Gumbel noise on the routing logits in training
 
     def __post_init__(self):
         self.activations = tuple(self.activations)
-        for name, value in vars(self).items():
-            if name in SIZES and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name in REQUIRED:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.router_hidden < 0:
             raise ValueError(f"router_hidden is {self.router_hidden}; it must be 0 or more")
         check_routing(self.activations, self.router_context, self.router_centred)
@@ -232,7 +234,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467); x's dtype."""
+    """x / rms(x) * weight (arXiv 1910.07467), computed in float32 and returned in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = at_least_fp32(self.weight)
@@ -284,7 +286,7 @@ class Attention(nn.Module):
         if layout.mask is None and layout.keys is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = attend_with_mask(q, k, v, layout)  # packed documents or a cache: see below
+            y = attend_packed_or_cached(q, k, v, layout)  # see below
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -313,7 +315,7 @@ class PolychromaticLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # leave the random state alone: init_weights() draws all weights anew, in an order of its own
+        # leave the random state alone: init_weights() draws all weights again, in its own order
         with torch.random.fork_rng(devices=[]):
             self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -323,14 +325,16 @@ class PolychromaticLM(nn.Module):
         self.activation_checkpointing = False  # recompute blocks in the backward pass: less memory
         self.flex: bool | None = None  # FlexAttention for packed documents; None: see uses_flex()
         self.chunk_loss = chunk_loss  # compile() replaces it
-        self.isolates_documents = True  # trained with doc_ids; other people's models were not
+        self.isolates_documents = True  # trained with doc_ids; common/generate.py reads it
         self.init_weights()
 
     def init_weights(self):
-        """Initialize as the paper does; the routers last, so that all variants share the rest.
+        """Initialize as the paper does; routers last, so that all variants share the other weights.
 
         w_o, w_down      N(0, 0.02 / sqrt(2 n_layer)): 2 n_layer of them add to the residual stream
-        other matrices   N(0, 0.02); biases and alpha are 0, beta and the norms 1
+        other matrices   N(0, 0.02); their biases 0
+
+        The constructors have set alpha to 0, beta and the norms to 1, and learned activations.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in sorted(self.named_modules(), key=lambda item: ".router_" in item[0]):
@@ -353,9 +357,10 @@ class PolychromaticLM(nn.Module):
     def forward(self, tokens, targets=None, doc_ids=None, cache: "KVCache | None" = None) -> Tensor:
         """Logits of the next token [B, T, vocab_size], or with targets their mean cross-entropy [].
 
-        tokens, targets (-1: ignored) and doc_ids are [B, T] int64; the loss is float32, in nats.
-        Attention and a causal router stay inside a document; an id must not recur later in a row.
-        With a cache: see decode().
+        tokens, targets (-1: ignored) and doc_ids are [B, T] int64; the loss is in nats, at least
+        float32. Attention and a causal router stay inside a document; its tokens must be adjacent.
+        With a cache, the logits are those after the last token, and targets are not read: see
+        decode(). Raises ValueError for more than block_size tokens.
         """
         if cache is not None:
             return decode(self, tokens, doc_ids, cache)
@@ -393,7 +398,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def document_starts(doc_ids: Tensor, previous: Tensor) -> Tensor:
-    """doc_start [B, T] int64, see PolyGLU. doc_ids [B, T]; previous [B, 1]: the id before them."""
+    """doc_start [B, T] int64, see PolyGLU. doc_ids [B, T]; previous [B, 1]: the one before them."""
     before = torch.cat((previous, doc_ids[:, :-1]), dim=1)
     index = torch.arange(doc_ids.size(1), device=doc_ids.device)
     return torch.where(doc_ids != before, index, -1).cummax(1).values
@@ -417,13 +422,16 @@ def document_mask(doc_ids: Tensor, positions: Tensor, flex: bool = False) -> Ten
 
 
 def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None) -> Layout:
-    """Positions, documents and mask of a batch, which may continue a cache; arguments as forward()'s."""
+    """Positions, documents and mask of a batch, which may continue a cache.
+
+    Arguments as in forward(). Raises ValueError if the tokens do not fit.
+    """
     if tokens.dim() != 2 or not tokens.numel():
         raise ValueError(f"tokens have shape {list(tokens.shape)}; the model takes [B, T], neither of them 0")
     c, T = model.config, tokens.size(1)
     past, room = (0, c.block_size) if cache is None else (cache.length, cache.max_length)
     if past + T > min(room, c.block_size):
-        raise ValueError(f"{past + T} tokens in a row, but there is room for {min(room, c.block_size)}")
+        raise ValueError(f"a row of {past + T} tokens, but there is room for {min(room, c.block_size)}")
     positions = torch.arange(T, device=tokens.device)
     positions = positions if cache is None else positions + cache.position
     layout = Layout(positions, *rotary_angles(positions, c.head_dim, c.rope_theta))
@@ -432,15 +440,17 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
     if doc_ids is not None:
         previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
         layout = layout._replace(doc_start=document_starts(doc_ids, previous))
-    elif model.is_compiled:  # a tensor, so that one graph serves both cases
+    elif model.is_compiled:  # a tensor, so that one graph serves both
         layout = layout._replace(doc_start=torch.full_like(tokens, -1))
     if cache is None:
         return layout._replace(mask=document_mask(doc_ids, positions, uses_flex(model)))
-    return layout._replace(mask=cache.mask(model, positions, doc_ids))
+    if doc_ids is not None:
+        cache.remember(doc_ids)
+    return layout._replace(mask=cache.mask(model, positions))
 
 
 def uses_flex(model: PolychromaticLM) -> bool:
-    """Whether packed documents use FlexAttention: if compiled, and by default in bfloat16 on CUDA alone.
+    """Whether packed documents use FlexAttention: only if compiled, and by default in bfloat16 on CUDA.
 
     Uncompiled it would hold all scores; in float32 it needs more shared memory than small GPUs have.
     """
@@ -449,7 +459,7 @@ def uses_flex(model: PolychromaticLM) -> bool:
     return model.is_compiled and (suits if model.flex is None else model.flex)
 
 
-def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def attend_packed_or_cached(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Scaled dot-product attention: q [B, n_head, T, head_dim], k and v [B, n_kv_head, T, head_dim].
 
     With a cache, writes k and v to it and attends to all of it.
@@ -458,14 +468,15 @@ def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         k = layout.keys.index_copy_(2, layout.positions, k.to(layout.keys.dtype))
         v = layout.values.index_copy_(2, layout.positions, v.to(layout.values.dtype))
     if isinstance(layout.mask, BlockMask):
-        is_compiling = torch.compiler.is_compiling()  # routing_stats() calls the parts of a block itself
+        is_compiling = torch.compiler.is_compiling()  # routing_stats() calls block.attn uncompiled
         flex = flex_attention if is_compiling else torch.compile(flex_attention)
         return flex(q, k, v, block_mask=layout.mask, enable_gqa=True)
-    if layout.mask is None and q.size(2) > 1:
+    if layout.mask is None and q.size(2) > 1:  # a prompt in an empty cache
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # Query heads that share a key head become its rows, [B, n_kv_head, group * T, head_dim]: with a
     # mask and grouped queries, CUDA would use the kernel that holds all scores.
     group = q.size(1) // k.size(1)
+    # No mask: a single new token, which attends to the whole cache.
     mask = None if layout.mask is None else layout.mask.repeat(1, 1, group, 1)
     rows = q.reshape(q.size(0), k.size(1), group * q.size(2), q.size(3))
     return F.scaled_dot_product_attention(rows, k, v, mask).reshape(q.shape)
@@ -499,13 +510,15 @@ class KVCache:
         sums = tuple(zeros(B, 1, width, dtype=sum_dtype(self.doc_ids)) for width in widths)
         return {"keys": keys, "values": values, "router_sums": sums}
 
-    def mask(self, model: PolychromaticLM, positions: Tensor, doc_ids: Tensor | None) -> Tensor | None:
-        """Attention mask of new tokens; None: causal. Remembers their doc_ids."""
+    def remember(self, doc_ids: Tensor):
+        """Keep the doc_ids [B, T] of new tokens. Later tokens continue the last document."""
+        self.doc_ids[:, self.length :] = doc_ids[:, -1:]
+        self.doc_ids[:, self.length : self.length + doc_ids.size(1)] = doc_ids
+        self.has_documents = True
+
+    def mask(self, model: PolychromaticLM, positions: Tensor) -> Tensor | None:
+        """Attention mask of new tokens; None: causal."""
         T, end = len(positions), self.length + len(positions)
-        if doc_ids is not None:
-            self.doc_ids[:, self.length :] = doc_ids[:, -1:]  # later tokens continue the last document
-            self.doc_ids[:, self.length : end] = doc_ids
-            self.has_documents = True
         if T == 1 and (model.is_compiled or positions.is_cuda):
             end = self.max_length  # static shapes: one graph serves every token
         elif not self.has_documents and (T == 1 or self.length == 0):
@@ -539,10 +552,11 @@ def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None,
     body: Callable | None = None,
 ) -> Tensor:  # fmt: skip
-    """Mean cross-entropy of the logits hidden @ weight.T, in nats, never holding all of them.
+    """Mean cross-entropy of the logits hidden @ weight.T, in nats, without ever holding them all.
 
     hidden [..., d], weight [V, d], targets [...] int64 (-1: ignored) -> [], at least float32.
     chunk_size is in tokens (None: about 2**25 logits, 2**28 on a GPU). body: chunk_loss, compiled.
+    Raises ValueError if there are no targets.
     """
     if not targets.numel():
         raise ValueError("there are no targets: the batch is empty")
@@ -570,7 +584,7 @@ def chunk_loss(h: Tensor, w: Tensor, target: Tensor, scale: Tensor, V: int, need
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The forward pass computes each chunk's gradient too, while its logits are there."""
+    """The forward pass computes each chunk's gradient too, while its logits are in memory."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, body, needs_grad):
@@ -617,7 +631,7 @@ def check_routing(activations: Sequence[str], router_context: str, router_centre
     if router_context not in ROUTER_CONTEXTS:
         raise ValueError(f"unknown router_context {router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
     if router_centred and router_context == "sequence":
-        raise ValueError("router_centred cancels a sequence router, which has one value a row")
+        raise ValueError("router_centred would leave 0 of a sequence router, which has one value per row")
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

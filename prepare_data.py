@@ -36,7 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
 
-# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
+# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
 from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np
@@ -548,7 +548,7 @@ def open_datasets(cfg: PaperConfig, corpus: str) -> Iterator[tuple[str, Source]]
     """The domains of pretrain or sft: from local files where cfg names some, else the paper's data sets."""
     domains = DATASETS[corpus]
     if isinstance(cfg.source, str) and len(domains) > 1:
-        raise UserError(f"whose source? {', '.join(f'--source.{domain}=' for domain in domains)}")
+        raise UserError(f"the source of which domain? {', '.join(f'--source.{domain}=' for domain in domains)}")
     local = {"chat": cfg.source} if isinstance(cfg.source, str) else cfg.source
     if unknown := [domain for domain in (*local, *cfg.text_field) if domain not in domains]:
         raise UserError(f"there is no domain {unknown[0]!r}; there are {', '.join(domains)}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
+# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
 from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np
@@ -57,7 +57,7 @@ class SampleConfig:
         check_range(self, 1, 10**9, "num_samples", "max_new_tokens")
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.chat and self.num_samples > 1:
-            raise UserError("chat and num_samples exclude each other: a chat has one answer")
+            raise UserError("chat and num_samples cannot be combined: a chat has one answer")
         if self.system and not self.chat:
             raise UserError("system is the system message of a chat; add --chat")
         if self.chat and not self.prompt and sys.stdin is None:
@@ -127,7 +127,7 @@ class Chat:
         while len(ids := encode_chat(self.encoding, self.system + turns, reply=True)[0].tolist()) > room:
             if len(turns) == 1:
                 size = f"{len(ids):,} tokens{' with --system' if self.system else ''}"
-                raise UserError(f"this takes {size}, but there is room for {room:,}; say it shorter")
+                raise UserError(f"this takes {size}, but there is room for {room:,}; shorten it")
             turns = turns[2:]
         if len(turns) <= len(self.turns):
             note("(the context is full: the oldest turn is forgotten)")
@@ -181,7 +181,7 @@ def converse(chat: Chat):
                 return
             if line == "/reset":
                 chat.turns.clear()
-                note("(forgotten)")
+                note("(conversation cleared)")
             elif line.startswith("/"):
                 note(f"(there is no {line.split()[0]}, only /reset and /exit)")
             elif line:

@@ -10,7 +10,7 @@ are packed into rows, and the loss is on the assistant's words only.
 from dataclasses import dataclass
 from pathlib import Path
 
-# first: it prints Ctrl-C during the slow imports below as one line, and has a setting that torch reads
+# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
 from common.settings import load, run  # isort: skip
 
 import numpy as np
@@ -33,15 +33,15 @@ class SFTConfig(TrainConfig):
     tau_start: float = 0.1  # routing temperature; stays where pretraining left it
     tau_end: float = 0.1  # routing temperature after the last step
     out_dir: str = "out/sft"  # the run folder
-    init_from: str = "out/pretrain"  # model to start from: a run folder, a checkpoint, a Qwen3, ...
+    init_from: str = "out/pretrain"  # model to start from: a run folder, a checkpoint, a Qwen3 model, ...
 
 
 def print_routing(folder: Path):
     """Print the five routing measures, averaged over the layers, at the run's first and last evaluation."""
     measured = [(line["step"], line["routing"]) for line in read_log(folder) if line.get("routing")]
     if len(measured) < 2:
-        return  # a plain GLU, or a run that was stopped early
-    print("routing before and after, means over the layers (docs/routing.md):")
+        return  # a plain GLU, or a run that was stopped before its second evaluation
+    print("routing at the first and the last evaluation, means over the layers (docs/routing.md):")
     for step, routing in (measured[0], measured[-1]):
         usage = "/".join(f"{share:.3f}" for share in np.mean(routing["usage"], axis=0))
         print(

@@ -357,7 +357,7 @@ def test_what_no_model_can_compute_is_named():
 
 def test_gumbel_noise_is_drawn_in_training_only_and_once_a_row():
     layer, x = random_layer(8, 24, router_hidden=0, gumbel=True), torch.randn(2, 12, 8)
-    g, other = (torch.stack(layer.mixture(x)) for _ in range(2))  # [K, B, T, d_ff]
+    g, other = (torch.stack(layer.unnormalized_weights(x)) for _ in range(2))  # [K, B, T, d_ff]
     assert not torch.equal(g, other)
     assert torch.equal(g, g[:, :, :1].expand_as(g))  # the same at every position of a row
     assert not torch.equal(g[:, 0], g[:, 1])  # another in another row
@@ -815,7 +815,7 @@ def test_the_mixture_follows_the_corpus_by_its_shares_or_else_by_size(corpus_dir
 def test_every_step_is_within_one_sequence_of_its_mixture(batch_size):
     cfg = train.TrainConfig(max_steps=500, batch_size=batch_size, mixture={"math": 0.7, "stem": 0.25, "code": 0.05})
     cfg.mixture_end = {"math": 0.85, "stem": 0.1, "code": 0.05}
-    table, shares = train.quotas(cfg), [list(train.get_mixture(step, cfg).values()) for step in range(500)]
+    table, shares = train.rows_per_step(cfg), [list(train.get_mixture(step, cfg).values()) for step in range(500)]
     excess = table - np.array(shares) * batch_size
     assert (table.sum(1) == batch_size).all() and (table >= 0).all() and np.abs(excess).max() <= 1
     assert np.abs(excess.cumsum(0)).max() <= 2  # small shares are not starved
@@ -959,7 +959,7 @@ def test_a_resumed_run_says_what_has_changed_and_nothing_else(run_small, corpus_
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):
     for flag, message in {
         "--init_from=": "init_from is empty; give it a value, or leave it out",
-        f"--data_dir={corpus_dir}": "has no conversations; for some: python prepare_data.py tiny_sft",
+        f"--data_dir={corpus_dir}": "has no conversations; to make some: python prepare_data.py tiny_sft",
         "--n_layer=3": "has n_layer=2, not 3",
         "--block_size=32": "too many for block_size 32; prepare it again with --max_length=33",
     }.items():
@@ -1002,8 +1002,8 @@ def test_training_needs_neither_a_compiler_nor_the_optional_packages(corpus_dir,
     settings = run_settings(corpus_dir, tmp_path, max_steps=1, compile=True)
     done = run_script("-c", code, *flags(settings), env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall("going on uncompiled.*torch.compile does not work here", done.stdout)) == 1
-    assert "without samples: " in done.stdout
+    assert len(re.findall("continuing uncompiled.*torch.compile does not work here", done.stdout)) == 1
+    assert "no samples: " in done.stdout
     done = run_script("-c", code.replace("train.main()", "train.settings.run(train.main)"), "--data_dir=data/absent")
     assert_one_line(done, "no data in data/absent; prepare_data.py makes text, tiny")
 
@@ -1107,12 +1107,13 @@ def test_the_documented_router_context_is_an_average_of_the_past_and_exact_with_
     torch.testing.assert_close(torch.cat(parts, dim=1), ema(u, torch.full((2, 300), -1), None))
 
 
-@pytest.mark.parametrize("changed", ["Another mixture"], indirect=True)
+@pytest.mark.parametrize("changed", ["Another rule for mixing"], indirect=True)
 def test_the_documented_mixture_is_one_hot_with_the_gradient_of_the_soft_one(changed):
     soft, hard = random_layer(16, 24), changed.model.PolyGLU(16, 24, router_hidden=8, gumbel=False)
     hard.load_state_dict(soft.state_dict())
     x, weight = torch.randn(2, 7, 16), torch.randn(4, 2, 7, 24)
-    soft_g, hard_g = (e / e.sum(0) for e in (torch.stack(layer.mixture(x)) for layer in (soft, hard)))
+    weights = (torch.stack(layer.unnormalized_weights(x)) for layer in (soft, hard))
+    soft_g, hard_g = (e / e.sum(0) for e in weights)
     assert torch.equal(hard_g, F.one_hot(soft_g.argmax(0), 4).movedim(-1, 0).float())
     ((soft_g + hard_g) * weight).sum().backward()
     torch.testing.assert_close(*({name: p.grad for name, p in layer.named_parameters()} for layer in (soft, hard)))

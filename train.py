@@ -7,7 +7,7 @@ python train.py config/tiny.py --resume         continue a stopped run
 torchrun --nproc_per_node=8 --shutdown_timeout=600 train.py config/pretrain.py
                                                 8 GPUs: the same steps and data
 
-The defaults are the paper's pretraining run; config/pretrain.py adds its mixture. The run folder
+The defaults are the paper's pretraining run; config/pretrain.py adds the data mixture. The run folder
 gets ckpt.pt, log.jsonl and settings.json; if asked, best.pt, ckpt_<step>.pt and trace.json too.
 """
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-# first: so that Ctrl-C during the slow imports below prints one line; it also has settings for torch
+# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
 from common import settings  # isort: skip
 
 import numpy as np
@@ -42,7 +42,7 @@ from common.run import Ranks
 from common.settings import UserError, check_range
 from model import ModelConfig, PolychromaticLM, set_tau
 
-# settings that a resumed run may change without a word
+# a resumed run does not report changes of these settings
 UNREPORTED = "resume overwrite eval_only init_from revision out_dir profile".split()
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
@@ -84,15 +84,15 @@ class TrainConfig(ModelConfig):
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
     eval_interval: int = 1000  # steps between evaluations; one is at the start, one at the end
-    eval_tokens: int | None = None  # tokens of each val.bin; None: a million, in all no more than trained on
-    eval_only: bool = False  # evaluate the run's checkpoint, or init_from, and change no file
+    eval_tokens: int | None = None  # tokens of each val.bin; None: a million, in all at most as many as trained on
+    eval_only: bool = False  # evaluate out_dir's checkpoint, else init_from, and change no file
     save_interval: int = 500  # at most this many steps between checkpoints
     keep_best: bool = False  # also save best.pt when an evaluation finds the lowest loss so far
     keep_every: int | None = None  # also save ckpt_<step>.pt every so many steps; None: never
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     sample_tokens: int = 80  # length of the text that the model writes at every evaluation; 0: none
     wandb: str | None = None  # Weights & Biases project to log to as well; None: log.jsonl only
-    profile: bool = False  # trace this start's sixth to eighth step with torch's profiler, into trace.json
+    profile: bool = False  # trace steps 6 to 8 of this start with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are always float32
@@ -115,7 +115,7 @@ class TrainConfig(ModelConfig):
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % micro:
             found = f"batch_size is {batch}; it must be a multiple of micro_batch_size {micro}"
-            raise UserError(f"{found}, which may change too")
+            raise UserError(f"{found}; change either")
         if self.init_from == "resume":
             raise UserError("init_from='resume' is nanoGPT's; here it is --resume")
         if self.overwrite and (self.resume or self.eval_only):
@@ -143,17 +143,17 @@ def get_tau(step: int, cfg: TrainConfig) -> float:
 
 
 def get_mixture(step: int, cfg: TrainConfig) -> dict[str, float]:
-    """Shares of the domains: mixture, from anneal_start on moving linearly to mixture_end."""
+    """Shares of the domains: mixture until anneal_start, then linear to mixture_end."""
     start = cfg.anneal_start * cfg.max_steps
     moved = min(1.0, max(0.0, (step - start) / max(1.0, cfg.max_steps - 1 - start)))
     end = cfg.mixture_end or cfg.mixture
     return {domain: share + moved * (end[domain] - share) for domain, share in cfg.mixture.items()}
 
 
-def quotas(cfg: TrainConfig) -> np.ndarray:
+def rows_per_step(cfg: TrainConfig) -> np.ndarray:
     """Rows of each domain in each step, [max_steps, domains] int64: shares of batch_size, rounded.
 
-    What rounding owes a domain carries over to the next steps (largest remainder).
+    Rounds down; the rows left over go to the domains that are owed most from all steps so far.
     """
     table = np.empty((cfg.max_steps, len(cfg.mixture)), dtype=np.int64)
     owed = np.zeros(len(cfg.mixture))
@@ -161,8 +161,8 @@ def quotas(cfg: TrainConfig) -> np.ndarray:
         ideal = np.array(list(get_mixture(step, cfg).values())) * cfg.batch_size
         owed += ideal
         table[step] = np.floor(ideal + 1e-9)
-        behind = np.argsort(table[step] - owed, kind="stable")  # furthest behind comes first
-        fractional = [d for d in behind if ideal[d] - table[step, d] > 1e-9]
+        by_debt = np.argsort(table[step] - owed, kind="stable")  # the most is owed to the first
+        fractional = [d for d in by_debt if ideal[d] - table[step, d] > 1e-9]  # others need no rounding
         n_left = cfg.batch_size - table[step].sum()
         table[step, fractional[:n_left]] += 1
         owed -= table[step]
@@ -174,7 +174,7 @@ def quotas(cfg: TrainConfig) -> np.ndarray:
 
 @dataclass
 class Progress:
-    """How far a run is. A checkpoint holds it, so a resumed run continues reading where it stopped."""
+    """How far a run has got. A checkpoint holds it, so a resumed run reads on where it stopped."""
 
     step: int = 0  # optimizer steps taken
     rows_read: dict[str, int] = field(default_factory=dict)  # training rows, by domain
@@ -189,7 +189,7 @@ class Progress:
 class Run:
     """A training run: what it works with, and how far it is."""
 
-    cfg: TrainConfig  # final: it has the model's shape and a mixture
+    cfg: TrainConfig  # set_up() has filled in the model's shape, the mixture and eval_tokens
     ranks: Ranks
     model: PolychromaticLM
     optimizer: torch.optim.Optimizer
@@ -218,7 +218,7 @@ def configure_optimizer(model: PolychromaticLM, cfg: TrainConfig) -> torch.optim
     The loop multiplies the learning rate by each group's lr_scale.
     """
     scale = cfg.routing_lr
-    router_decay = cfg.weight_decay / (scale or 1)  # AdamW decays by lr * this: same decay as others
+    router_decay = cfg.weight_decay / (scale or 1)  # AdamW decays by lr * this: a higher lr decays no more
     groups = {
         "matrices": {"lr_scale": 1.0, "weight_decay": cfg.weight_decay},
         "vectors": {"lr_scale": 1.0, "weight_decay": 0.0},
@@ -237,7 +237,10 @@ def configure_optimizer(model: PolychromaticLM, cfg: TrainConfig) -> torch.optim
 
 
 def next_rows(run: Run, n_rows: np.ndarray) -> np.ndarray:
-    """The next n_rows[d] rows of each domain d, [batch_size, 3, T]: tokens, targets, doc_ids."""
+    """The next n_rows[d] rows of each domain d, [batch_size, 3, T]: tokens, targets, doc_ids.
+
+    Counts them in progress.rows_read.
+    """
     rows = []
     for domain, n in zip(run.cfg.mixture, n_rows.tolist()):
         first = run.progress.rows_read.get(domain, 0)
@@ -248,7 +251,7 @@ def next_rows(run: Run, n_rows: np.ndarray) -> np.ndarray:
 
 
 def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float, float]:
-    """Accumulate the gradients of these rows, clip, update; returns the loss and the gradient norm.
+    """Accumulate the gradients of these rows, clip, update; returns the loss and the norm before clipping.
 
     model is run.model as compiled and distributed. A non-finite loss or norm changes no weight.
     """
@@ -260,7 +263,7 @@ def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float,
         seed = np.random.SeedSequence((run.cfg.seed, step, i)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         weight = np.count_nonzero(parts[i][:, 1] >= 0) / n_targets
-        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: at the last one
+        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: at its last one
         with run.autocast:
             micro_loss = model(*to_inputs(parts[i], ranks.device)) * weight
         (micro_loss * ranks.world_size).backward()  # DDP averages over the GPUs; this sums
@@ -304,14 +307,17 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     with lock, runtime.tracing(trace) as end_traced_step:
         # model, data, optimizer, and how far an earlier start got
         run = set_up(cfg, corpus_type, ranks)
-        model, progress, rows_per_domain = compile_and_distribute(run), run.progress, quotas(cfg)
+        model = compile_and_distribute(run)
+        progress = run.progress
+        n_rows = rows_per_step(cfg)
         step_seconds = []  # since the last line of the log
         stop = None
 
-        # evaluate once, if no more is asked for
+        # with --eval_only, no more than this
         if cfg.eval_only:
             report(run)
-            return ranks.wait(is_last=True)
+            ranks.wait(is_last=True)
+            return
 
         model.train()
         set_tau(model, get_tau(progress.step, cfg))
@@ -326,12 +332,13 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
             # forward, backward, update
             started = time.monotonic()
-            loss, norm = optimizer_step(model, run, next_rows(run, rows_per_domain[step]), step)
+            loss, norm = optimizer_step(model, run, next_rows(run, n_rows[step]), step)
             step_seconds.append(time.monotonic() - started)
             end_traced_step()
             count_step(run, loss, norm)
-            # from now on a signal saves first; before this step there was nothing to save
-            stop = stop or runtime.StopSignal()
+            # from now on, Ctrl-C saves first; until this step there was nothing to save
+            if stop is None:
+                stop = runtime.StopSignal()
 
             # set the temperature of the next step, which a checkpoint keeps
             set_tau(model, get_tau(progress.step, cfg))
@@ -339,9 +346,12 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             # log
             is_done = progress.step == cfg.max_steps
             if progress.step % cfg.log_interval == 0 or is_done:
-                log_step(run, loss, norm, step_seconds)
+                # the median leaves out the steps that compiled
+                log_step(run, loss, norm, statistics.median(step_seconds))
+                step_seconds.clear()
 
-            # save, and stop if asked to; a skipped update may mean that the one before broke the weights
+            # save, and stop if a rank is asked to. Not after a skipped update: the one before may have
+            # broken the weights
             is_sound = not progress.skipped_in_a_row
             is_stopping = is_sound and not is_done and ranks.sum(float(stop.requested))[0] > 0
             is_due = progress.step - progress.last_saved_step >= cfg.save_interval
@@ -351,7 +361,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             if is_stopping:
                 print(f"stopped; {run.where_saved()}. Resume with: {runtime.resume_command()}")
                 break
-        else:  # every step is taken
+        if progress.step == cfg.max_steps:
             finish(run)
         ranks.wait(is_last=True)
 
@@ -370,8 +380,8 @@ def finish(run: Run):
 
 
 def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
-    """A new run, or the one to resume. Fills in cfg: init_from's shape, the corpus's mixture."""
-    # model and data
+    """A new run, or the one to resume. Fills in cfg: init_from's shape, the mixture, eval_tokens."""
+    # model and data; the shape comes first, because the corpus is checked against it
     if cfg.batch_size < cfg.micro_batch_size * ranks.world_size:
         found = f"each of {ranks.world_size} processes needs a micro-batch of its own"
         raise UserError(f"{found}; lower --micro_batch_size or raise --batch_size")
@@ -410,7 +420,9 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
         from extras.wandb_log import open_wandb
 
         run.wandb = open_wandb(cfg.wandb, progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
-    # everything is checked: delete what an old run left, or what followed the checkpoint
+    # all checks passed: delete what an old run left, or what followed the checkpoint
+    if cfg.warmup_steps >= cfg.max_steps and not cfg.eval_only:
+        print(f"the warm-up of {cfg.warmup_steps:,} steps outlasts the run: the learning rate never falls")
     ranks.wait()  # all have read the folder
     if run.is_writer:
         evaluates_again = progress.step % cfg.eval_interval == 0 or progress.step == cfg.max_steps
@@ -426,9 +438,9 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
         if path.exists() and not cfg.overwrite:
             raise UserError(f"{path} exists; --resume continues that run, --overwrite starts over")
         return None
-    if not path.exists() and cfg.eval_only and not cfg.init_from:
-        raise UserError(f"no checkpoint at {path}; name the run to evaluate, --out_dir=, or --init_from=")
     if not path.exists():
+        if cfg.eval_only and not cfg.init_from:
+            raise UserError(f"no checkpoint at {path}; name the run to evaluate, --out_dir=, or --init_from=")
         if cfg.resume:
             print(f"there is no checkpoint in {path.parent} yet: starting at step 0")
         return None
@@ -468,7 +480,7 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
 
 
 def make_embedded_corpus(folder: Path, ranks: Ranks):
-    """Prepare a missing data/tiny or data/tiny_sft, which needs no network. No other is made unasked."""
+    """Prepare a missing data/tiny or data/tiny_sft, which works offline. No other is made unasked."""
     is_embedded = folder.parent.name == "data" and folder.name in ("tiny", "tiny_sft")
     if ranks.is_main and is_embedded and not (folder / "meta.json").exists():
         print(f"there is no {folder} yet: preparing it, which takes about half a minute", flush=True)
@@ -496,7 +508,7 @@ def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[
     for mixture in (cfg.mixture, cfg.mixture_end or cfg.mixture):
         shares, names = mixture.values(), ", ".join(cfg.mixture)
         if mixture.keys() != cfg.mixture.keys() or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise UserError(f"the mixture {mixture} must be a share for each of {names}, and sum to 1")
+            raise UserError(f"the mixture {mixture} must give a share to each of {names}, and sum to 1")
     if corpus.tokenizer != cfg.tokenizer or corpus.vocab_size > cfg.vocab_size:
         theirs = f"{corpus.folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens"
         flags = f"--tokenizer={corpus.tokenizer} --vocab_size={corpus.vocab_size}"
@@ -513,13 +525,11 @@ def compile_and_distribute(run: Run) -> torch.nn.Module:
     wants_compile = pays if cfg.compile is None else cfg.compile
     compiled = wants_compile and runtime.compiler_works(ranks.device)
     what = f"{sum(p.numel() for p in model.parameters()):,} parameters, {'/'.join(cfg.activations)}"
-    where = f"{ranks.world_size} x {ranks.device.type} in {str(run.autocast.fast_dtype)[6:]}"
-    where += ", compiled" if compiled else ""
+    dtype = str(run.autocast.fast_dtype).removeprefix("torch.")
+    where = f"{ranks.world_size} x {ranks.device.type} in {dtype}{', compiled' if compiled else ''}"
     print(f"{what}, on {where}; {cfg.batch_size * cfg.block_size:,} tokens a step", flush=True)
-    if cfg.warmup_steps >= cfg.max_steps and not cfg.eval_only:
-        print(f"the warm-up of {cfg.warmup_steps:,} steps outlasts the run: the learning rate never falls")
     if compiled:
-        print("compiling, about half a minute", flush=True)
+        print("compiling, which takes about half a minute", flush=True)
         model.compile()
     if ranks.world_size == 1:
         return model
@@ -537,14 +547,18 @@ def val_batches(corpus: Corpus, domain: str, cfg: TrainConfig, ranks: Ranks) -> 
     B, chosen = cfg.micro_batch_size, corpus.spread_rows(domain, cfg.eval_tokens)
     for i in ranks.items(math.ceil(len(chosen) / B)):
         rows = np.stack([corpus.row(domain, index) for index in chosen[i * B : i * B + B]])
-        batch = np.resize(rows, (B, *rows.shape[1:]))  # all of one shape, so nothing recompiles
-        batch[len(rows) :, 1] = -1  # the last one is filled up with ignored targets
+        # The last batch repeats rows, so that the shape stays and nothing recompiles.
+        batch = np.resize(rows, (B, *rows.shape[1:]))
+        batch[len(rows) :, 1] = -1  # the repeats have no targets
         yield to_inputs(batch, ranks.device)
 
 
 @torch.no_grad()
 def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks, autocast) -> dict:
-    """Held-out loss of each domain, in nats per token and bits per byte, and routing measures."""
+    """Held-out loss of each domain, in nats per token and bits per byte; on rank 0, routing measures.
+
+    Leaves the model in training mode.
+    """
     model.eval()
     val = {}
     for domain in corpus.domains:
@@ -558,8 +572,9 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks, au
         loss = total / count
         val[domain] = {"loss": loss, "bits_per_byte": corpus.bits_per_byte(domain, loss)}
     routing = {}
-    if ranks.is_main:  # on about 8,192 tokens, or 6 rows if that is more; n rows of each domain
-        n, rows = math.ceil(max(6, 2**13 // cfg.block_size) / len(corpus.domains)), []
+    if ranks.is_main:  # on the first of these rows: about 8,192 tokens, at least 6 rows
+        rows = []
+        n = math.ceil(max(6, 2**13 // cfg.block_size) / len(corpus.domains))  # of each domain
         for domain in corpus.domains:
             rows += [corpus.row(domain, i) for i in corpus.spread_rows(domain, cfg.eval_tokens)[:n]]
         tokens, targets, doc_ids = to_inputs(np.stack(rows), ranks.device)
@@ -570,7 +585,7 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks, au
 
 
 def report(run: Run):
-    """Evaluate; log and print the losses, the routing, and what the model writes; keep the best."""
+    """Evaluate: log and print the losses and the routing, print a sample, and keep the best."""
     step, cfg = run.progress.step, run.cfg
     measured = evaluate(run.model, run.val_corpus, cfg, run.ranks, run.autocast)
     log(run, {"step": step, "tau": get_tau(step, cfg), **measured})
@@ -585,10 +600,10 @@ def report(run: Run):
 
         with run.autocast:
             print_sample(f"step {step}: sample:", run.model, run.val_corpus, cfg.sample_tokens, cfg.seed)
-    loss = sum(x["bits_per_byte"] for x in val.values()) / len(val)
+    mean_bits = sum(x["bits_per_byte"] for x in val.values()) / len(val)
     is_sound = step > 0 and not run.progress.skipped_in_a_row
-    if cfg.keep_best and not cfg.eval_only and is_sound and loss < run.progress.best_loss:
-        run.progress.best_loss = loss
+    if cfg.keep_best and not cfg.eval_only and is_sound and mean_bits < run.progress.best_loss:
+        run.progress.best_loss = mean_bits
         save(run, "best.pt")
 
 
@@ -603,12 +618,11 @@ def log(run: Run, record: dict):
         run.wandb.log(record)
 
 
-def log_step(run: Run, loss: float, norm: float, step_seconds: list[float]):
-    """Log the step that has just been taken, and print it in one line. Empties step_seconds."""
+def log_step(run: Run, loss: float, norm: float, seconds: float):
+    """Log the step that has just been taken, and print it in one line."""
     cfg, device, step = run.cfg, run.ranks.device, run.progress.step
     tokens_per_step = cfg.batch_size * cfg.block_size
-    rate = tokens_per_step / statistics.median(step_seconds)  # the median leaves out compiling
-    step_seconds.clear()
+    rate = tokens_per_step / seconds
     record = {
         "step": step, "loss": loss, "lr": get_lr(step - 1, cfg), "tau": get_tau(step - 1, cfg),
         "mixture": get_mixture(step - 1, cfg), "grad_norm": norm, "skipped": run.progress.skipped,
@@ -627,7 +641,7 @@ def log_step(run: Run, loss: float, norm: float, step_seconds: list[float]):
 
 
 def save(run: Run, copy_name: str | None = None):
-    """Write ckpt.pt, and a copy of this name if one is given: each whole or not at all."""
+    """Write ckpt.pt, and if a name is given, a copy under that name: each whole or not at all."""
     run.progress.last_saved_step = run.progress.step
     state = {
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
@@ -636,7 +650,8 @@ def save(run: Run, copy_name: str | None = None):
     }  # fmt: skip
     if run.ranks.is_main:
         hint = "; an earlier checkpoint, if there was one, is intact"
-        for name in filter(None, (copy_name, "ckpt.pt")):  # ckpt.pt last: it knows of the copy
+        # ckpt.pt last: its best_loss must be that of a best.pt which exists
+        for name in filter(None, (copy_name, "ckpt.pt")):
             runtime.write_atomically(run.folder / name, functools.partial(torch.save, state), hint)
 
 

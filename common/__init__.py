@@ -1,1 +1,1 @@
-"""What several scripts share."""
+"""Code that several scripts share."""

@@ -1,7 +1,7 @@
-"""Tokens on disk, as prepare_data.py writes them, as rows of a batch.
+"""Read the tokens that prepare_data.py wrote as rows of a batch.
 
 A corpus is a folder: meta.json, and <domain>/{train,val}.bin of token ids with <|endoftext|> after every document.
-Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken.
+Conversations also have {train,val}.mask: one byte per token, 1 if it counts in the loss.
 """
 
 import json
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from common.settings import UserError
 
-CORPORA = {  # name of a corpus: the arguments of prepare_data.py that make it
+COMMANDS = {  # name of a corpus: the arguments of prepare_data.py that make it
     "text": "text --source=input.txt", "tiny": "tiny", "tiny_sft": "tiny_sft", "pretrain": "pretrain", "sft": "sft",
 }  # fmt: skip
 
+# entries of meta.json and their types, and those of each of its domains
 META = {"tokenizer": str, "vocab_size": int, "end_of_text": int, "dtype": str, "domains": dict, "vocab": str | None}
 COUNTS = {"train_tokens": int, "val_tokens": int, "val_bytes": int, "val_targets": int, "share": int | float}
 
@@ -46,7 +47,7 @@ class Corpus:
         self.dtype = np.dtype(meta["dtype"])
         self.domains: dict[str, dict] = {d: meta["domains"][d] for d in domains or meta["domains"]}  # counts
         self.orders: dict[str, tuple[int, np.ndarray]] = {}  # by domain: the epoch and the order of its rows
-        self.tokens = {domain: self.open_tokens(domain) for domain in self.domains}
+        self.tokens = {domain: self.open_domain(domain) for domain in self.domains}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -55,12 +56,12 @@ class Corpus:
         weights = {d: counts["share" if has_shares else "train_tokens"] for d, counts in self.domains.items()}
         return {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
 
-    def open_tokens(self, domain: str) -> np.ndarray:
+    def open_domain(self, domain: str) -> np.ndarray:
         """The token ids of a domain, memory-mapped."""
         tokens = self.open_file(domain, f"{self.split}.bin", self.dtype)
         if len(tokens) <= self.block_size:
             path = self.folder / domain / f"{self.split}.bin"
-            raise UserError(f"{path} has {len(tokens):,} tokens, fewer than a row: block_size {self.block_size} + 1")
+            raise UserError(f"{path} has {len(tokens):,} tokens, fewer than block_size {self.block_size} + 1")
         return tokens
 
     def open_file(self, domain: str, name: str, dtype: np.dtype) -> np.ndarray:
@@ -72,11 +73,11 @@ class Corpus:
         return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
 
     def read(self, domain: str, start: int, end: int) -> np.ndarray:
-        """Tokens start..end of a domain, int64."""
+        """Tokens [start:end] of a domain, int64."""
         tokens = self.tokens[domain][start:end].astype(np.int64)
         if tokens.max() >= self.vocab_size:
             path = self.folder / domain / f"{self.split}.bin"
-            raise damaged(path, f"is damaged: it has a token {tokens.max()}", self.folder)
+            raise damaged(path, f"is damaged: it has the token id {tokens.max()}", self.folder)
         return tokens
 
     def n_rows(self, domain: str) -> int:
@@ -125,15 +126,16 @@ class Conversations(Corpus):
     sample_command = ("python", "sample.py", "--chat")
 
     def __init__(self, *arguments, **keywords):
-        self.masks, self.ends, self.packed = {}, {}, {}
+        self.masks, self.ends, self.packed = {}, {}, {}  # by domain; open_domain() fills them
         super().__init__(*arguments, **keywords)
 
-    def open_tokens(self, domain: str) -> np.ndarray:
-        path = self.folder / domain / self.split
+    def open_domain(self, domain: str) -> np.ndarray:
+        """The same; also opens the mask, finds the conversations and packs them into rows."""
+        path = self.folder / domain / f"{self.split}.mask"
         tokens = self.open_file(domain, f"{self.split}.bin", self.dtype)
-        if not path.with_suffix(".mask").exists():
-            raise UserError(f"{self.folder} has no conversations; for some: python prepare_data.py tiny_sft")
-        mask = self.masks[domain] = self.open_file(domain, f"{self.split}.mask", np.dtype(np.uint8))
+        if not path.exists():
+            raise UserError(f"{self.folder} has no conversations; to make some: python prepare_data.py tiny_sft")
+        mask = self.masks[domain] = self.open_file(domain, path.name, np.dtype(np.uint8))
         chunks = range(0, len(tokens), 2**24)
         ends = [start + np.flatnonzero(tokens[start : start + 2**24] == self.end_of_text) for start in chunks]
         ends = self.ends[domain] = np.concatenate([[-1], *ends])  # conversation i lies between ends i and i + 1
@@ -172,20 +174,20 @@ class Conversations(Corpus):
 
 
 def pack(lengths: np.ndarray, room: int, open_rows: int = 64) -> list[list[int]]:
-    """Pack pieces into rows of `room`, with little space left over: the indices of each row's pieces.
+    """Pack pieces of these lengths into rows of `room` tokens (best-fit bin packing): the indices of each row's pieces.
 
     Each piece goes to the open row where it fits most tightly. If it fits in none, a new row replaces the fullest.
     """
     rows: list[list[int]] = [[] for _ in range(open_rows)]
-    open_now, free = np.arange(open_rows), np.full(open_rows, room)
+    row_of_slot, free = np.arange(open_rows), np.full(open_rows, room)
     for i, length in enumerate(lengths):
         left = np.where(free >= length, free - length, room + 1)
         slot = left.argmin()
         if left[slot] > room:
             slot = free.argmin()
-            open_now[slot], free[slot] = len(rows), room
+            row_of_slot[slot], free[slot] = len(rows), room
             rows.append([])
-        rows[open_now[slot]].append(i)
+        rows[row_of_slot[slot]].append(i)
         free[slot] -= length
     return [row for row in rows if row]
 
@@ -198,14 +200,14 @@ def to_inputs(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, T
 
 
 def read_meta(folder: Path) -> dict:
-    """The contents of a corpus' meta.json. Raises UserError if there is none, or if it is damaged."""
+    """The contents of a corpus's meta.json. Raises UserError if there is none, or if it is damaged."""
     try:
         meta = {"vocab": None, **json.loads((folder / "meta.json").read_text(encoding="utf-8"))}
         check_types(meta, META)
         if meta["dtype"] not in ("uint16", "uint32") or meta["end_of_text"] >= meta["vocab_size"]:
             raise ValueError("dtype or end_of_text is wrong")
         for counts in meta["domains"].values():
-            check_types({"share": 0, "val_targets": 0, **counts}, COUNTS)
+            check_types({"share": 0, "val_targets": 0, **counts}, COUNTS)  # these two are optional
         if not any(counts["train_tokens"] and counts.get("share", 1) for counts in meta["domains"].values()):
             raise ValueError("no domain has tokens")
         return meta
@@ -238,7 +240,7 @@ def how_to_make(folder: Path) -> str:
     """What to do about a missing or damaged corpus: the command that makes it, or the corpus that was meant."""
     if corpora := sorted(folder.glob("*/meta.json")):
         return f"did you mean --data_dir={shlex.quote(str(corpora[0].parent))}?"
-    if folder.name not in CORPORA:
-        return f"prepare_data.py makes {', '.join(CORPORA)}"
+    if folder.name not in COMMANDS:
+        return f"prepare_data.py makes {', '.join(COMMANDS)}"
     parent = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
-    return f"make it: python prepare_data.py {CORPORA[folder.name]}{parent}"
+    return f"make it: python prepare_data.py {COMMANDS[folder.name]}{parent}"

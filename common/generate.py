@@ -79,7 +79,7 @@ def check_prompts(rows: list[list[int]], config: ModelConfig):
     if not rows or not all(rows):
         raise UserError("an empty prompt, or none; start from [[<|endoftext|>]] to write freely")
     if any(min(row) < 0 or max(row) >= config.vocab_size for row in rows):
-        raise UserError(f"a token that is not in 0..{config.vocab_size - 1}")
+        raise UserError(f"a token id outside 0..{config.vocab_size - 1}")
     if config.sees_future and len(set(map(len, rows))) > 1:
         raise UserError('router_context="sequence" would read the padding too; give prompts of one length')
 
@@ -103,10 +103,10 @@ def next_inputs(
 
 
 def prepare_weights(model: PolychromaticLM, dtype: torch.dtype):
-    """Hold the matrices as decoding reads them fastest, for products in this dtype.
+    """Store the matrices in the dtype and the layout that decoding reads fastest.
 
-    They are cast to it, as autocast would do: its copies fill memory, and a CUDA graph cannot hold them. In float32 on
-    a CPU, where a token waits for the weights, each is stored along its longer side: memory is fastest in long runs.
+    The cast replaces autocast's, whose copies fill memory and cannot stay in a CUDA graph. In float32 on a CPU, where
+    memory bandwidth is the limit, the longer side of each matrix is contiguous.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -141,7 +141,7 @@ class StepGraph:
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None):
-    """Raise UserError, naming the one at fault, unless these settings can be sampled with."""
+    """Raise UserError, naming the setting at fault, unless all of them are valid."""
     if not temperature >= 0:
         raise UserError(f"temperature is {temperature}; it must be 0 or more")
     if top_k is not None and top_k < 1:
@@ -234,7 +234,7 @@ def open_tokenizer(name: str, vocab: str | None):
 
         return get_tokenizer(name, vocab)
     except (ImportError, UserError) as e:
-        print(f"without samples: {str(e).partition(';')[0]}")  # the advice after it is for other scripts
+        print(f"no samples: {str(e).partition(';')[0]}")  # the advice after it is for other scripts
 
 
 def print_sample(heading: str, model: PolychromaticLM, corpus: Corpus, length: int, seed: int):

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from common.settings import UserError, convert
-from model import SIZES, ModelConfig, PolychromaticLM
+from model import REQUIRED, ModelConfig, PolychromaticLM
 
-PEAK_FLOPS = {  # of GPUs by their names, regular expressions; dense bf16, float32 sums, from the vendor's data sheets
+PEAK_FLOPS = {  # dense bf16 with float32 sums, from the vendor's data sheets; regular expressions for the GPU's name
     "A100": 312e12, "H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H200$": 989e12, "RTX 4090$": 165e12,
     "RTX 3090$": 71e12,
 }  # fmt: skip
@@ -52,14 +52,14 @@ class Ranks:
         return range(self.rank, n, self.world_size)
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value, summed over the ranks."""
+        """Each value, summed over the ranks in float32."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values])
         if self.world_size > 1:
             torch.distributed.all_reduce(total)
         return total.tolist()
 
     def wait(self, is_last: bool = False):
-        """Wait for the other ranks; the last time, part from them."""
+        """Wait for the other ranks; the last time, leave the process group as well."""
         if self.world_size > 1:
             torch.distributed.barrier()
         if self.world_size > 1 and is_last:
@@ -79,13 +79,14 @@ class StopSignal:
 
     def handle(self, number, frame):
         if self.requested:
-            if time.monotonic() > self.time + 1:  # sooner, it is torchrun, which repeats a terminal's Ctrl-C
+            if time.monotonic() > self.time + 1:  # sooner, it is torchrun repeating the terminal's Ctrl-C
                 raise KeyboardInterrupt
             return
         self.requested, self.time = True, time.monotonic()
         is_main = os.environ.get("RANK", "0") == "0"
-        message = b"stopping after this step; once more stops at once\n" if is_main else b""
-        for descriptor, text in ((1, b""), (2, message)):  # print() is not reentrant
+        message = b"stopping after this step; Ctrl-C again stops at once\n" if is_main else b""
+        # print() is not reentrant. Writing nothing tells whether stdout is still there.
+        for descriptor, text in ((1, b""), (2, message)):
             try:
                 os.write(descriptor, text)
             except OSError:  # the terminal was closed: go on without it
@@ -104,7 +105,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.dtype:
-    """The dtype of the matmuls; "auto": bfloat16 on CUDA, and in training on a CPU, if it is faster; else float32."""
+    """The dtype of the matmuls; "auto": bfloat16 on CUDA and, in training, on a CPU with AMX; else float32."""
     if name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"dtype is {name!r}; it must be auto, bfloat16 or float32")
     if name != "auto":
@@ -127,7 +128,7 @@ def compiler_works(device: torch.device) -> bool:
         return True
     except Exception as e:  # no C++ compiler, no Python headers, no Triton: each raises its own type
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f"going on uncompiled, slower: torch.compile does not work here ({reason.strip()[:150]})")
+        print(f"continuing uncompiled, which is slower: torch.compile does not work here ({reason.strip()[:150]})")
         return False
 
 
@@ -138,10 +139,10 @@ def peak_flops(device: torch.device) -> float:
 
 
 def flops_per_token(model: PolychromaticLM, length: int | None = None) -> float:
-    """Operations of a training token in rows of `length` (block_size) tokens (arXiv 2204.02311, appendix B)."""
+    """Operations per training token, in rows of `length` tokens or block_size (arXiv 2204.02311, appendix B)."""
     c = model.config
     attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
-    lookup = 0 if c.tied_head else model.embedding.weight.numel()  # an untied embedding multiplies nothing
+    lookup = 0 if c.tied_head else model.embedding.weight.numel()  # an untied embedding is only a lookup
     return 6 * (sum(p.numel() for p in model.parameters()) - lookup) + attention
 
 
@@ -158,7 +159,7 @@ def tracing(path: Path | None) -> Iterator[Callable[[], None]]:
         with name_write_errors(path):
             profiler.export_chrome_trace(str(path))
         written.append(path)
-        print(f"trace: {path}; ui.perfetto.dev shows it")
+        print(f"trace: {path}; open it in ui.perfetto.dev")
 
     schedule = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)  # the first steps compile
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
@@ -221,7 +222,8 @@ def write_json(path: Path, value: dict, hint: str = ""):
 def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
     """Read a torch checkpoint, or the one in a run folder: tensors on the CPU and plain values, never code.
 
-    A "model_config" in it has the settings of this version's ModelConfig. verify=False leaves the weights unread.
+    A "model_config" in it is checked, and completed with this version's defaults. verify=False leaves the weights
+    unread. UserError for a file that is missing or damaged.
     """
     path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
     if not path.is_file():
@@ -247,7 +249,7 @@ def read_config(settings, path: str | Path) -> ModelConfig:
     """A model's settings as saved with it. Raises UserError, naming `path`, for what this version does not know."""
     kinds = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
     try:
-        if missing := [name for name in SIZES if name not in settings]:
+        if missing := [name for name in REQUIRED if name not in settings]:
             raise ValueError(f"it lacks the setting {missing[0]}")
         if unknown := [name for name in settings if name not in kinds]:
             raise ValueError(f"this version does not know its setting {unknown[0]}")
@@ -272,7 +274,8 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path)
     try:
         model.load_state_dict(copies, assign=True)
     except RuntimeError as e:  # a missing or unexpected tensor, or another shape
-        raise UserError(f"{path} does not fit the model: {' '.join(str(e).split()[6:])[:300]}") from None
+        reason = " ".join(str(e).split()[6:])[:300]  # without "Error(s) in loading state_dict for PolychromaticLM:"
+        raise UserError(f"{path} does not fit the model: {reason}") from None
     return model
 
 
@@ -293,9 +296,10 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def rewind(folder: Path, step: int, evaluates_again: bool, overwrite: bool):
-    """Remove from a run folder the log after this step, with its evaluation if it runs again; to overwrite, all of it.
+    """Make a run's log end at this step. To overwrite, remove the old run's checkpoints, plots and evaluations as well.
 
-    A new run (step 0) in a folder without a checkpoint keeps what it finds: the log moves to log.old.jsonl.
+    evaluates_again: the evaluation at this step will be repeated, so its record goes. A new run in a folder without a
+    checkpoint keeps the records it finds: they move to log.old.jsonl.
     """
     records = read_log(folder)
     with name_write_errors(folder):
@@ -307,9 +311,9 @@ def rewind(folder: Path, step: int, evaluates_again: bool, overwrite: bool):
         elif step == 0 and records:
             with open(folder / "log.old.jsonl", "a") as old:
                 old.writelines(json.dumps(record) + "\n" for record in records)
-    last = step + (not evaluates_again)  # evaluations of earlier steps are kept
-    kept = [r for r in records if r["step"] < (step + 1 if "loss" in r else last)]
-    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if evaluates_again:  # an evaluation's record has no "loss"
+        records = [record for record in records if "loss" in record or record["step"] < step]
+    text = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
     write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
 
 

@@ -21,8 +21,8 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Read when torch is imported. By default, a thread of OpenMP that waits for the others spins for milliseconds, also
-# where another process needs its core: a training step then takes up to 16 times as long. This costs 4% at most.
+# Read when torch is imported. By default, an OpenMP thread that waits for the others spins for milliseconds, even if
+# another process needs its core: a training step can take many times as long. This costs 4% (docs/performance.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # nothing: torch's profiler would print that it starts and stops
@@ -134,7 +134,7 @@ def load(cls: type, argv: list[str] | None = None):
         elif near := [path for path in (f"{word}.py", f"config/{word}.py") if os.path.isfile(path)]:
             raise UserError(f"{word!r} is not a file of settings; did you mean {near[0]}?")
         elif "=" in word and word.partition("=")[0] in kinds:
-            raise UserError(f"{word!r} is no flag; did you mean --{word}?")
+            raise UserError(f"{word!r} is not a flag; did you mean --{word}?")
         elif "init_from" in kinds and models:
             found = f"{models[0]!r} and {word!r} are two models"
             raise UserError(f"{found}; name one, and put a text with spaces in quotes")
@@ -161,7 +161,7 @@ def load(cls: type, argv: list[str] | None = None):
         print("override:", ", ".join(shown.values()), file=sys.stderr)
     try:
         settings = cls(**values)
-    except ValueError as e:  # model.py, which imports nothing of ours, raises no UserError
+    except ValueError as e:  # model.py, which imports nothing from common/, raises no UserError
         raise UserError(str(e)) from None
     if wants_help:
         print(describe(settings))
@@ -189,7 +189,7 @@ def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[s
         return flag, name, text
     entries = values.get(name) or {}
     if not isinstance(entries, dict):
-        raise UserError(f"{flag}= and --{name}= exclude each other")
+        raise UserError(f"{flag}= and --{name}= cannot be combined")
     return flag, name, {**entries, key: text}
 
 
@@ -216,7 +216,7 @@ def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
 
 
 def convert(value, kinds: tuple, label: str):
-    """The text of a flag or the literal of a file as one of these types. Raises UserError, starting with label."""
+    """Convert a flag's text or a file's literal to one of these types. Raises UserError, starting with label."""
     literal = value
     if isinstance(value, str) and type(None) in kinds and value.lower() in ("", "none"):  # --wandb= turns it off
         return None
@@ -250,7 +250,7 @@ def convert(value, kinds: tuple, label: str):
 
 
 def check_range(settings, low: float, high: float, *names: str):
-    """Raise UserError, naming the first, if one of these settings lies outside low..high, both included; None may."""
+    """Raise UserError, naming the first, if one of these settings lies outside low..high (inclusive). None passes."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:

@@ -120,7 +120,7 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--max_steps=1.5": "--max_steps takes a whole number, not 1.5",
         "--out_dir=": "--out_dir is empty; give it a value, or leave it out",
         "--max_steps --compile": "--max_steps needs a value",
-        "max_steps=5": "'max_steps=5' is no flag; did you mean --max_steps=5?",
+        "max_steps=5": "'max_steps=5' is not a flag; did you mean --max_steps=5?",
         "out/a out/b": "'out/a' and 'out/b' are two models; name one",
         "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
         "--activations=relu,swish": "unknown activation 'swish'; there are relu, tanh, silu, gelu",
@@ -551,7 +551,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         **{f"text --source=good.txt --{name}=": f"{name} is empty" for name in ("data_dir", "domain", "text_field")},
         "text --source=": "source is empty; give it a value, or leave it out",
         "pretrain --tokenizer=bytes --source.math=": "source is empty",
-        "pretrain --tokenizer=bytes --source=good.txt": "whose source? --source.math=, --source.stem=, --source.code=",
+        "pretrain --tokenizer=bytes --source=good.txt": "the source of which domain? --source.math=, --source.stem=",
         "text --source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
         "text --source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
         "tiny --val_fraction=2": "val_fraction is 2.0; it must lie in 0..1",
@@ -624,15 +624,15 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
         assert error_of(data.Corpus, folder, 64) == f"no data in {folder}; {advice}"
     for overrides, message in [
         ({"mixture": {"maths": 1.0}}, f"{corpus_dir} has no domain 'maths'; there are math, stem, code"),
-        ({"mixture": {"math": 0.9}}, "the mixture {'math': 0.9} must be a share for each of math, and sum to 1"),
+        ({"mixture": {"math": 0.9}}, "the mixture {'math': 0.9} must give a share to each of math, and sum to 1"),
         ({"tokenizer": "qwen3"}, "tokenizer 'bytes' with 259 tokens, the model 'qwen3' with 259; "),
-        ({"block_size": 100_000}, "fewer than a row: block_size 100000 + 1"),
+        ({"block_size": 100_000}, "fewer than block_size 100000 + 1"),
     ]:
         cfg = train.TrainConfig(**run_settings(corpus_dir, "x", **overrides))
         assert message in error_of(train.open_corpora, cfg)
     damaged = damage_corpus(corpus_dir, tmp_path / "tiny")
     np.memmap(damaged / "math" / "train.bin", dtype=np.uint16, mode="r+")[:] = 60_000
-    assert "train.bin is damaged: it has a token 60000" in error_of(data.Corpus(damaged, 64).row, "math", 0)
+    assert "train.bin is damaged: it has the token id 60000" in error_of(data.Corpus(damaged, 64).row, "math", 0)
     os.truncate(damaged / "stem" / "train.bin", 100)
     pattern = "train.bin holds 100 bytes, not the .* make it: python prepare_data.py tiny"
     assert re.search(pattern, error_of(data.Corpus, damaged, 64))
@@ -858,9 +858,9 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
         (lambda: pick_device("abacus"), "device 'abacus' cannot be used here"),
         (lambda: machine.pick_dtype("float16", model.device), "dtype is 'float16'; it must be auto, "),
-        (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples exclude each other"),
+        (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples cannot be combined"),
         (lambda: generated(sees_future, [[1], [1, 2]], 5), "give prompts of one length"),
-        (lambda: generated(model, [[300]], 5), "a token that is not in 0..258"),
+        (lambda: generated(model, [[300]], 5), "a token id outside 0..258"),
         (lambda: generated(model, [[1], []], 5), "an empty prompt, or none"),
         (lambda: generated(model, [], 5), "an empty prompt, or none"),
         (lambda: generated(model, [[1]], 5, temperature=math.nan), "temperature is nan; it must be 0 or more"),
@@ -874,7 +874,7 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         assert message in error_of(action)
     with pytest.raises(ValueError, match="no cache is exact"):
         KVCache(sees_future.config, 1, 8)
-    with pytest.raises(ValueError, match="65 tokens in a row, but there is room for 64"):
+    with pytest.raises(ValueError, match="a row of 65 tokens, but there is room for 64"):
         model(random_tokens(1, 65))
 
 
@@ -937,10 +937,10 @@ def test_a_chat_forgets_on_request_and_when_full_and_refuses_a_long_message(fine
     chat = functools.partial(run_main, sample, f"--out_dir={fine_tuned}", "--chat", "--max_new_tokens=12")
     said = chat("--temperature=0", stdin="Say 1.\n/reset\n/sing\n\nSay 1.\n/exit\nnever read\n")
     assert said.out == 2 * chat("--temperature=0", "--prompt=Say 1.").out
-    assert "(forgotten)" in said.err and "there is no /sing, only /reset and /exit" in said.err
+    assert "(conversation cleared)" in said.err and "there is no /sing, only /reset and /exit" in said.err
     err = chat(stdin="Say 1.\nSay 2.\n" + "x" * 99 + "\nSay 3.\n").err
     assert "(the context is full: the oldest turn is forgotten)" in err
-    assert "(this takes 118 tokens, but there is room for 48; say it shorter)" in err
+    assert "(this takes 118 tokens, but there is room for 48; shorten it)" in err
 
 
 def scripted(monkeypatch, *ids, then=KeyboardInterrupt) -> list[list[list[int]]]:
@@ -972,7 +972,7 @@ def test_a_chat_goes_on_from_the_tokens_of_an_answer_that_ctrl_c_stops(chat_enco
     said = [*first, *drawn, one("<|im_end|>"), one("\n"), one("<|im_start|>")]
     assert second[: len(said)] == said
     turns = chat.turns
-    assert "tokens with --system, but there is room for 150; say it shorter" in error_of(chat.answer, "x" * 9999)
+    assert "tokens with --system, but there is room for 150; shorten it" in error_of(chat.answer, "x" * 9999)
     scripted(monkeypatch)  # Ctrl-C before an answer begins: the question counts as not asked
     chat.answer("no")
     assert chat.turns == turns and len(turns) == 4
@@ -1064,8 +1064,8 @@ def test_plots_of_a_log_that_is_damaged_are_left_out_and_those_that_were_written
     (tmp_path / "training.png").touch()  # of an earlier evaluation
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "x", "tau": 1}\n')
     printed = run_main(evaluate, str(tmp_path), "--max_tokens=64", "--device=cpu").out
-    assert "no pictures of the training: log.jsonl is damaged or of another version (KeyError('tau'))" in printed
-    assert f"\npictures in {tmp_path}: layers.png\n" in printed
+    assert "no plots of the training: log.jsonl is damaged or of another version (KeyError('tau'))" in printed
+    assert f"\nplots in {tmp_path}: layers.png\n" in printed
 
 
 def test_what_evaluation_lacks_is_named(corpus_dir, tmp_path, monkeypatch):
@@ -1082,7 +1082,7 @@ def test_what_evaluation_lacks_is_named(corpus_dir, tmp_path, monkeypatch):
     }.items():
         assert message in error_of(run_here, {"init_from": tmp_path}, *arguments.split(), script=evaluate)
     settings = {"init_from": tmp_path, "data_dir": corpus_dir, "domains": "code,code"}
-    assert "no pictures: import of matplotlib.figure halted" in run_here(settings, script=evaluate)
+    assert "no plots: import of matplotlib.figure halted" in run_here(settings, script=evaluate)
     assert json.loads((tmp_path / "eval.json").read_text())["domains"].keys() == {"code"}
     save_pretrained(small_model(activations=("silu",)), tmp_path)
     assert "a plain GLU of silu: there is no routing to measure" in run_here(settings, script=evaluate)
@@ -1127,12 +1127,12 @@ def test_padding_takes_no_part_in_the_routing_measures(chat_dir):
 
 
 def test_the_documented_measures_are_those_of_the_report():
-    model, tokens, mixtures = small_model(router_context="token"), random_tokens(1, 30), []
+    model, tokens, calls = small_model(router_context="token"), random_tokens(1, 30), []
     ffn = model.blocks[0].ffn
-    mixture = ffn.mixture
-    ffn.mixture = lambda *inputs: mixtures.append(mixture(*inputs)) or mixtures[-1]
+    weights = ffn.unnormalized_weights
+    ffn.unnormalized_weights = lambda *inputs: calls.append(weights(*inputs)) or calls[-1]
     stats = routing_stats(model, tokens)
-    e = torch.stack(mixtures[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
+    e = torch.stack(calls[-1])[:, 0].permute(1, 2, 0)  # [T, d_ff, K]
     g = e / e.sum(-1, keepdim=True)
     scope = dict(torch=torch, alpha=ffn.alpha.detach(), g=g.detach())
     for formula in fenced((ROOT / "docs/routing.md").read_text(), "python"):
@@ -1152,7 +1152,7 @@ def test_a_saved_model_comes_back_bit_identical_and_one_that_sees_the_future_say
     assert loaded.config == model.config and not loaded.training
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     err = run_main(sample, f"--init_from={tmp_path}", "--max_new_tokens=1").err
-    assert "slow: its router averages the whole sequence" in err and "--router_context=prefix reads" in err
+    assert "slow: its router averages the whole row" in err and "--router_context=prefix reads" in err
 
 
 def released_state(model: PolychromaticLM) -> dict[str, torch.Tensor]:
@@ -1210,7 +1210,7 @@ def test_an_upcycled_run_starts_from_silu_and_leaves_it(corpus_dir, tmp_path):
         tmp_path / "qwen3", corpus_dir, tmp_path / "run", max_steps=50, save_interval=50, eval_interval=50, lr=1e-3,
         routing_lr=100.0, tokenizer="bytes", activations=tuple(ACTIVATIONS), router_hidden=8, gumbel=False,
     )  # fmt: skip
-    assert "upcycling silu to relu/tanh/silu/gelu: the same function" in run_here(settings)
+    assert "upcycling silu to relu/tanh/silu/gelu: nearly the same function" in run_here(settings)
     first, last = [line["routing"]["usage"] for line in read_log(tmp_path / "run") if "val" in line]
     assert min(usage[2] for usage in first) > 0.99 and min(usage[2] for usage in last) < 0.9
     assert "resumed" in run_here({**settings, "max_steps": 51}, "--resume")
@@ -1245,7 +1245,7 @@ def test_a_chat_takes_the_newest_fine_tuned_model_and_notes_another(unbroken, fi
     assert note in run_main(evaluate, "out/new", "--problems", "--limit=1", "--device=cpu").err
     shutil.rmtree("out/chat")
     shutil.rmtree("out/old")
-    expected = "no fine-tuned model under out; train one: python sft.py config/tiny_sft.py, or name it: --init_from="
+    expected = "no fine-tuned model under out; train one: python sft.py config/tiny_sft.py, or name one: --init_from="
     assert error_of(chat) == error_of(run_main, evaluate, "--problems") == expected
 
 

@@ -97,7 +97,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 def canonical(text: str) -> str:
-    """One string for all texts that differ in Unicode form or white space alone, whichever the tokenizer."""
+    """One string for all texts that differ only in Unicode form or white space, for any tokenizer."""
     return " ".join(unicodedata.normalize("NFC", replace_lone_surrogates(text)).split())
 
 
@@ -111,7 +111,7 @@ def encode_chat(encoding: tiktoken.Encoding, messages: list[dict], reply=False) 
     eot, start, end = (np.array([encoding.encode_single_token(name)], dtype=np.uint32) for name in CHAT_SPECIALS)
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise UserError("no messages")
-    parts = []  # (token ids, whether loss is taken on them)
+    parts = []  # (token ids, whether they count in the loss)
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
@@ -132,7 +132,7 @@ def stop_tokens(encoding: tiktoken.Encoding) -> set[int]:
 
 
 def text_hash(text: str) -> int:
-    """Uniform in 0 .. 2**64 - 1."""
+    """A hash, uniform in 0 .. 2**64 - 1."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 

@@ -39,7 +39,7 @@ def from_pretrained(source: str | Path, revision=None, router_context=None) -> P
     config, state, path, isolates_documents = read_model(source, revision)
     try:
         config = dataclasses.replace(config, router_context=router_context or config.router_context)
-    except ValueError as e:  # model.py, which imports nothing of ours, raises no UserError
+    except ValueError as e:  # model.py, which imports nothing from common/, raises no UserError
         raise UserError(str(e)) from None
     model = build_model(config, state, path).eval()
     model.isolates_documents = isolates_documents
@@ -58,7 +58,7 @@ def open_model(
     if is_asked and is_fine_tuned(source) is False:
         print(f"{source} was never fine-tuned to answer questions; see python sft.py --help", file=sys.stderr)
     if model.config.sees_future:
-        print("slow: its router averages the whole sequence; --router_context=prefix reads the past", file=sys.stderr)
+        print("slow: its router averages the whole row; --router_context=prefix reads only the past", file=sys.stderr)
     return model.to(device)
 
 
@@ -186,14 +186,14 @@ def qwen3_settings(settings: dict, state: dict[str, Tensor]) -> dict:
 
 
 def newest_checkpoint(root: Path = Path("out"), fine_tuned: bool = False) -> Path:
-    """The most recently written checkpoint under root, if asked for, of a model fine-tuned by sft.py."""
+    """The most recently written checkpoint under root; with fine_tuned, the most recent that sft.py wrote."""
     for path in sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         if not fine_tuned or is_fine_tuned(path):
             return path
     found, command = f"no checkpoint under {root}", "train.py config/tiny.py"
     if fine_tuned:
         found, command = f"no fine-tuned model under {root}", "sft.py config/tiny_sft.py"
-    raise UserError(f"{found}; train one: python {command}, or name it: --init_from=")
+    raise UserError(f"{found}; train one: python {command}, or name one: --init_from=")
 
 
 def is_fine_tuned(source: str | Path) -> bool | None:
@@ -229,7 +229,7 @@ def starting_model(cfg) -> PolychromaticLM:
     if cfg.block_size != config.block_size:
         print(f"block_size is {cfg.block_size:,}; {cfg.init_from} has {config.block_size:,}; --block_size= sets it")
     if cfg.activations != config.activations:
-        print(f"upcycling {'/'.join(config.activations)} to {'/'.join(cfg.activations)}: the same function")
+        print(f"upcycling {'/'.join(config.activations)} to {'/'.join(cfg.activations)}: nearly the same function")
         torch.manual_seed(cfg.seed)
         state = upcycle(state, cfg.model_config(), config.activations[0], cfg.tau_start)
     print(f"starting from the model of {cfg.init_from}")
@@ -237,7 +237,7 @@ def starting_model(cfg) -> PolychromaticLM:
 
 
 def upcycle(state: dict[str, Tensor], config: ModelConfig, activation: str, tau: float) -> dict[str, Tensor]:
-    """Weights with routing that at temperature tau give the same function as the plain GLU of this activation.
+    """Weights with routing that at temperature tau give nearly the same function as the plain GLU of this activation.
 
     The activation gets e^10 times the weight of each other one, in every neuron; the router's output starts at zero.
     With noise, which a low tau does not reduce, alpha is at least 10, so that training starts from that function too.

@@ -1,4 +1,4 @@
-# Does it change with size? The study at 6.8M parameters and 1,600 steps (1.6M tokens), read at five points.
+# Do the results change with size? The study at 6.8M parameters and 1,600 steps (1.6M tokens), read at five points.
 # python -m extras.study config/study_larger.py
 
 name = "larger"

@@ -1,4 +1,4 @@
-"""Benchmarks: what routing costs, beside transformers' Qwen3, which is the same model as ours with K = 1.
+"""Benchmarks: what routing costs, compared with transformers' Qwen3, which is the same model as ours with K = 1.
 
 python -m extras.bench                                          every row: ffn, step, decode
 python -m extras.bench --only=step --settings=config/tiny.py    one of them, for another model
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# first: it has a setting that torch reads when it is imported
+# before torch: it sets variables that torch reads
 from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np
@@ -152,7 +152,7 @@ def build_models(cfg: BenchConfig, c: ModelConfig, device: torch.device) -> dict
 
 @functools.cache
 def import_transformers():
-    """The package; without it None, and a line is printed once."""
+    """The package; None, and one line printed, if it is not installed."""
     try:
         import transformers
 
@@ -162,7 +162,7 @@ def import_transformers():
 
 
 def read_settings(cfg: BenchConfig, device: torch.device) -> TrainConfig:
-    """Those of step and decode."""
+    """The settings of the step and decode benchmarks."""
     if cfg.settings:
         return load(TrainConfig, [cfg.settings])
     return TrainConfig(**(SHAPE_ON_CUDA if device.type == "cuda" else SHAPE))

@@ -81,7 +81,7 @@ def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
 
 
 def save_plots(folder: Path, stats: dict, activations: tuple[str, ...], log: list[dict]):
-    """Write the plots for which there are numbers, and print which. Without matplotlib, or if that fails, why."""
+    """Write the plots that have data and print their names; if that fails, as without matplotlib, print why."""
     evaluations, written = [line for line in log if line.get("routing")], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +95,8 @@ def save_plots(folder: Path, stats: dict, activations: tuple[str, ...], log: lis
             plot_training(folder / "training.png", log, evaluations)
             written.append("training.png")
     except (ImportError, OSError) as e:  # no matplotlib, or no room for the plots
-        print(f"no pictures: {e}")
+        print(f"no plots: {e}")
     except (LookupError, TypeError, ValueError) as e:
-        print(f"no pictures of the training: log.jsonl is damaged or of another version ({e!r})")
+        print(f"no plots of the training: log.jsonl is damaged or of another version ({e!r})")
     if written:
-        print(f"pictures in {folder}: {', '.join(written)}")
+        print(f"plots in {folder}: {', '.join(written)}")

@@ -1,8 +1,8 @@
-"""A report on runs that can be sent to others: a folder with report.md and its pictures.
+"""A report on runs that can be sent to others: a folder with report.md and its plots.
 
 python -m extras.report --runs=out/tiny,out/tiny_sft --out_dir=out/tiny_report
 
-It reads what the scripts wrote: settings.json, log.jsonl, eval.json and the pictures of eval.py. If they are in its
+It reads what the scripts wrote: settings.json, log.jsonl, eval.json and the plots of eval.py. If they are in its
 folder, as extras/speedrun.sh leaves them: sample.txt, answer.txt, and times.tsv with the time of each stage.
 """
 
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     step = max((line["step"] for line in log if "val" in line), default=0)
     if step < found["max_steps"]:
         done = f"its last evaluation was at step {step} of {found['max_steps']}"
-        raise UserError(f"{folder} has not finished, {done}; run the same command again, or resume it with --resume")
+        raise UserError(f"{folder} has not finished: {done}; run the same command again, or resume it with --resume")
     return found, log
 
 
@@ -110,7 +110,7 @@ def results(path: Path) -> list[str]:
 
 
 def describe(folder: Path, out_dir: Path) -> list[str]:
-    """The section of a run. Copies its pictures to out_dir."""
+    """The section of a run. Copies its plots to out_dir."""
     found, log = read_run(folder)
     defaults = json.loads(json.dumps(vars(train.TrainConfig())))  # as in settings.json: lists, no tuples
     changed = [[f"`{name}`", f"`{value}`"] for name, value in found.items() if value != defaults.get(name)]
@@ -142,7 +142,7 @@ def main():
     for folder in cfg.runs:
         lines += describe(Path(folder), out_dir)
     runtime.write_atomically(out_dir / "report.md", lambda file: file.write("\n".join(lines).encode()))
-    print(f"report: {out_dir / 'report.md'}; send the folder, which has its pictures")
+    print(f"report: {out_dir / 'report.md'}; send the whole folder, which has its plots")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Three studies: what routing is worth, and whether that changes with training or with size.
+"""Studies: what routing is worth, and whether that changes with training or with size.
 
 python -m extras.study                             15 variants of config/tiny.py, 500 steps, five seeds (hours)
-python -m extras.study config/study_longer.py      five of them, 4,000 steps, read at five points
-python -m extras.study config/study_larger.py      four of them, 6.8M parameters, 1,600 steps, three seeds
+python -m extras.study config/study_middle.py      four of them, 1,600 steps, read at five points
+python -m extras.study config/study_longer.py      five of them, 4,000 steps
+python -m extras.study config/study_larger.py      four of them, 1,600 steps at 6.8M parameters, three seeds
 python -m extras.study --variants=swiglu,mine      train some variants, or a new one, by its file in config/study/
 python -m extras.study --jobs=0                    report the runs that are finished, without training
 python -m extras.study --report=assets/study.json  print the tables and draw the figures again from the numbers alone
@@ -13,6 +14,7 @@ parameters, so variants are compared within each seed. A finished run is kept: t
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -21,6 +23,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +33,8 @@ import torch
 from scipy import stats
 
 from common import settings
+from common.data import to_inputs
+from common.routing import routing_stats
 from common.run import Ranks, pick_device, pick_dtype, prepare_cpu, read_log, write_json
 from common.weights import from_pretrained
 from extras.bench import describe_machine, print_table
@@ -104,18 +109,21 @@ class Run:
             return sum(p.numel() for p in PolychromaticLM(self.settings.model_config()).parameters())
 
     def points(self) -> list[dict]:
-        """What each evaluation after a step measured: mean bits per byte, and of the routing, shares.
+        """What each evaluation after a step measured: bits per byte, and what the routing does.
 
-        "collapsed" layers give over 90% of their weight to one activation. "input_dependence" is the mean over the
-        layers, as a share of ln K.
+        "collapsed": share of the layers that give over 90% of their weight to one activation. "input_dependence": mean
+        over the layers, as a share of ln K.
         """
         found = {line["step"]: line for line in read_log(self.folder) if "val" in line and line["step"] > 0}
         ln_K = np.log(len(self.settings.activations))
         return [{
             "tokens": step * self.settings.batch_size * self.settings.block_size,
-            "mean": statistics.fmean(val["bits_per_byte"] for val in line["val"].values()),
+            "tau": line["tau"],
+            **(bits := {domain: val["bits_per_byte"] for domain, val in line["val"].items()}),
+            "mean": statistics.fmean(bits.values()),
             **({
-                "collapsed": statistics.fmean(max(usage) > 0.9 for usage in line["routing"]["usage"]),  # of the layers
+                "usage": line["routing"]["usage"],
+                "collapsed": statistics.fmean(max(usage) > 0.9 for usage in line["routing"]["usage"]),
                 "input_dependence": statistics.fmean(line["routing"]["input_dependence"]) / ln_K,
             } if line["routing"] else {}),
         } for step, line in sorted(found.items())]  # fmt: skip
@@ -207,25 +215,65 @@ def causal_losses(run: Run, device: torch.device, rows=128, first=32, others=8) 
     return bits
 
 
+def routing_by_domain(run: Run, device: torch.device, n_rows=32) -> dict[str, dict]:
+    """The routing measures within each domain, and on "all" of this text: n_rows of each domain, evenly spread.
+
+    A layer can depend on the input and still do the same at every token of a domain.
+    """
+    model, (_, corpus), rows = from_pretrained(run.folder).to(device), open_corpora(run.settings), {}
+    for domain in corpus.domains:
+        indices = corpus.spread_rows(domain, n_rows * run.settings.block_size)
+        rows[domain] = np.stack([corpus.row(domain, index) for index in indices])
+    rows["all"] = np.concatenate(list(rows.values()))
+    found = {}
+    for name in rows:
+        tokens, targets, doc_ids = to_inputs(rows[name], device)
+        found[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
+    return found
+
+
+def stored(path: Path, compute: Callable[[], dict]) -> dict:
+    """The contents of this file. If it is missing, computes and writes them."""
+    if not path.exists():
+        write_json(path, compute())
+    return json.loads(path.read_text())
+
+
 def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     """The measurements of every finished run, and of each "sequence" run once more with its causal score."""
     results = []
     for run in filter(Run.evaluation, runs):
         scores = {run.group: {domain: val["bits_per_byte"] for domain, val in run.evaluation()["val"].items()}}
         if run.settings.sees_future:
-            path = run.folder / "causal.json"  # takes minutes to compute
-            if not path.exists():
-                write_json(path, causal_losses(run, device))
-            scores[f"{run.group}, causal"] = json.loads(path.read_text())
+            causal = functools.partial(causal_losses, run, device)  # takes minutes
+            scores[f"{run.group}, causal"] = stored(run.folder / "causal.json", causal)
+        by_domain = {}
+        if run.evaluation()["routing"]:
+            by_domain = stored(run.folder / "domains.json", functools.partial(routing_by_domain, run, device))
         results += [{
             "group": group, "seed": run.settings.seed, "command": f"python train.py {shlex.join(run.arguments)}",
             "parameters": run.n_parameters(), "tokens": run.points()[-1]["tokens"],
             "activations": run.settings.activations, "causal": not run.settings.sees_future or group != run.group,
             "bits_per_byte": {**bits, "mean": statistics.fmean(bits.values())},  # variants are judged by the mean
             "routing": run.evaluation()["routing"] if group == run.group else {},
+            "routing_by_domain": by_domain if group == run.group else {},
             "points": run.points() if group == run.group else [],
         } for group, bits in scores.items()]  # fmt: skip
     return results
+
+
+def shared_settings(runs: list[Run]) -> dict:
+    """The settings of train.py that all runs have in common."""
+    first = dataclasses.asdict(runs[0].settings)
+    return {name: x for name, x in first.items() if all(getattr(run.settings, name) == x for run in runs)}
+
+
+def speeds(runs: list[Run]) -> dict[str, float]:
+    """Tokens per second of each group of runs: the 90th percentile of their logs, since other work may slow them."""
+    rates = {}
+    for run in filter(Run.evaluation, runs):
+        rates.setdefault(run.group, []).extend(x["tokens_per_second"] for x in read_log(run.folder) if "loss" in x)
+    return {group: round(np.quantile(x, 0.9)) for group, x in rates.items()}
 
 
 def holm(p: list[float]) -> list[float]:
@@ -242,6 +290,13 @@ def estimate(values: list[float]) -> dict:
         return {"mean": mean, "interval": None, "p": None}
     t = stats.t(n - 1, mean, max(statistics.stdev(values) / np.sqrt(n), 1e-300))  # never a division by zero
     return {"mean": mean, "interval": list(t.interval(0.95)), "p": 2 * min(t.cdf(0), t.sf(0))}
+
+
+def correct(differences: list[dict]):
+    """Correct the p of these differences, where there is one, for the number of them."""
+    tested = [x for x in differences if x["p"] is not None]
+    for x, p in zip(tested, holm([x["p"] for x in tested])):
+        x |= {"p_holm": p, "survives": p < 0.05}
 
 
 def summarize(results: list[dict]) -> dict:
@@ -266,8 +321,10 @@ def summarize(results: list[dict]) -> dict:
         for ours, theirs in pairs:
             a, b = groups.get(ours, {}), groups.get(theirs, {})
             if seeds := [seed for seed in a if seed in b]:
-                values = [a[seed]["bits_per_byte"]["mean"] - b[seed]["bits_per_byte"]["mean"] for seed in seeds]
-                yield {"ours": ours, "theirs": theirs, "seeds": seeds, **estimate(values)}
+                pairs = [(a[seed]["bits_per_byte"], b[seed]["bits_per_byte"]) for seed in seeds]
+                values = {domain: [x[domain] - y[domain] for x, y in pairs] for domain in pairs[0][0]}
+                found = {"ours": ours, "theirs": theirs, "seeds": seeds, **estimate(values["mean"])}
+                yield found | {"by_seed": values.pop("mean"), "domains": {d: estimate(x) for d, x in values.items()}}
 
     compared = [name for name in groups if ", lr" not in name]
     routed = [name for name in compared if len(rows[name]["activations"]) > 1]
@@ -275,9 +332,7 @@ def summarize(results: list[dict]) -> dict:
     for baseline in (name for name in compared if name.split(",")[0] in BASELINES):
         others = [name for name in (compared if baseline in BASELINES else routed) if name != baseline]
         comparisons[baseline] = sorted(compare([(name, baseline) for name in others]), key=lambda x: x["mean"])
-        tested = [x for x in comparisons[baseline] if x["p"] is not None and "equal time" not in x["ours"]]
-        for x, p in zip(tested, holm([x["p"] for x in tested])):
-            x |= {"p_holm": p, "survives": p < 0.05}
+        correct([x for x in comparisons[baseline] if "equal time" not in x["ours"]])
     contrasts = list(compare([*CONTRASTS, *((name, name.split(",")[0]) for name in groups if ", lr" in name)]))
     summary = {"summary": list(rows.values()), "comparisons": comparisons, "contrasts": contrasts}
     return summary | {"growth": growth(results)}
@@ -295,7 +350,7 @@ def growth(results: list[dict]) -> dict:
         pairs = [list(zip(groups[ours][seed], groups[theirs][seed])) for seed in seeds if ours != theirs]
         found.setdefault(theirs, {})[ours] = [
             {"tokens": points[0][0]["tokens"], **estimate([a["mean"] - b["mean"] for a, b in points])}
-            | {name: estimate([a[name] for a, _ in points]) for name in points[0][0] if name not in ("tokens", "mean")}
+            | {name: estimate([a[name] for a, _ in points]) for name in GROWING if name in points[0][0]}
             for points in zip(*pairs)
         ]
     return {name: {group: points for group, points in x.items() if points} for name, x in found.items()}
@@ -305,9 +360,26 @@ def with_interval(x: dict, form: str) -> str:
     return format(x["mean"], form) + (" [{:{f}}, {:{f}}]".format(*x["interval"], f=form) if x["interval"] else "")
 
 
-def size(report: dict) -> str:
-    """Of a study's largest variant."""
-    return f"{max(run['parameters'] for run in report['runs']) / 1e6:.1f}M parameters"
+def size_and_tokens(report: dict) -> tuple[int, int]:
+    """Parameters of a study's largest variant, and the training tokens of its runs at equal steps."""
+    runs = [run for run in report["runs"] if "," not in run["group"]]
+    return max(run["parameters"] for run in runs), max(run["tokens"] for run in runs)
+
+
+def describe(name: str, report: dict) -> str:
+    parameters, tokens = size_and_tokens(report)
+    return f"{name}: {parameters / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens"
+
+
+def print_differences(title: str, differences: list[dict]):
+    print_table(title, [{
+        "": f"{x['ours']} - {x['theirs']}",
+        "pairs": len(x["seeds"]),
+        "difference [95% interval]": with_interval(x, "+.4f"),
+        "p": "-" if x["p"] is None else f"{x['p']:.2g}",
+        "p, Holm": f"{x['p_holm']:.2g}" if "p_holm" in x else "-",
+        "survives": {True: "yes", False: "no", None: "-"}[x.get("survives")],
+    } for x in differences])  # fmt: skip
 
 
 def print_report(report: dict):
@@ -326,43 +398,77 @@ def print_report(report: dict):
     tables = {f"Compared with {name}: {paired}": x for name, x in report["comparisons"].items()}
     tables[f"Single differences of {paired}, not corrected"] = report["contrasts"]
     for title, differences in tables.items():
-        print_table(title, [{
-            "": f"{x['ours']} - {x['theirs']}",
-            "pairs": len(x["seeds"]),
-            "difference [95% interval]": with_interval(x, "+.4f"),
-            "p": "-" if x["p"] is None else f"{x['p']:.2g}",
-            "p, Holm": f"{x['p_holm']:.2g}" if "p_holm" in x else "-",
-            "survives": {True: "yes", False: "no", None: "-"}[x.get("survives")],
-        } for x in differences])  # fmt: skip
+        print_differences(title, differences)
+    for name in BASELINES:
+        print_table(f"Compared with {name} by domain, not corrected, and by seed", [{
+            "": f"{x['ours']} - {name}",
+            **{domain: with_interval(difference, "+.4f") for domain, difference in x["domains"].items()},
+            "mean of each seed": ", ".join(f"{value:+.4f}" for value in x["by_seed"]),
+        } for x in report["comparisons"].get(name, ())])  # fmt: skip
     print_table("Routing at the end, mean over layers and seeds [95% interval]; entropies as shares of ln K", measures)
     print_table("Usage by layer, mean over the seeds", usage)
+    print_domains(report["runs"])
     for theirs, groups in report["growth"].items():
         print_table(f"Mean bits per byte minus {theirs}'s, paired by seed [95% interval], by training tokens", [{
             "": ours, **{f"{x['tokens']:,}": with_interval(x, "+.4f") for x in points}
         } for ours, points in groups.items()])  # fmt: skip
     for name, title in GROWING.items():
-        print_table(f"{title}, by training tokens, mean over the seeds [95% interval]", [{
-            "": ours, **{f"{x['tokens']:,}": with_interval(x[name], ".0%") for x in points}
+        print_table(f"{title}, by training tokens, mean over the seeds", [{
+            "": ours, **{f"{x['tokens']:,}": f"{x[name]['mean']:.0%}" for x in points}
         } for ours, points in report["growth"].get("swiglu", {}).items() if name in points[0]])  # fmt: skip
+
+
+def print_domains(runs: list[dict]):
+    """Print what the routing does within each domain, and on all of them."""
+    groups, rows = {}, []
+    for run in runs:
+        if run.get("routing_by_domain") and "," not in run["group"]:
+            groups.setdefault(run["group"], []).append(run["routing_by_domain"])
+    for name, found in groups.items():
+        dependence = {domain: [statistics.fmean(x[domain]["input_dependence"]) for x in found] for domain in found[0]}
+        usages = [usage for x in found for domain in x if domain != "all" for usage in x[domain]["usage"]]
+        collapsed = sum(max(usage) > 0.9 for usage in usages)
+        rows.append({
+            "": name,
+            **{domain: with_interval(estimate(values), ".3f") for domain, values in dependence.items()},
+            "layers with over 90% in one activation within a domain": f"{collapsed} of {len(usages)}",
+        })  # fmt: skip
+    print_table("Input dependence within a domain and on all, nats, mean over layers and seeds [95% interval]", rows)
 
 
 def print_ends(studies: dict[str, dict]):
     """Print the differences at the end of each study side by side, of the variants that several studies have."""
-    headings = {}
-    for name, report in studies.items():
-        tokens = max(run["tokens"] for run in report["runs"] if "," not in run["group"]) / 1e6
-        headings[name] = f"{name}: {size(report)}, {tokens:.1f}M tokens"
+    headings = {name: describe(name, report) for name, report in studies.items()}
     for theirs in BASELINES:
         rows = {}  # by variant, the cells of the studies that have it
         for name, report in studies.items():
             for x in report["comparisons"].get(theirs, ()):
                 if "," not in x["ours"]:
-                    p = f", p {x['p_holm']:.2g}" if "p_holm" in x else ""
-                    rows.setdefault(x["ours"], {})[headings[name]] = with_interval(x, "+.4f") + p
-        print_table(f"Mean bits per byte minus {theirs}'s at the end of each study [95% interval], p by Holm", [
+                    rows.setdefault(x["ours"], {})[headings[name]] = with_interval(x, "+.4f")
+        print_table(f"Mean bits per byte minus {theirs}'s at the end of each study [95% interval, not corrected]", [
             {"": ours, **{heading: cells.get(heading, "-") for heading in headings.values()}}
             for ours, cells in rows.items() if len(cells) > 1
         ])  # fmt: skip
+
+
+def print_changes(studies: dict[str, dict]):
+    """Print how the differences change between two studies that differ in their tokens or in their size alone."""
+    for (name, report), (other, other_report) in itertools.combinations(studies.items(), 2):
+        if sum(a != b for a, b in zip(size_and_tokens(report), size_and_tokens(other_report))) != 1:
+            continue
+        changes = []
+        for theirs in BASELINES:
+            before, after = (
+                {x["ours"]: dict(zip(x["seeds"], x["by_seed"])) for x in x["comparisons"].get(theirs, ())}
+                for x in (report, other_report)
+            )
+            for ours in before:
+                seeds = [seed for seed in before[ours] if seed in after.get(ours, {})]
+                if seeds and "," not in ours and ours != "swiglu":  # which is geglu - swiglu once more
+                    change = estimate([after[ours][seed] - before[ours][seed] for seed in seeds])
+                    changes.append({"ours": ours, "theirs": theirs, "seeds": seeds, **change})
+        correct(changes)
+        print_differences(f"Change of the difference in mean bits per byte from {name} to {other}", changes)
 
 
 def draw_usage(ax, variant: str, runs: list[dict]):
@@ -410,26 +516,32 @@ def draw_report(path: Path, report: dict):
 
 
 def draw_growth(path: Path, studies: dict[str, dict]):
-    """Draw by training tokens, a column for each study: differences to SwiGLU, and what the routing does."""
-    figure = matplotlib.figure.Figure(figsize=(7, 6.5), dpi=200, layout="constrained")
-    axes = figure.subplots(2, len(studies), sharey="row", squeeze=False)
-    for (top, bottom), (name, report) in zip(axes.T, studies.items()):
-        groups = report["growth"]["swiglu"]
-        for i, (group, points) in enumerate(groups.items()):
-            style = {"color": f"C{i}", "marker": "o", "markersize": 3, "linewidth": 1}
-            tokens, means = np.array([[x["tokens"] / 1e6, x["mean"]] for x in points]).T
-            shift = (i - len(groups) / 2) * tokens[-1] / 100  # or the intervals would hide each other
-            intervals = np.array([x["interval"] or 2 * [x["mean"]] for x in points])
-            top.errorbar(tokens + shift, means, yerr=abs(intervals.T - means), capsize=2, label=group, **style)
-            if "collapsed" in points[0]:
-                bottom.plot(tokens, [x["collapsed"]["mean"] for x in points], **style)
-                bottom.plot(tokens, [x["input_dependence"]["mean"] for x in points], linestyle="--", **style)
-        top.axhline(0, color="gray", linewidth=1)
-        top.set(title=f"{name}: {size(report)}, {report['settings']['seeds']} seeds")
-        bottom.set(xlabel="training tokens, millions", ylim=(0, 1))
-    axes[0, 0].set(ylabel="bits per byte minus SwiGLU's,\nwith the 95% interval (lower is better)")
-    axes[1, 0].set(ylabel="solid: share of layers with over 90%\nin one activation; dashed: input\ndependence, as a share of ln K")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
+    """Draw by training tokens, a column for each study: differences from the baselines, and what the routing does."""
+    figure = matplotlib.figure.Figure(figsize=(7, 8), dpi=200, layout="constrained")
+    axes = figure.subplots(3, len(studies), sharex="col", sharey="row", squeeze=False)
+    variants = list(dict.fromkeys(run["group"] for report in studies.values() for run in report["runs"]))
+    legend = {}
+    for column, (name, report) in zip(axes.T, studies.items()):
+        for ax, theirs in zip(column, BASELINES):
+            ax.axhline(0, color="gray", linewidth=1)
+            for i, (group, points) in enumerate(report["growth"][theirs].items()):
+                style = {"color": f"C{variants.index(group)}", "marker": "o", "markersize": 3, "linewidth": 1}
+                tokens, means = np.array([[x["tokens"] / 1e6, x["mean"]] for x in points]).T
+                shift = (i - 1.5) * tokens[-1] / 80  # or the intervals would hide each other
+                errors = abs(np.array([x["interval"] or 2 * [x["mean"]] for x in points]).T - means)
+                legend[group] = ax.errorbar(tokens + shift, means, yerr=errors, capsize=2, label=group, **style)
+                if theirs == "swiglu" and "collapsed" in points[0]:
+                    column[2].plot(tokens, [x["collapsed"]["mean"] for x in points], **style)
+                    dependence = [x["input_dependence"]["mean"] for x in points]
+                    column[2].plot(tokens, dependence, linestyle="--", **style)
+        parameters, _ = size_and_tokens(report)
+        column[0].set(title=f"{name}: {parameters / 1e6:.1f}M parameters,\n{report['settings']['seeds']} seeds")
+        column[2].set(xlabel="training tokens, millions", ylim=(0, 1))
+    for ax, name in zip(axes[:, 0], ("SwiGLU", "GEGLU")):
+        ax.set(ylabel=f"bits per byte minus {name}'s,\n95% interval (lower is better)")
+    label = "solid: share of layers with over 90%\nin one activation; dashed: input\ndependence, as a share of ln K"
+    axes[2, 0].set(ylabel=label)
+    figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=9, frameon=False)
     figure.savefig(path)
     print(f"\nfigure: {path}")
 
@@ -443,6 +555,7 @@ def report_studies(file: Path, studies: dict[str, dict]):
             draw_report(file.with_suffix(".png"), report)
     if len(studies) > 1:
         print_ends(studies)
+        print_changes(studies)
     if growing := {name: report for name, report in studies.items() if report["growth"].get("swiglu")}:
         draw_growth(file.with_name(f"{file.stem}_growth.png"), growing)
 
@@ -452,16 +565,18 @@ def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
     device, runs = pick_device(cfg.device), plan_runs(cfg)
     default_jobs = os.cpu_count() if device.type == "cpu" else 1
     jobs = default_jobs if cfg.jobs is None else cfg.jobs
-    open_corpora(runs[0].settings)  # a missing corpus is an error now, not that of each run
+    corpus, _ = open_corpora(runs[0].settings)  # a missing corpus is an error now, not that of each run
     prepare_cpu()
     os.environ["OMP_NUM_THREADS"] = "1"  # of a run: its results do not depend on the number of cores
+    torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     errors = train_runs(runs, jobs) if jobs else []
     results = collect_results(runs, device)
     if not results:
         raise settings.UserError(errors[0] if errors else f"no run in {cfg.out_dir} is finished")
-    machine = f"{describe_machine(device)}; one thread per run"
-    return {"machine": machine, "settings": dataclasses.asdict(cfg), "runs": results}, errors
+    report = {"machine": f"{describe_machine(device)}; one thread per run", "settings": dataclasses.asdict(cfg)}
+    report |= {"shared": shared_settings(runs), "corpus": corpus.domains, "tokens_per_second": speeds(runs)}
+    return {**report, "runs": results}, errors
 
 
 def main():

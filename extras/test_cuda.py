@@ -241,7 +241,7 @@ def test_one_nccl_rank_takes_the_steps_of_a_run_without_torchrun(corpus_dir, tmp
         assert run.ranks.sum(1.5, 2.0) == [1.5, 2.0]
         run.ranks.world_size = 1
         model.train()
-        n_rows = train.quotas(cfg)
+        n_rows = train.rows_per_step(cfg)
         return [train.optimizer_step(model, run, train.next_rows(run, n_rows[step]), step) for step in range(6)]
 
     backend = "nccl" if ON_GPU else "gloo"

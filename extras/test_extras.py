@@ -294,22 +294,45 @@ def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(caps
         "swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4),
         "swiglu, equal time": (0.3, 0.3), "swiglu, lr x 2": (0,),
     }  # fmt: skip
-    common = {"activations": ["silu"], "causal": True, "routing": {}}
-    found = study.summarize([
-        {"group": group, "seed": seed, "bits_per_byte": {"mean": 10.0 * seed + x}, **common}
+    common = {"activations": ["silu"], "causal": True, "routing": {}, "parameters": 10**6, "tokens": 10**6}
+    runs = [
+        {"group": group, "seed": seed, "bits_per_byte": {"math": 1.0, "mean": 10.0 * seed + x}, **common}
         for group, values in differences.items()
         for seed, x in enumerate(values, 1)
-    ])  # fmt: skip
+    ]
+    found = study.summarize(runs)
     geglu, prefix, equal_time = found["comparisons"]["swiglu"]  # a learning rate is compared with its own variant alone
     assert (geglu["seeds"], prefix["seeds"]) == ([1, 2, 3], [1, 2, 3, 4])
     assert geglu["mean"] == pytest.approx(-0.5) and geglu["interval"] == pytest.approx([-0.748414, -0.251586], abs=1e-6)
     assert geglu["p"] == pytest.approx(0.0130725, abs=5e-8) and geglu["p_holm"] == pytest.approx(2 * geglu["p"])
     assert geglu["survives"] and not prefix["survives"] and prefix["p_holm"] == prefix["p"] > 0.5
     assert equal_time["ours"] == "swiglu, equal time" and "p_holm" not in equal_time  # not one of the tests
-    lr = {"ours": "swiglu, lr x 2", "theirs": "swiglu", "seeds": [1], "mean": 0, "interval": None, "p": None}
-    assert found["contrasts"] == [lr]
-    study.print_report(found)
-    assert "| swiglu, lr x 2 - swiglu | 1 | +0.0000 | - | - | - |" in capsys.readouterr().out
+    (lr,) = found["contrasts"]
+    assert (lr["ours"], lr["theirs"], lr["mean"], lr["p"]) == ("swiglu, lr x 2", "swiglu", 0, None)
+    study.print_report({**found, "runs": runs})
+    printed = capsys.readouterr().out
+    assert "| swiglu, lr x 2 - swiglu | 1 | +0.0000 | - | - | - |" in printed
+    interval = study.with_interval(study.estimate([0.0, 0.0, 0.0]), "+.4f")
+    assert f"| geglu - swiglu | {interval} | -0.5000, -0.4000, -0.6000 |" in printed  # math, the mean of each seed
+
+
+def test_the_report_shows_how_differences_change_between_studies_that_differ_in_one_thing(capsys):
+    def report(tokens: int, parameters: int, prefix: tuple[float, ...]) -> dict:
+        runs = [
+            {"group": group, "seed": seed, "bits_per_byte": {"mean": 10.0 * seed + x}, "activations": ["silu"],
+             "causal": True, "routing": {}, "tokens": tokens, "parameters": parameters}
+            for group, values in {"swiglu": (0.0, 0.0, 0.0), "prefix": prefix}.items()
+            for seed, x in enumerate(values, 1)
+        ]  # fmt: skip
+        return {**study.summarize(runs), "runs": runs}
+
+    small, longer, larger = report(1, 1, (0.1, 0.2)), report(2, 1, (0.2, 0.4, 0.6)), report(2, 2, (0.3, 0.3))
+    study.print_changes({"small": small, "longer": longer, "larger": larger})
+    printed = capsys.readouterr().out
+    assert "from small to longer\n" in printed and "from longer to larger\n" in printed
+    assert "from small to larger" not in printed  # both tokens and size differ
+    values = study.estimate([0.1, 0.2])
+    assert f"| prefix - swiglu | 2 | {study.with_interval(values, '+.4f')} | {values['p']:.2g} |" in printed
 
 
 def test_the_published_tables_and_figure_follow_from_the_published_numbers(tmp_path):
@@ -417,7 +440,7 @@ def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch):
 def test_docstrings_are_read_without_processes_that_would_outlive_a_kill(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=ROOT / "common/__init__.py"))
     documents = embedded.stem_documents()
-    assert next(documents).startswith("Tokens on disk") and not multiprocessing.active_children()
+    assert next(documents).startswith("Read the tokens") and not multiprocessing.active_children()
 
 
 def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():
@@ -470,7 +493,7 @@ def test_the_speedrun_goes_on_where_it_was_killed_and_ends_with_a_report(corpus_
 def test_a_report_is_of_finished_runs_alone(run_small, tmp_path):
     run_small(max_steps=3)
     (tmp_path / "log.jsonl").write_text("")
-    unfinished = "has not finished, its last evaluation was at step 0 of 3"
+    unfinished = "has not finished: its last evaluation was at step 0 of 3"
     for folder, message in ((tmp_path, unfinished), ("x", "x is not the folder of a run")):
         assert message in error_of(run_main, report, "--check", f"--runs={folder}")
 

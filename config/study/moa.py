@@ -1,4 +1,4 @@
-# Routing as in MoA (arXiv 2605.26647): the router reads the current token, without noise.
+# Close to MoA (arXiv 2605.26647), see docs/study.md: the router reads the current token, without noise.
 # Override files combine: python train.py config/tiny.py config/study/moa.py
 router_context = "token"
 gumbel = False

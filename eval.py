@@ -114,7 +114,7 @@ def val_rows(corpus: Corpus, domain: str, max_tokens: int) -> np.ndarray:
     """Rows evenly spread over a domain's val.bin, [n, 3, block_size] int64. A document has one id in all its rows."""
     chosen = corpus.spread_rows(domain, max_tokens)
     rows = np.stack([corpus.row(domain, index) for index in chosen])
-    first_ids = chosen * corpus.block_size  # conversations lie whole in their rows, fewer than block_size in each
+    first_ids = chosen * corpus.block_size  # no conversation spans rows, and each row has fewer than block_size of them
     if not isinstance(corpus, Conversations):
         ends = np.flatnonzero(corpus.tokens[domain] == corpus.end_of_text)
         first_ids = np.searchsorted(ends, first_ids)  # number of documents that end before the row
@@ -164,7 +164,7 @@ def report(model: PolychromaticLM, corpus: Corpus, cfg: EvalConfig, batcher: Cal
 
     max_tokens, activations = cfg.max_tokens or 2**40, model.config.activations
     domains = {domain: measure_domain(model, corpus, domain, max_tokens, batcher) for domain in corpus.domains}
-    print_table("Loss on held-out text; the standard error takes documents, not tokens, as independent", domains)
+    print_table("Loss on held-out text; the standard error treats documents, not tokens, as independent", domains)
     routing = {}  # by domain, and of "all", a mixture of them
     if len(activations) > 1:
         samples = {domain: val_rows(corpus, domain, min(max_tokens, 2**15)) for domain in corpus.domains}
@@ -187,7 +187,7 @@ def report(model: PolychromaticLM, corpus: Corpus, cfg: EvalConfig, batcher: Cal
 
 
 def wilson_interval(successes: int, n: int) -> list[float]:
-    """95% interval of a share of n independent trials (Wilson, 1927); unlike a standard error, not 0 wide at 0 of n."""
+    """95% interval of a share of n independent trials (Wilson, 1927); unlike a standard error, not zero at 0 of n."""
     z = 1.959964
     center = (successes + z**2 / 2) / (n + z**2)
     half_width = z / (n + z**2) * math.sqrt(successes * (n - successes) / n + z**2 / 4)
@@ -232,7 +232,7 @@ def task_row(name: str, result: dict) -> dict:
 def read_results(file: Path, model: PolychromaticLM) -> dict:
     """The results in an eval.json, if they are of this model's settings and weights, which a hash identifies.
 
-    Others' results move to a file beside it, from which they come back when their model is evaluated again.
+    Another model's results move to a file beside it, and come back when that model is evaluated again.
     """
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=8)
     for tensor in model.state_dict().values():

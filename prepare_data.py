@@ -1,7 +1,7 @@
 """Text to tokens on disk.
 
 python prepare_data.py text      your own text: --source=input.txt, '*.md' or a.txt,b.jsonl,c.parquet
-python prepare_data.py tiny      the embedded corpus, no network needed: generated math with worked steps (math),
+python prepare_data.py tiny      the embedded corpus, offline: generated math with worked steps (math),
                                  docstrings of the installed numpy and torch (stem), Python's standard library (code)
 python prepare_data.py tiny_sft  math questions and answers as conversations
 python prepare_data.py pretrain  the paper's three data sets, streamed from the hub, in Qwen3's tokens. --max_tokens=1e8
@@ -9,10 +9,10 @@ python prepare_data.py pretrain  the paper's three data sets, streamed from the 
 python prepare_data.py sft       the paper's conversations, or your own: --source='dumps/*.jsonl'
 
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
-every document. Conversations also have {train,val}.mask: one byte per token, 1 where loss is taken. A hash of the text
-(a conversation's first question, a generated problem's numbers) selects the split, so that neither duplicates nor two
-answers to one question straddle it; neither white space nor Unicode form (NFC, NFD) counts. Documents without text are
-left out. To resume a stopped preparation, or to repair a damaged corpus, run the same command again.
+every document. Conversations also have {train,val}.mask: one byte per token, 1 if it counts in the loss. A hash of the
+text (a conversation's first question, a generated problem's numbers) selects the split, so that neither duplicates nor
+two answers to one question straddle it. White space and Unicode form (NFC, NFD) are ignored. Documents without text
+are left out. To resume a stopped preparation, or to repair a damaged corpus, run the same command again.
 """
 
 import contextlib
@@ -105,12 +105,12 @@ class PaperConfig(FilesConfig):  # pretrain and sft
 class Document(NamedTuple):
     tokens: np.ndarray = np.empty(0, np.uint32)  # [n] uint32, <|endoftext|> last; none: the document is left out
     text: str = ""  # of a conversation, its first question; a hash of Source.split_key(text) selects the split
-    loss_mask: np.ndarray | None = None  # [n] uint8, 1 where loss is taken; None: everywhere
+    loss_mask: np.ndarray | None = None  # [n] uint8, 1 if it counts in the loss; None: all do
     note: str | None = None  # why it is left out or cut; counted, and printed at the end
 
 
 def encode_document(encoding: tiktoken.Encoding, max_length: int | None, row) -> Document:
-    """A text, or with max_length, a conversation: cut to that many tokens, and left out without an answer to learn.
+    """Encode a text or, with max_length, a conversation: cut to that many tokens, left out without an answer to learn.
 
     A row may be anything that a file holds. A reader that leaves a row out passes a Document that says why.
     """
@@ -196,7 +196,7 @@ def checksum(path: Path, size: float = math.inf) -> int:
 
 
 def read_progress(folder: Path, asked: dict) -> dict:
-    """progress.json if it is about the documents asked for and the files hold what it says, else a start."""
+    """progress.json if it is about these documents and the files hold what it says, else a new start."""
     start = {"asked": asked, "state": None, "entry": {}, "suffix": ".partial", "notes": {}}
     start |= {"sizes": {}, "checksums": {}}  # by name of a file
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a file is missing
@@ -214,7 +214,7 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
     """Tokenize the documents of a source into *.partial files until train holds max_tokens; the final progress.json.
 
     A commit flushes the files to disk, then records their sizes and the source's state in progress.json. Killed at any
-    moment and called again with the same arguments, it goes on from there: the files equal those of one run.
+    moment and called again with the same arguments, it continues from there: the files equal those of one run.
     """
     asked = {name: value for name, value in source._asdict().items() if not callable(value)}
     asked["tokenizer"] = [encoding.name, text_hash(repr(encoding.token_byte_values()))]
@@ -314,7 +314,7 @@ def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, S
 
 
 def print_replaced(folder: Path, sources: dict[str, Source]):
-    """Say which texts of an earlier corpus in this folder are about to go."""
+    """Say which texts of an earlier corpus in this folder are about to be replaced."""
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):  # none, or a damaged one
         earlier = {entry["source"] for entry in json.loads((folder / "meta.json").read_text())["domains"].values()}
         if gone := earlier - {source.name for source in sources.values()}:
@@ -329,7 +329,7 @@ def open_embedded(cfg: TinyConfig, corpus: str) -> Iterator[tuple[str, Source]]:
     from extras import embedded
 
     chat = corpus == "tiny_sft"
-    seed = cfg.seed + chat  # tiny_sft has other problems than tiny
+    seed = cfg.seed + chat  # tiny_sft has different problems from tiny
     size, fraction = cfg.math_mb * 1e6, cfg.val_fraction
     generated = f"generated, {cfg.math_mb} MB, seed {seed}"
     libraries = f"docstrings of numpy {version('numpy')} and torch {version('torch')}"
@@ -408,7 +408,7 @@ def decode_json(content: bytes, file: str, where: str = ""):
 
 
 def read_parquet(file: str, field: str, skip: int) -> Iterator[tuple[int, dict]]:
-    """The rows of a parquet file, likewise: with this field alone, or if it has none, with the names of all."""
+    """The rows of a parquet file, as read_json(): this field alone or, if it is missing, the names of all."""
     import pyarrow.parquet  # comes with datasets
 
     with open_file(file) as opened:
@@ -429,7 +429,7 @@ def read_parquet(file: str, field: str, skip: int) -> Iterator[tuple[int, dict]]
 
 
 def read_rows(file: str, field: str, encoding: str | None, skip: int) -> Iterator[tuple[int, object]]:
-    """The rows of a file, likewise. A plain text is one row."""
+    """The rows of a file, as read_json(). A plain text is one row."""
     name = file.lower().removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
         return read_json(file, skip)
@@ -513,7 +513,7 @@ def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str |
 
 
 def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
-    """The domains of your own text. val_fraction holds exactly: of a few documents, chance may hold out none."""
+    """The domains of your own text. Split exactly at val_fraction: of a few documents, chance may hold out none."""
     named = {cfg.domain: cfg.source} if isinstance(cfg.source, str) else cfg.source or {cfg.domain: ""}
     for domain, source in named.items():
         if not re.fullmatch(r"[\w-]+", domain):

@@ -22,7 +22,7 @@ d_ff = 2304
 # run: 0.5M tokens a step
 max_steps = 5000
 batch_size = 512
-micro_batch_size = 32  # out of memory: halve it; the steps stay the same
+micro_batch_size = 32  # if out of memory, halve it; the steps stay the same
 lr = 6e-4
 warmup_steps = 500
 

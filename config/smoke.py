@@ -1,4 +1,4 @@
-# The whole path in a minute on two CPU cores: corpus, training, evaluations, checkpoints, a sample. It learns little.
+# The whole pipeline in a minute on two CPU cores: corpus, training, evaluations, checkpoints, sample. It learns little.
 # python train.py config/smoke.py
 
 data_dir = "data/tiny"

@@ -1,1 +1,1 @@
-"""What a first reader can skip: benchmark tasks, plots, costs, the study, the embedded corpus."""
+"""Optional tools, which a first reader can skip: tasks, plots, benchmark, study, report, embedded corpus."""

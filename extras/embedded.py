@@ -91,7 +91,7 @@ def question_numbers(text: str) -> str:
 
 def is_reserved(question: str) -> bool:
     """Whether a question is kept out of all training data and val, for eval.py: by its numbers, whatever the words."""
-    return is_held_out(f"reserved {question_numbers(question)}", 0.1)  # another hash than the split's
+    return is_held_out(f"reserved {question_numbers(question)}", 0.1)  # a different hash from the split's
 
 
 def problems(seed: int, reserved: bool, limit: int | None = None) -> Iterator[tuple[str, str, str, str]]:
@@ -182,7 +182,7 @@ def word_runs(text: bytes) -> set[int]:
 
 
 def without_repeats(documents: Iterable[str], val_fraction: float) -> Iterator[str]:
-    """The documents of val, and those of train that repeat no run of 13 words of them, as docstrings often do."""
+    """The documents of val, and those of train that share no run of 13 words with val, as docstrings often do."""
     documents = [(text, is_held_out(text, val_fraction)) for text in documents]
     held_out = {run for text, in_val in documents if in_val for run in word_runs(text.encode())}
     return (text for text, in_val in documents if in_val or held_out.isdisjoint(word_runs(text.encode())))

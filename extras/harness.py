@@ -46,7 +46,7 @@ REFERENCES = {
 }
 SHOTS = {"mmlu_stem": 5}  # few-shot examples, as in the paper; other tasks use their own default, mostly 0
 
-# The harness passes chats as text. For each special token stands a random mark, which nobody's text contains.
+# The harness passes chats as text. A random mark, which no real text contains, stands for each special token.
 MARKS = {name: f"{name[2:-2]}-{uuid.uuid4().hex}" for name in CHAT_SPECIALS}
 
 
@@ -57,8 +57,8 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:  # fmt: skip
     """For (context, continuation) token ids: log-probability of the continuation in nats, and whether it is greedy.
 
-    Requests longer than block_size are truncated on the left. end_of_text and vocab_size are generate()'s: what
-    generate() would write is greedy.
+    Requests longer than block_size are truncated on the left. end_of_text and vocab_size: as in generate(), whose
+    choice at temperature 0 is the greedy one.
     """
     T, device = model.config.block_size, model.device
     rows = [tuple((context + continuation)[-T - 1 : -1]) for context, continuation in requests]
@@ -109,11 +109,11 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests, disable_tqdm=False) -> list[tuple[float, bool]]:
         if empty := [context for context, continuation in (request.args for request in requests) if not continuation]:
-            raise UserError(f"a task has an empty choice, of no tokens to score, after {empty[0][-50:]!r}")
+            raise UserError(f"a task has an empty choice, with no tokens to score, after {empty[0][-50:]!r}")
         return super().loglikelihood(requests, disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, encoded as one text, or if its last token spans both, each alone. None is empty."""
+        """Token ids of both, encoded as one text, or if its last token spans both, each alone. Neither is empty."""
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if not continuation_ids:
             context_ids, continuation_ids = self.tok_encode(context), self.tok_encode(continuation)

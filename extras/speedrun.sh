@@ -5,7 +5,7 @@
 # bash extras/speedrun.sh pretrain   the paper's model, on one A100 80GB; on eight GPUs, with this before it:
 #                                    LAUNCH="torchrun --nproc_per_node=8 --shutdown_timeout=600"
 #
-# Further words are flags of train.py and sft.py. The pictures need matplotlib, which requirements-dev.txt installs.
+# Further arguments are passed to train.py and sft.py. The plots need matplotlib, which requirements-dev.txt installs.
 # If the script is stopped or killed, run it again. It skips the stages that are complete and resumes the others. To
 # start over, delete the folders of the runs and of the report under out/.
 set -euo pipefail

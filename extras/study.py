@@ -74,7 +74,7 @@ class StudyConfig:
     seeds: int = 5  # runs of each variant, with the seeds 1, 2, ...
     max_steps: int = 500  # optimizer steps of a run
     points: int = 1  # evaluations of a run, evenly spread over its steps; the last is at its end
-    cost_ratio: float = 1.19  # time of a routed variant's step to a baseline's, by the runs' logs; 1: no equal time
+    cost_ratio: float = 1.19  # time of a routed variant's step over a baseline's, from the logs; 1: no equal time
     check_lr: int = 3  # seeds with which swiglu, geglu and prefix also train at half and at twice the learning rate
     eval_tokens: int = 131_072  # evaluate on at most this many tokens of each domain's val.bin
     out_dir: str = "out/study"  # where the runs, study.json and study.png go
@@ -164,7 +164,7 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
 def train_runs(runs: list[Run], jobs: int) -> list[str]:
     """Train the runs that are not finished, `jobs` at a time, each in its own process. Returns what went wrong."""
     waiting, processes = [run for run in runs if not run.evaluation()], []
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done before; {jobs} at a time", flush=True)
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already done; {jobs} at a time", flush=True)
 
     def train(run: Run) -> str | None:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -504,7 +504,7 @@ def draw_report(path: Path, report: dict):
     routed = {row["group"] for row in rows if row["causal"] and "usage" in row and "," not in row["group"]}
     better = [x for name in BASELINES for x in report["comparisons"][name] if x["mean"] < 0 and x.get("survives")]
     swiglu, geglu = (sum(x["theirs"] == name and x["ours"] in routed for x in better) or "none" for name in BASELINES)
-    found = f"{swiglu} are shown to beat SwiGLU\nand {geglu} to beat GEGLU"
+    found = f"{swiglu} significantly beat SwiGLU\nand {geglu} beat GEGLU"
     label = "bits per byte minus SwiGLU's, with the 95% interval of this difference (lower is better)"
     ax.set(xlabel=label, title=f"Of {len(routed)} causal routed variants, {found} (equal steps, Holm)")
     ax.set(xmargin=0.12, ylim=(-0.6, len(names) + 0.4))
@@ -565,7 +565,7 @@ def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
     device, runs = pick_device(cfg.device), plan_runs(cfg)
     default_jobs = os.cpu_count() if device.type == "cpu" else 1
     jobs = default_jobs if cfg.jobs is None else cfg.jobs
-    corpus, _ = open_corpora(runs[0].settings)  # a missing corpus is an error now, not that of each run
+    corpus, _ = open_corpora(runs[0].settings)  # fail now if the corpus is missing, not once per run
     prepare_cpu()
     os.environ["OMP_NUM_THREADS"] = "1"  # of a run: its results do not depend on the number of cores
     torch.set_num_threads(1)

@@ -158,7 +158,7 @@ def test_a_choice_is_scored_by_tokens_of_its_own(harness, small_vocab):
         assert adapter._encode_pair(context, choice) == (ids[0] or [encoding.eot_token], ids[1])
     asked = [SimpleNamespace(args=(context, choice)) for context, choice in ((" tok", "ens"), ("", "x"), (" ", "x"))]
     assert all(nats < 0 for nats, _ in adapter.loglikelihood(asked))
-    message = "a task has an empty choice, of no tokens to score, after 'Ans'"
+    message = "a task has an empty choice, with no tokens to score, after 'Ans'"
     assert error_of(adapter.loglikelihood, [SimpleNamespace(args=("Ans", ""))]) == message
 
 
@@ -362,7 +362,7 @@ def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, 
     shutil.rmtree(tmp_path / "out/prefix-1")
     assert "| prefix |" not in run_study("--jobs=0")  # trains nothing
     printed = run_study()
-    assert "3 runs, 2 of them done before" in printed and "prefix-1: done" in printed
+    assert "3 runs, 2 of them already done" in printed and "prefix-1: done" in printed
     assert json.loads(file.read_text())["short"]["runs"] == complete  # to the last digit
     tables = printed[printed.index("\nBits per byte") : printed.index("\nfigure: ")]
     assert tables in run_here({"report": file}, script=study)

@@ -4,7 +4,7 @@ from common.settings import UserError
 
 
 def open_wandb(project: str, run_id: str, name: str, settings: dict):
-    """The run of this id; a resumed run goes on in it. Raises UserError, with the reason, if it cannot be opened."""
+    """The run of this id; a resumed run continues it. Raises UserError, with the reason, if it cannot be opened."""
     try:
         import wandb
 
@@ -15,4 +15,4 @@ def open_wandb(project: str, run_id: str, name: str, settings: dict):
         raise UserError("--wandb needs a package: pip install wandb") from None
     except Exception as e:  # no login, no network, no such project: each raises its own type
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"cannot log to Weights & Biases: {reason}; without --wandb it works") from None
+        raise UserError(f"cannot log to Weights & Biases: {reason}; without --wandb, the run can start") from None

@@ -157,12 +157,12 @@ def join_parts(content):
 
 # ------------------------------------------------------------------------------------------------------ tokens on disk
 
-Batches = Iterator[tuple[list, object]]  # texts or conversations, and the JSON state from which to resume after them
+Documents = Iterator[tuple[object, object]]  # texts or conversations, with the JSON state from which to resume
 
 
 class Source(NamedTuple):  # of a domain's documents
     name: str  # in meta.json and messages
-    open_batches: Callable[[object], Batches]  # the documents from a state on; None is the start
+    open_documents: Callable[[object], Documents]  # from a state on; None is the start
     fingerprint: object  # JSON; differs where the documents may differ
     val_fraction: float
     max_tokens: int | None = None  # of train; None: no limit
@@ -171,18 +171,9 @@ class Source(NamedTuple):  # of a domain's documents
     describe: Callable[[Path, dict], dict] = lambda folder, counts: counts  # the domain's entry in meta.json
 
 
-def group(documents: Iterable[tuple[object, object]], size: int = 256) -> Batches:
-    """Batches of documents that come with the state after each."""
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, size)):
-        yield [document for document, _ in batch], batch[-1][1]
-
-
-def in_batches(open_documents: Callable[[], Iterable], state: int | None) -> Batches:
-    """Batches of documents that can be read again from the start; the state is the number already taken."""
-    taken = state or 0
-    documents = itertools.islice(open_documents(), taken, None)
-    return group((document, n) for n, document in enumerate(documents, taken + 1))
+def numbered(open_all: Callable[[], Iterable], taken: int | None) -> Documents:
+    """Documents that can be read again from the start; the state is the number already taken."""
+    return zip(itertools.islice(open_all(), taken, None), itertools.count((taken or 0) + 1))
 
 
 def checksum(path: Path, size: float = math.inf) -> int:
@@ -249,11 +240,12 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
             file.seek(progress["sizes"].get(name, 0))
             file.truncate()
         committed = -math.inf
-        for documents, state in source.open_batches(progress["state"]):
+        documents = source.open_documents(progress["state"])
+        while batch := list(itertools.islice(documents, 256)):
             if time.monotonic() - committed >= commit_seconds:
                 commit()  # also before the first write: an earlier progress.json describes other documents
                 committed = time.monotonic()
-            for document in pool.map(encode_one, documents):
+            for document in pool.map(encode_one, [document for document, _ in batch]):
                 if files["train.bin"].tell() < limit:
                     split = "val" if is_held_out(source.split_key(document.text), source.val_fraction) else "train"
                     write(f"{split}.bin", document.tokens.astype(dtype))
@@ -261,7 +253,7 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
                         write(f"{split}.mask", document.loss_mask)
                     if document.note:
                         notes[document.note] = notes.get(document.note, 0) + 1
-            progress["state"] = state
+            progress["state"] = batch[-1][1]
             bar.update(files["train.bin"].tell() // dtype.itemsize - bar.n)
             if files["train.bin"].tell() >= limit:
                 break
@@ -345,8 +337,8 @@ def open_embedded(cfg: TinyConfig, corpus: str) -> Iterator[tuple[str, Source]]:
     code = text_hash("".join(Path(path).read_text(encoding="utf-8") for path in (__file__, embedded.__file__)))
     max_length = cfg.max_length if chat else None
     for domain, (share, name, documents, split_key) in domains.items():
-        open_batches, describe = functools.partial(in_batches, documents), functools.partial(embedded.describe, share)
-        yield domain, Source(name, open_batches, code, fraction, None, max_length, split_key, describe)
+        open_documents, describe = functools.partial(numbered, documents), functools.partial(embedded.describe, share)
+        yield domain, Source(name, open_documents, code, fraction, None, max_length, split_key, describe)
 
 
 # ------------------------------------------------------------------------------------------- files; text: your own text
@@ -452,7 +444,7 @@ def look_up(row, field: str):
     return look_up(row.get(name), rest) if rest else MISSING
 
 
-def read_files(files: list[str], field: str, encoding=None, state: dict | None = None) -> Iterator[tuple[object, dict]]:
+def read_files(files: list[str], field: str, encoding=None, state: dict | None = None) -> Documents:
     """This field of every row, whatever the other fields hold, with the state from which to resume after it."""
     state = {"file": 0, "row": 0, "found": False, **(state or {})}
     names = None  # of the fields in the first row without this one
@@ -477,16 +469,12 @@ def read_files(files: list[str], field: str, encoding=None, state: dict | None =
             raise UserError(f"cannot read {files[i]}: {found}; name it: --text_field= (in a chat, --messages_field=)")
 
 
-def open_files(files: list[str], field: str, encoding: str | None, state: dict | None = None) -> Batches:
-    return group(read_files(files, field, encoding, state))
-
-
 def reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def read_hub(name: str, subset: str | None, split: str, field: str, state: dict | None = None) -> Batches:
-    """Batches of one field of a data set on the hub, all of one commit."""
+def read_hub(name: str, subset: str | None, split: str, field: str, state: dict | None = None) -> Documents:
+    """One field of a data set on the hub, all of one commit."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -496,7 +484,7 @@ def read_hub(name: str, subset: str | None, split: str, field: str, state: dict 
         files = datasets.load_dataset_builder(name, subset, revision=revision).config.data_files[split]
     except Exception as e:  # no connection, or no such data set; each library has its own types
         raise UserError(f"cannot read {name}: {reason(e)}{HUB_HINT}") from None
-    yield from group(read_files(files, field, state=state or {"revision": revision}))
+    yield from read_files(files, field, state=state or {"revision": revision})
 
 
 def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str | Document]:
@@ -528,7 +516,7 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
         fingerprint = [cfg.text_field, cfg.encoding, length, *map(checksum, files)]
-        yield domain, Source(source, functools.partial(in_batches, documents), fingerprint, limit)
+        yield domain, Source(source, functools.partial(numbered, documents), fingerprint, limit)
 
 
 # ------------------------------------------------------------------------------------------- pretrain, sft: the paper's
@@ -556,13 +544,13 @@ def open_datasets(cfg: PaperConfig, corpus: str) -> Iterator[tuple[str, Source]]
     for domain, (name, subset, split, column, limit) in domains.items():
         column = {"chat": cfg.messages_field, **cfg.text_field}.get(domain, column)
         fingerprint = [name, subset, split, column]
-        open_batches = functools.partial(read_hub, *fingerprint)
+        open_documents = functools.partial(read_hub, *fingerprint)
         if domain in local:
             name, files = local[domain], find_files(local[domain])
             stats = [(file, os.stat(file)) for file in files]
             fingerprint = [column, cfg.encoding, *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
-            open_batches = functools.partial(open_files, files, column, cfg.encoding)
-        yield domain, Source(name, open_batches, fingerprint, cfg.val_fraction, cfg.max_tokens or limit, max_length)
+            open_documents = functools.partial(read_files, files, column, cfg.encoding)
+        yield domain, Source(name, open_documents, fingerprint, cfg.val_fraction, cfg.max_tokens or limit, max_length)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

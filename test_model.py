@@ -532,8 +532,8 @@ def chat_encoding(request, small_vocab):
 
 
 def source_of(documents: list[str], val_fraction: float) -> prepare_data.Source:
-    open_batches = functools.partial(prepare_data.in_batches, lambda: documents)
-    return prepare_data.Source("test", open_batches, {}, val_fraction)
+    open_documents = functools.partial(prepare_data.numbered, lambda: documents)
+    return prepare_data.Source("test", open_documents, {}, val_fraction)
 
 
 def split_texts(folder: Path) -> dict[str, list[str]]:

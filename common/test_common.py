@@ -585,11 +585,10 @@ def test_what_comes_from_the_hub_stays_with_one_commit(small_vocab, tmp_path, mo
         hub.HfApi, "dataset_info", lambda api, name: SimpleNamespace(sha=f"commit {builder.call_count}")
     )
     read = functools.partial(prepare_data.read_hub, "owner/a", "subset", "part", "text")
-    batches = list(read())
-    assert sum((texts for texts, _ in batches), []) == [f"{i}: {j}" for i in range(3) for j in range(200)]
-    for n, (_, state) in enumerate(batches):
-        rest = list(read(json.loads(json.dumps(state))))
-        assert [texts for texts, _ in rest] == [texts for texts, _ in batches[n + 1 :]]
+    documents = list(read())
+    assert [text for text, _ in documents] == [f"{i}: {j}" for i in range(3) for j in range(200)]
+    for n in (256, 512, 600):
+        assert list(read(json.loads(json.dumps(documents[n - 1][1])))) == documents[n:]
     assert {call.kwargs["revision"] for call in builder.call_args_list} == {"commit 0"}
 
 

@@ -99,9 +99,8 @@ class PolyGLU(nn.Module):
             noise = gumbel_noise(static.expand(x.size(0), -1, -1))  # [B, K, F]
             static = noise + static  # noise first: the sum takes its layout, contiguous along F
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
-        ones = [1] * len(self.sigma)
-        static = (static / self.tau).split(ones, dim=-2)  # K x [B, 1, F], or [1, F] for all rows
-        dynamic = (dynamic / self.tau).split(ones, dim=-1)  # K x [B, T, 1]
+        static = (static / self.tau).split(1, dim=-2)  # K x [B, 1, F], or [1, F] for all rows
+        dynamic = (dynamic / self.tau).split(1, dim=-1)  # K x [B, T, 1]
         # F.softmax of the stacked logits gives the same, but the compiler could not fuse it.
         logits = [a + b for a, b in zip(static, dynamic)]
         with torch.no_grad():  # subtracting the maximum keeps exp finite; it cancels in e / sum(e)
@@ -312,6 +311,8 @@ class Block(nn.Module):
 class PolychromaticLM(nn.Module):
     """The whole model: embedding, blocks, norm, and the output head."""
 
+    is_compiled = False  # whether compile() was called
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -346,11 +347,6 @@ class PolychromaticLM(nn.Module):
         return self.embedding.weight if self.config.tied_head else self.head.weight
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether compile() was called."""
-        return self.blocks[0]._compiled_call_impl is not None
-
-    @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
@@ -382,6 +378,7 @@ class PolychromaticLM(nn.Module):
 
     def compile(self, **options):
         """Compile in place, part by part: the blocks, which share one graph, and the loss."""
+        self.is_compiled = True
         for block in self.blocks:
             block.compile(**options)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=False, **options)
@@ -499,16 +496,14 @@ class KVCache:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # length, on the device
         self.doc_ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
         self.has_documents = False  # whether doc_ids were ever given
-        self.layers = [self.layer_cache(config, dtype) for _ in range(config.n_layer)]
-
-    def layer_cache(self, config: ModelConfig, dtype: torch.dtype | None) -> dict:
-        """State of one layer, as fields of Layout."""
-        B, S = self.doc_ids.shape
-        zeros = functools.partial(torch.zeros, device=self.doc_ids.device)
-        keys, values = (zeros(B, config.n_kv_head, S, config.head_dim, dtype=dtype) for _ in range(2))
-        widths = (config.router_hidden + 1, len(config.activations) + 1)
-        sums = tuple(zeros(B, 1, width, dtype=sum_dtype(self.doc_ids)) for width in widths)
-        return {"keys": keys, "values": values, "router_sums": sums}
+        self.layers = []  # state of each layer, as fields of Layout
+        B, shape = batch_size, (batch_size, config.n_kv_head, max_length, config.head_dim)
+        widths = (config.router_hidden + 1, len(config.activations) + 1)  # of u and f, with a count
+        new = functools.partial(torch.zeros, device=device)
+        for _ in range(config.n_layer):
+            keys, values = new(shape, dtype=dtype), new(shape, dtype=dtype)
+            sums = tuple(new(B, 1, width, dtype=sum_dtype(self.doc_ids)) for width in widths)
+            self.layers.append({"keys": keys, "values": values, "router_sums": sums})
 
     def remember(self, doc_ids: Tensor):
         """Keep the doc_ids [B, T] of new tokens. Later tokens continue the last document."""

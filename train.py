@@ -303,8 +303,9 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves a product in float32
     folder, is_writer = Path(cfg.out_dir), ranks.is_main and not cfg.eval_only
     lock = runtime.locked(folder) if is_writer else contextlib.nullcontext()
-    trace = folder / "trace.json" if is_writer and cfg.profile else None
-    with lock, runtime.tracing(trace) as end_traced_step:
+    is_traced = is_writer and cfg.profile
+    trace = runtime.tracing(folder / "trace.json") if is_traced else contextlib.nullcontext(lambda: None)
+    with lock, trace as end_traced_step:
         # model, data, optimizer, and how far an earlier start got
         run = set_up(cfg, corpus_type, ranks)
         model = compile_and_distribute(run)

@@ -147,24 +147,18 @@ def flops_per_token(model: PolychromaticLM, length: int | None = None) -> float:
 
 
 @contextlib.contextmanager
-def tracing(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Trace the sixth to eighth step into this file; None: nothing. Yields what to call after every step."""
-    if path is None:
-        yield lambda: None
-        return
-
-    written = []
+def tracing(path: Path) -> Iterator[Callable[[], None]]:
+    """Trace the sixth to eighth step into this file. Yields what to call after every step."""
 
     def write(profiler):
         with name_write_errors(path):
             profiler.export_chrome_trace(str(path))
-        written.append(path)
         print(f"trace: {path}; open it in ui.perfetto.dev")
 
     schedule = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)  # the first steps compile
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler.step
-    if not written:
+    if profiler.step_num <= 4:
         print("no trace: it starts with the sixth step")
 
 

@@ -1194,7 +1194,7 @@ def test_upcycling_starts_as_the_same_function(gumbel, tmp_path):
     random_qwen3(tmp_path)
     old, tokens = from_pretrained(tmp_path).eval(), random_tokens(2, 40)
     routing = dict(activations=tuple(ACTIVATIONS), router_hidden=8, gumbel=gumbel)
-    config, state, path = load_weights(tmp_path)
+    config, state, path, _ = load_weights(tmp_path)
     config = ModelConfig(**vars(config) | routing)
     new = build_model(config, upcycle(state, config, "silu", tau=0.1), path).eval()
     torch.testing.assert_close(new(tokens), old(tokens), rtol=0, atol=1e-3)

@@ -36,7 +36,7 @@ def from_pretrained(source: str | Path, revision=None, router_context=None) -> P
     source: a local path, or owner/name of a model on the hub, at a revision. router_context replaces the model's own.
     Raises UserError, which names the file and the fault.
     """
-    config, state, path, isolates_documents = read_model(source, revision)
+    config, state, path, isolates_documents = load_weights(source, revision)
     try:
         config = dataclasses.replace(config, router_context=router_context or config.router_context)
     except ValueError as e:  # model.py, which imports nothing from common/, raises no UserError
@@ -62,13 +62,11 @@ def open_model(
     return model.to(device)
 
 
-def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path]:
-    """Configuration, tensors under our names, and file of a model; arguments and errors as from_pretrained()'s."""
-    return read_model(source, revision)[:3]
+def load_weights(source: str | Path, revision: str | None = None) -> tuple[ModelConfig, dict[str, Tensor], Path, bool]:
+    """Configuration, tensors under our names, and file of a model; arguments and errors as from_pretrained()'s.
 
-
-def read_model(source: str | Path, revision: str | None) -> tuple[ModelConfig, dict[str, Tensor], Path, bool]:
-    """As load_weights(); and whether the model was trained on isolated documents, as all models of train.py are."""
+    The last value says whether it was trained on isolated documents, as all models of train.py are.
+    """
     path = find_weights(source, revision)
     files = sorted(path.glob("model*.safetensors")) or [path]
     config_file, is_safe = files[0].with_name("config.json"), files[0].suffix == ".safetensors"
@@ -223,7 +221,7 @@ def inherit_shape(cfg, shape: dict, source: str | Path):
 
 def starting_model(cfg) -> PolychromaticLM:
     """The model that cfg.init_from names, upcycled if cfg has more activations. Copies its shape into cfg."""
-    config, state, path = load_weights(cfg.init_from, cfg.revision)
+    config, state, path, _ = load_weights(cfg.init_from, cfg.revision)
     # The rows of a run are as long as asked for, by default at most 4,096: a Qwen3's own context is 32,768 tokens.
     inherit_shape(cfg, vars(config) | {"block_size": min(cfg.block_size, config.block_size)}, cfg.init_from)
     if cfg.block_size != config.block_size:

@@ -165,22 +165,16 @@ def tracing(path: Path) -> Iterator[Callable[[], None]]:
 # ---------------------------------------------------------------------------------------------------------- run folders
 
 
-@contextlib.contextmanager
-def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Make this folder, and keep other processes from taking its lock `name`. UserError if one has it."""
+def locked(folder: Path, name: str = ".lock") -> contextlib.AbstractContextManager:
+    """Make this folder and take its lock `name`, until the end of a with block. UserError if another process has it."""
     with name_write_errors(folder, "; choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / name, timeout=0)
     with name_write_errors(folder / name):
         try:
-            lock.acquire()
+            return filelock.FileLock(folder / name, timeout=0).acquire()
         except filelock.Timeout:
             found = f"another process is writing to {folder}"
             raise UserError(f"{found}; wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

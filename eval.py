@@ -258,14 +258,14 @@ def main():
     run.prepare_cpu()
     is_asked = cfg.problems or cfg.chat
     source, device = Path(cfg.init_from or newest_checkpoint(fine_tuned=is_asked)), run.pick_device(cfg.device)
-    dtype = run.pick_dtype(cfg.dtype, device, training=False)
+    autocast = run.pick_autocast(cfg.dtype, device, training=False)
     model = open_model(source, device, cfg.revision, cfg.router_context, is_asked)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
     corpus = open_corpus(cfg, source, model.config) if cfg.wants_report else None
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
     batch_size = 1 if model.config.sees_future else cfg.batch_size or max(1, 2**14 // model.config.block_size)
     batcher = functools.partial(in_batches, batch_size=batch_size)  # one row: a "sequence" router reads the padding
-    file, autocast = folder / "eval.json", torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    file = folder / "eval.json"
     with run.locked(folder, ".eval.lock"), torch.no_grad(), autocast:
         results = read_results(file, model)
         run.write_json(file, results)  # fails now rather than after hours
@@ -280,7 +280,7 @@ def main():
             from extras.harness import run_tasks
 
             finished = results.setdefault("tasks", {})
-            for name, result in run_tasks(model, encoding, batcher, cfg, str(dtype), finished):
+            for name, result in run_tasks(model, encoding, batcher, cfg, str(autocast.fast_dtype), finished):
                 finished[name] = result
                 run.write_json(file, results)  # a killed run resumes after the last finished task
             rows = {name: task_row(name, finished[name]) for name in cfg.tasks}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common.generate import DECODING_OPTIONS, check_sampling, prepare_weights, text_deltas, visible_text
-from common.run import compiler_works, pick_device, pick_dtype
+from common.run import compiler_works, pick_autocast, pick_device
 from common.tokenizer import encode, encode_chat, get_tokenizer, stop_tokens
 from common.weights import newest_checkpoint, open_model
 from model import KVCache, PolychromaticLM, compute_dtype
@@ -198,17 +198,17 @@ def converse(chat: Chat):
 def main():
     cfg = load(SampleConfig)
     device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device, training=False)
+    autocast = pick_autocast(cfg.dtype, device, training=False)
     source = cfg.init_from or cfg.out_dir or newest_checkpoint(fine_tuned=cfg.chat)
     model = open_model(source, device, cfg.revision, cfg.router_context, is_asked=cfg.chat)
     with contextlib.redirect_stdout(sys.stderr):
         pays = not cfg.chat and cfg.num_samples * cfg.max_new_tokens >= 2**14
         if (pays if cfg.compile is None else cfg.compile) and compiler_works(device):
             model.compile(options=DECODING_OPTIONS)
-    prepare_weights(model, dtype)
+    prepare_weights(model, autocast.fast_dtype)
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab)
     torch.manual_seed(cfg.seed)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast:
         if not cfg.chat:
             continue_text(model, encoding, cfg)
         elif cfg.prompt:

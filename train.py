@@ -200,8 +200,7 @@ class Run:
 
     def __post_init__(self):
         self.folder = Path(self.cfg.out_dir)
-        device, dtype = self.ranks.device, runtime.pick_dtype(self.cfg.dtype, self.ranks.device)
-        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self.autocast = runtime.pick_autocast(self.cfg.dtype, self.ranks.device)
         self.is_writer = self.ranks.is_main and not self.cfg.eval_only
 
     def where_saved(self) -> str:

@@ -104,16 +104,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.dtype:
-    """The dtype of the matmuls; "auto": bfloat16 on CUDA and, in training, on a CPU with AMX; else float32."""
+def pick_autocast(name: str, device: torch.device, training: bool = True) -> torch.autocast:
+    """Autocast to a dtype; "auto": bfloat16 on CUDA and, in training, on a CPU with AMX; otherwise float32."""
     if name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"dtype is {name!r}; it must be auto, bfloat16 or float32")
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return torch.bfloat16 if device.type == "cpu" and has_amx and training else torch.float32
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    elif name == "auto":
+        has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        name = "bfloat16" if device.type == "cpu" and has_amx and training else "float32"
+    return torch.autocast(device.type, getattr(torch, name), enabled=name == "bfloat16")
 
 
 def prepare_cpu():

@@ -856,7 +856,7 @@ def test_sampling_errors_are_one_line(tmp_path, monkeypatch):
         (newest_checkpoint, "no checkpoint under out; train one"),
         (lambda: sample.read_prompt("@absent.txt"), "cannot read the prompt from 'absent.txt'"),
         (lambda: pick_device("abacus"), "device 'abacus' cannot be used here"),
-        (lambda: machine.pick_dtype("float16", model.device), "dtype is 'float16'; it must be auto, "),
+        (lambda: machine.pick_autocast("float16", model.device), "dtype is 'float16'; it must be auto, "),
         (lambda: sample.SampleConfig(chat=True, num_samples=2), "chat and num_samples cannot be combined"),
         (lambda: generated(sees_future, [[1], [1, 2]], 5), "give prompts of one length"),
         (lambda: generated(model, [[300]], 5), "a token id outside 0..258"),

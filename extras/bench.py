@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from common.generate import DECODING_OPTIONS, generate, prepare_weights
-from common.run import Ranks, compiler_works, pick_device, pick_dtype, prepare_cpu, write_json
+from common.run import Ranks, compiler_works, pick_autocast, pick_device, prepare_cpu, write_json
 from model import ModelConfig, PolychromaticLM, PolyGLU, set_tau
 from train import TrainConfig, configure_optimizer, optimizer_step
 
@@ -260,9 +260,8 @@ def main():
             setattr(cfg, name, ON_CUDA[name])
     check_range(cfg, 1, 2**20, "rounds", "n_embd", "d_ff", "batch_size", "block_size", "prompt_tokens", "new_tokens")
     cfg.d_ff = cfg.d_ff or 4 * cfg.n_embd
-    dtype = pick_dtype(cfg.dtype, device, training=False)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    machine, rows = f"{describe_machine(device)}, {str(dtype)[6:]}", []
+    autocast = pick_autocast(cfg.dtype, device, training=False)
+    machine, rows = f"{describe_machine(device)}, {str(autocast.fast_dtype)[6:]}", []
     print(machine, flush=True)
     for row in cfg.only:
         for title, results in BENCHMARKS[row](cfg, device, autocast):

@@ -35,7 +35,7 @@ from scipy import stats
 from common import settings
 from common.data import to_inputs
 from common.routing import routing_stats
-from common.run import Ranks, pick_device, pick_dtype, prepare_cpu, read_log, write_json
+from common.run import Ranks, pick_autocast, pick_device, prepare_cpu, read_log, write_json
 from common.weights import from_pretrained
 from extras.bench import describe_machine, print_table
 from model import PolychromaticLM
@@ -197,14 +197,14 @@ def causal_losses(run: Run, device: torch.device, rows=128, first=32, others=8) 
     T, bits = run.settings.block_size, {}
     cfg = dataclasses.replace(run.settings, eval_tokens=min(run.settings.eval_tokens, rows * T))
     model, (_, corpus) = from_pretrained(run.folder).to(device), open_corpora(cfg)
-    dtype, stride = pick_dtype(cfg.dtype, device), max(1, (T - first) // others)
+    autocast, stride = pick_autocast(cfg.dtype, device), max(1, (T - first) // others)
     for domain, val in run.evaluation()["val"].items():
         difference, count = 0.0, 0
         for i, (tokens, targets, doc_ids) in enumerate(val_batches(corpus, domain, cfg, Ranks(str(device)))):
             chosen = [t for t in range(T) if t < first or (t - first - i) % stride == 0]
             targets = targets[:, chosen]
             weights = torch.tensor([1 if t < first else stride for t in chosen], device=device) * (targets >= 0)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast:
                 prefixes = [model(tokens[:, : t + 1], doc_ids=doc_ids[:, : t + 1])[:, -1] for t in chosen]
                 causal, noncausal = torch.stack(prefixes, 1), model(tokens, doc_ids=doc_ids)[:, chosen]
             losses = noncausal.float().log_softmax(-1) - causal.float().log_softmax(-1)  # for every possible target

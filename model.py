@@ -431,19 +431,19 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
         raise ValueError(f"a row of {past + T} tokens, but there is room for {min(room, c.block_size)}")
     positions = torch.arange(T, device=tokens.device)
     positions = positions if cache is None else positions + cache.position
-    layout = Layout(positions, *rotary_angles(positions, c.head_dim, c.rope_theta))
-    if cache is None and doc_ids is None:
-        return layout  # one causal document a row
+    doc_start = mask = None  # one causal document a row
     if doc_ids is not None:
         previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
-        layout = layout._replace(doc_start=document_starts(doc_ids, previous))
-    elif model.is_compiled:  # a tensor, so that one graph serves both
-        layout = layout._replace(doc_start=torch.full_like(tokens, -1))
-    if cache is None:
-        return layout._replace(mask=document_mask(doc_ids, positions, uses_flex(model)))
-    if doc_ids is not None:
-        cache.remember(doc_ids)
-    return layout._replace(mask=cache.mask(model, positions))
+        doc_start = document_starts(doc_ids, previous)
+    elif cache is not None and model.is_compiled:  # a tensor, so that one graph serves both cases
+        doc_start = torch.full_like(tokens, -1)
+    if cache is not None:
+        if doc_ids is not None:
+            cache.remember(doc_ids)
+        mask = cache.mask(model, positions)
+    elif doc_ids is not None:
+        mask = document_mask(doc_ids, positions, uses_flex(model))
+    return Layout(positions, *rotary_angles(positions, c.head_dim, c.rope_theta), doc_start, mask)
 
 
 def uses_flex(model: PolychromaticLM) -> bool:

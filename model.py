@@ -280,12 +280,15 @@ class Attention(nn.Module):
         # QK-norm, then RoPE
         q = rotate(self.norm_q(q), layout.cos, layout.sin)
         k = rotate(self.norm_k(k), layout.cos, layout.sin)
-        # each token attends to itself and to the earlier tokens of its document
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, head_dim]
-        if layout.mask is None and layout.keys is None:
+        if layout.keys is not None:  # with a cache: write k and v to it, and attend to all of it
+            k = layout.keys.index_copy_(2, layout.positions, k.to(layout.keys.dtype))
+            v = layout.values.index_copy_(2, layout.positions, v.to(layout.values.dtype))
+        # each token attends to itself and to the earlier tokens of its document
+        if layout.mask is None and T > 1:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = attend_packed_or_cached(q, k, v, layout)  # see below
+            y = attend_with_mask(q, k, v, layout.mask)  # packed documents, or one token: see below
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -456,25 +459,19 @@ def uses_flex(model: PolychromaticLM) -> bool:
     return model.is_compiled and (suits if model.flex is None else model.flex)
 
 
-def attend_packed_or_cached(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Scaled dot-product attention: q [B, n_head, T, head_dim], k and v [B, n_kv_head, T, head_dim].
+def attend_with_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """Scaled dot-product attention: q [B, n_head, T, head_dim], k and v [B, n_kv_head, S, head_dim].
 
-    With a cache, writes k and v to it and attends to all of it.
+    mask: see document_mask(); None: every query attends to all keys.
     """
-    if layout.keys is not None:
-        k = layout.keys.index_copy_(2, layout.positions, k.to(layout.keys.dtype))
-        v = layout.values.index_copy_(2, layout.positions, v.to(layout.values.dtype))
-    if isinstance(layout.mask, BlockMask):
+    if isinstance(mask, BlockMask):
         is_compiling = torch.compiler.is_compiling()  # routing_stats() calls block.attn uncompiled
         flex = flex_attention if is_compiling else torch.compile(flex_attention)
-        return flex(q, k, v, block_mask=layout.mask, enable_gqa=True)
-    if layout.mask is None and q.size(2) > 1:  # a prompt in an empty cache
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return flex(q, k, v, block_mask=mask, enable_gqa=True)
     # Query heads that share a key head become its rows, [B, n_kv_head, group * T, head_dim]: with a
     # mask and grouped queries, CUDA would use the kernel that holds all scores.
     group = q.size(1) // k.size(1)
-    # No mask: a single new token, which attends to the whole cache.
-    mask = None if layout.mask is None else layout.mask.repeat(1, 1, group, 1)
+    mask = None if mask is None else mask.repeat(1, 1, group, 1)
     rows = q.reshape(q.size(0), k.size(1), group * q.size(2), q.size(3))
     return F.scaled_dot_product_attention(rows, k, v, mask).reshape(q.shape)
 

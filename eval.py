@@ -103,7 +103,7 @@ def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     except (UserError, KeyError):  # weights without a run
         advice = "name a corpus, --data_dir=, or --report=False"
         raise UserError(f"{source} does not say what it was trained on; {advice}") from None
-    corpus = corpus_type(folder)(folder, config.block_size, "val", cfg.domains or None)
+    corpus = corpus_type(folder)(folder, config.block_size, "val", cfg.domains)
     if corpus.tokenizer != config.tokenizer or corpus.vocab_size > config.vocab_size:
         ours = f"the model {config.tokenizer!r} with {config.vocab_size:,}"
         raise UserError(f"{folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens, {ours}")

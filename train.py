@@ -498,8 +498,7 @@ def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[
     Sets a missing mixture, and missing eval_tokens: a million of each domain, but altogether no more
     than the run trains on.
     """
-    domains = list(cfg.mixture) if cfg.mixture else None
-    corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", domains, cfg.seed)
+    corpus = corpus_type(cfg.data_dir, cfg.block_size, "train", cfg.mixture or (), cfg.seed)
     cfg.mixture = cfg.mixture or corpus.shares
     if corpus_type is Corpus and any("val_targets" in counts for counts in corpus.domains.values()):
         raise UserError(f"{cfg.data_dir} holds conversations; train on it with sft.py")
@@ -514,7 +513,7 @@ def open_corpora(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus) -> tuple[
         flags = f"--tokenizer={corpus.tokenizer} --vocab_size={corpus.vocab_size}"
         ours = f"the model {cfg.tokenizer!r} with {cfg.vocab_size:,}"
         raise UserError(f"{theirs}, {ours}; prepare other data, or train a new model with {flags}")
-    return corpus, corpus_type(cfg.data_dir, cfg.block_size, "val", list(cfg.mixture), cfg.seed)
+    return corpus, corpus_type(cfg.data_dir, cfg.block_size, "val", cfg.mixture, cfg.seed)
 
 
 def compile_and_distribute(run: Run) -> torch.nn.Module:

@@ -7,7 +7,7 @@ Conversations also have {train,val}.mask: one byte per token, 1 if it counts in 
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ COUNTS = {"train_tokens": int, "val_tokens": int, "val_bytes": int, "val_targets
 
 
 class Corpus:
-    """One split, "train" or "val", of the domains (None: all) of a corpus, in rows of block_size tokens.
+    """One split, "train" or "val", of the domains (none: all) of a corpus, in rows of block_size tokens.
 
     The seed orders the rows. Raises UserError if the corpus is missing, damaged, or too small for a row.
     """
@@ -34,11 +34,11 @@ class Corpus:
     sample_command = ("python", "sample.py")  # shows what a model trained on it writes
 
     def __init__(
-        self, folder: str | Path, block_size: int, split: str = "train", domains: Sequence[str] | None = None, seed=0
+        self, folder: str | Path, block_size: int, split: str = "train", domains: Collection[str] = (), seed=0
     ):
         self.folder, self.block_size, self.split, self.seed = Path(folder), block_size, split, seed
         meta = read_meta(self.folder)
-        if unknown := [domain for domain in domains or () if domain not in meta["domains"]]:
+        if unknown := [domain for domain in domains if domain not in meta["domains"]]:
             raise UserError(f"{folder} has no domain {unknown[0]!r}; there are {', '.join(meta['domains'])}")
         self.tokenizer: str = meta["tokenizer"]
         self.vocab: str | None = meta["vocab"]  # the tokenizer's file

@@ -71,11 +71,10 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
-def stream(model: PolychromaticLM, encoding, ids: list[int], cfg: SampleConfig, **settings) -> Iterator[str]:
+def stream(model: PolychromaticLM, encoding, ids: list[int], length: int, cfg: SampleConfig, **keep) -> Iterator[str]:
     """Continue token ids up to <|endoftext|>, <|im_end|> or the stop text; yields pieces of text."""
-    settings = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, **settings}
-    length = settings.pop("max_new_tokens", cfg.max_new_tokens)
-    deltas = text_deltas(model, encoding, [ids], length, stop_tokens(encoding), [cfg.stop or ""], **settings)
+    stops = stop_tokens(encoding), [cfg.stop or ""]
+    deltas = text_deltas(model, encoding, [ids], length, *stops, cfg.temperature, cfg.top_k, cfg.top_p, **keep)
     return (piece for (piece,) in deltas)
 
 
@@ -103,7 +102,7 @@ def continue_text(model: PolychromaticLM, encoding, cfg: SampleConfig):
             print(f"--- sample {i + 1} of {cfg.num_samples} ---")
         print(prompt, end="", flush=True)
         try:
-            for piece in stream(model, encoding, ids, cfg):
+            for piece in stream(model, encoding, ids, cfg.max_new_tokens, cfg):
                 print(piece, end="", flush=True)
         finally:
             print(flush=True)
@@ -135,8 +134,8 @@ class Chat:
         self.open_cache(ids)
         length = min(self.cfg.max_new_tokens, block_size - len(ids))
         try:
-            settings = {"max_new_tokens": length, "new_ids": [new_ids], "cache": self.cache}
-            for piece in stream(self.model, self.encoding, ids, self.cfg, **settings):
+            kept = {"new_ids": [new_ids], "cache": self.cache}
+            for piece in stream(self.model, self.encoding, ids, length, self.cfg, **kept):
                 print(piece, end="", flush=True)
                 text += piece
             if self.cache:

@@ -54,8 +54,7 @@ def generate(
                 logits = step_graph(unread)
             else:
                 logits = model(unread, doc_ids=doc_ids, cache=cache)
-                has_room = cache is not None and cache.length < cache.max_length
-                if is_step and has_room and StepGraph.fits(model):  # this step was its warm-up
+                if is_step and cache.length < cache.max_length and StepGraph.fits(model):  # this step was its warm-up
                     step_graph = StepGraph(model, unread, cache)
             logits = logits[:, -1, :vocab_size]
             is_finite = logits.isfinite().all(-1)

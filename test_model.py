@@ -107,7 +107,7 @@ def test_models_have_the_size_and_flops_that_we_print_and_no_unused_routing(argu
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == total
     assert sum(n for name, n in sizes.items() if ROUTING.search(name)) == routing
-    assert flops_per_token(model, 10) == 6 * total + 12 * c.n_layer * c.n_head * 64 * 10
+    assert flops_per_token(model) == 6 * total + 12 * c.n_layer * c.n_head * 64 * c.block_size
 
 
 def test_init_is_the_papers():

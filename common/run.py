@@ -138,10 +138,10 @@ def peak_flops(device: torch.device) -> float:
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(name, card)), math.nan)
 
 
-def flops_per_token(model: PolychromaticLM, length: int | None = None) -> float:
-    """Operations per training token, in rows of `length` tokens or block_size (arXiv 2204.02311, appendix B)."""
+def flops_per_token(model: PolychromaticLM) -> float:
+    """Operations per training token, in rows of block_size tokens (arXiv 2204.02311, appendix B)."""
     c = model.config
-    attention = 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
+    attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
     lookup = 0 if c.tied_head else model.embedding.weight.numel()  # an untied embedding is only a lookup
     return 6 * (sum(p.numel() for p in model.parameters()) - lookup) + attention
 

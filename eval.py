@@ -44,7 +44,7 @@ class EvalConfig:
     revision: str | None = None  # commit of a model on the hub
     router_context: str | None = None  # what the router reads: prefix, token or sequence; None: as trained
     # loss, routing and plots
-    report: bool | None = None  # measure domain loss and routing; None: unless problems or tasks are given
+    report: bool | None = None  # measure domain loss and routing; by default unless problems or tasks are given
     data_dir: str | None = None  # corpus whose validation files to read; None: the one the model was trained on
     domains: tuple[str, ...] = ()  # of the corpus; none: all of them
     max_tokens: int | None = None  # tokens of each validation file, evenly spread; None: the whole file
@@ -64,12 +64,10 @@ class EvalConfig:
 
     def __post_init__(self):
         check_range(self, 1, 2**40, "max_tokens", "limit", "batch_size")
-        if not (self.wants_report or self.problems or self.tasks):
+        if self.report is None:
+            self.report = not (self.problems or self.tasks)
+        if not (self.report or self.problems or self.tasks):
             raise UserError("nothing to measure: --report=False needs --problems or --tasks=")
-
-    @property
-    def wants_report(self) -> bool:
-        return not (self.problems or self.tasks) if self.report is None else self.report
 
 
 def in_batches(function: Callable[[Sequence], list], items: Sequence, name: str, batch_size: int) -> list:
@@ -261,7 +259,7 @@ def main():
     autocast = run.pick_autocast(cfg.dtype, device, training=False)
     model = open_model(source, device, cfg.revision, cfg.router_context, is_asked)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
-    corpus = open_corpus(cfg, source, model.config) if cfg.wants_report else None
+    corpus = open_corpus(cfg, source, model.config) if cfg.report else None
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
     batch_size = 1 if model.config.sees_future else cfg.batch_size or max(1, 2**14 // model.config.block_size)
     batcher = functools.partial(in_batches, batch_size=batch_size)  # one row: a "sequence" router reads the padding

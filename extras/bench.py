@@ -4,8 +4,7 @@ python -m extras.bench                                          every row: ffn, 
 python -m extras.bench --only=step --settings=config/tiny.py    one of them, for another model
 python -m extras.bench --only=decode --compile                  decoding as eager code and compiled
 python -m extras.bench --json=bench.json                        also write the figures as JSON
-python -m extras.bench --prepare_cpu=False                      without train.py's setting for the CPU
-GOMP_SPINCOUNT=300000 python -m extras.bench                    without that for OpenMP, see common/settings.py
+GOMP_SPINCOUNT=300000 python -m extras.bench                    without our setting for OpenMP, see common/settings.py
 
 The functions of a table are timed in interleaved rounds. A time is the median over the rounds. A ratio is the median of
 each round's ratio to the first line, which depends less on what else the machine does; q1 and q3 are its quartiles.
@@ -62,7 +61,6 @@ class BenchConfig:
     new_tokens: int = 192  # decode: tokens that are written one by one
     compile: bool = False  # decode: time it compiled as well
     json: str | None = None  # file to write the figures to
-    prepare_cpu: bool = True  # use the settings with which train.py makes a CPU faster
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
     dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
 
@@ -252,8 +250,7 @@ def main():
     cfg = load(BenchConfig)
     if unknown := [row for row in cfg.only if row not in BENCHMARKS]:
         raise UserError(f"there is no row {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
-    if cfg.prepare_cpu:
-        prepare_cpu()
+    prepare_cpu()
     device = pick_device(cfg.device)
     if device.type == "cuda":
         for name in ON_CUDA.keys() - cfg.overridden:

@@ -136,9 +136,8 @@ class Conversations(Corpus):
         if not path.exists():
             raise UserError(f"{self.folder} has no conversations; to make some: python prepare_data.py tiny_sft")
         mask = self.masks[domain] = self.open_file(domain, path.name, np.dtype(np.uint8))
-        chunks = range(0, len(tokens), 2**24)
-        ends = [start + np.flatnonzero(tokens[start : start + 2**24] == self.end_of_text) for start in chunks]
-        ends = self.ends[domain] = np.concatenate([[-1], *ends])  # conversation i lies between ends i and i + 1
+        ends = np.flatnonzero(tokens == self.end_of_text)
+        ends = self.ends[domain] = np.append(-1, ends)  # conversation i lies between ends i and i + 1
         lengths = np.diff(ends) - 1  # <|endoftext|> is never an input
         if not len(lengths) or not mask.any():
             raise damaged(path, "is damaged: it has no conversation with a token to learn", self.folder)

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from common.settings import UserError
 
-COMMANDS = {  # name of a corpus: the arguments of prepare_data.py that make it
-    "text": "text --source=input.txt", "tiny": "tiny", "tiny_sft": "tiny_sft", "pretrain": "pretrain", "sft": "sft",
-}  # fmt: skip
+CORPUS_NAMES = ("text", "tiny", "tiny_sft", "pretrain", "sft")  # that prepare_data.py makes
 
 # entries of meta.json and their types, and those of each of its domains
 META = {"tokenizer": str, "vocab_size": int, "end_of_text": int, "dtype": str, "domains": dict, "vocab": str | None}
@@ -239,7 +237,8 @@ def how_to_make(folder: Path) -> str:
     """What to do about a missing or damaged corpus: the command that makes it, or the corpus that was meant."""
     if corpora := sorted(folder.glob("*/meta.json")):
         return f"did you mean --data_dir={shlex.quote(str(corpora[0].parent))}?"
-    if folder.name not in COMMANDS:
-        return f"prepare_data.py makes {', '.join(COMMANDS)}"
+    if folder.name not in CORPUS_NAMES:
+        return f"prepare_data.py makes {', '.join(CORPUS_NAMES)}"
+    source = " --source=input.txt" if folder.name == "text" else ""
     parent = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
-    return f"make it: python prepare_data.py {COMMANDS[folder.name]}{parent}"
+    return f"make it: python prepare_data.py {folder.name}{source}{parent}"

@@ -214,19 +214,6 @@ def solve_problems(model: PolychromaticLM, encoding, cfg: EvalConfig, batcher: C
     }
 
 
-def task_row(name: str, result: dict) -> dict:
-    """A task's main metric, with the harness's standard error, beside the paper's scores."""
-    from extras.harness import REFERENCES
-
-    main_metric, *percents = REFERENCES.get(name, (None,) * 5)
-    metrics = {key: value for key, value in result["metrics"].items() if isinstance(value, float)}
-    key = next((key for key in metrics if key.split(",")[0] == main_metric), next(iter(metrics)))
-    error = metrics.get(key.replace(",", "_stderr,"))
-    scores = {"metric": key, "n": result["n"], "this model": metrics[key], "standard error": error}
-    others = ("paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess")
-    return scores | {model: None if percent is None else percent / 100 for model, percent in zip(others, percents)}
-
-
 def read_results(file: Path, model: PolychromaticLM) -> dict:
     """The results in an eval.json, if they are of this model's settings and weights, which a hash identifies.
 
@@ -275,7 +262,7 @@ def main():
             print_table("Held-out problems; 95% intervals", results["problems"])
             run.write_json(file, results)
         if cfg.tasks:
-            from extras.harness import run_tasks
+            from extras.harness import run_tasks, task_row
 
             finished = results.setdefault("tasks", {})
             for name, result in run_tasks(model, encoding, batcher, cfg, str(autocast.fast_dtype), finished):

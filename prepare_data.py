@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
 
 # before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
-from common.settings import UserError, check_range, load, run  # isort: skip
+from common.settings import UserError, check_range, load, reason, run  # isort: skip
 
 import numpy as np
 import tiktoken
@@ -467,10 +467,6 @@ def read_files(files: list[str], field: str, encoding=None, state: dict | None =
         if names and not state["found"] and (on_hub or i == len(files) - 1):  # the files of a data set are alike
             found = f"no field {field!r} but {', '.join(names)[:300]}"
             raise UserError(f"cannot read {files[i]}: {found}; name it: --text_field= (in a chat, --messages_field=)")
-
-
-def reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_hub(name: str, subset: str | None, split: str, field: str, state: dict | None = None) -> Documents:

@@ -19,7 +19,7 @@ import filelock  # comes with torch
 import torch
 from torch import Tensor
 
-from common.settings import UserError, convert
+from common.settings import UserError, convert, reason
 from model import REQUIRED, ModelConfig, PolychromaticLM
 
 PEAK_FLOPS = {  # dense bf16 with float32 sums, from the vendor's data sheets; regular expressions for the GPU's name
@@ -127,8 +127,8 @@ def compiler_works(device: torch.device) -> bool:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
         return True
     except Exception as e:  # no C++ compiler, no Python headers, no Triton: each raises its own type
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f"continuing uncompiled, which is slower: torch.compile does not work here ({reason.strip()[:150]})")
+        fault = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        print(f"continuing uncompiled, which is slower: torch.compile does not work here ({fault.strip()[:150]})")
         return False
 
 
@@ -184,8 +184,8 @@ def name_write_errors(path: Path, hint: str = "") -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError, during an OSError
         cause = e if isinstance(e, OSError) else e.__context__
-        reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}{hint}") from None
+        fault = getattr(cause, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"cannot write {path}: {fault}{hint}") from None
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], hint: str = ""):
@@ -224,7 +224,7 @@ def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
     except (OSError, UnicodeError) as e:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own type
-        raise UserError(f"{path} is damaged or not a checkpoint ({' '.join(str(e).split())[:120]})") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason(e)})") from None
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a checkpoint of a model")
@@ -262,8 +262,8 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path)
     try:
         model.load_state_dict(copies, assign=True)
     except RuntimeError as e:  # a missing or unexpected tensor, or another shape
-        reason = " ".join(str(e).split()[6:])[:300]  # without "Error(s) in loading state_dict for PolychromaticLM:"
-        raise UserError(f"{path} does not fit the model: {reason}") from None
+        fault = " ".join(str(e).split()[6:])[:300]  # without "Error(s) in loading state_dict for PolychromaticLM:"
+        raise UserError(f"{path} does not fit the model: {fault}") from None
     return model
 
 

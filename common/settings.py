@@ -59,6 +59,11 @@ class UserError(ValueError):
     """What the user did wrong, in one line: what was found, what was expected, and where it helps, the remedy."""
 
 
+def reason(error: Exception) -> str:
+    """The message of an error, which may have several lines or none, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def stop(number, frame):
     """Handle SIGTERM and SIGHUP, which would end a script without closing its files."""
     raise SystemExit(f"error: stopped by {signal.Signals(number).name}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.run import build_model, load_checkpoint, name_write_errors, read_config, write_atomically, write_json
-from common.settings import UserError
+from common.settings import UserError, reason
 from model import ModelConfig, PolychromaticLM
 
 NAMES = {  # parts of tensor names in other layouts, and ours
@@ -90,8 +90,8 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as e:
-        reason = f"it lacks {e.args[0]}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
-        raise UserError(f"{path} does not hold a model of this project: {reason}") from None
+        fault = f"it lacks {e.args[0]}" if isinstance(e, KeyError) else reason(e)
+        raise UserError(f"{path} does not hold a model of this project: {fault}") from None
 
 
 def load_safetensors(files: list[Path]) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def find_weights(source: str | Path, revision: str | None) -> Path:
             patterns = ["*.safetensors", "config.json"]
             path = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
         except Exception as e:  # the package, model, revision or network is missing: each raises its own type
-            raise UserError(f"no checkpoint at {source}: {' '.join(str(e).split())[:150]}") from None
+            raise UserError(f"no checkpoint at {source}: {reason(e)}") from None
     if (path / "ckpt.pt").is_file():
         return path / "ckpt.pt"
     if path.is_dir() and not any(path.glob("model*.safetensors")):

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common.generate import document_end, document_ids, generate_texts
-from common.settings import UserError
+from common.settings import UserError, reason
 from common.tokenizer import CHAT_SPECIALS, ROLES, encode, stop_tokens
 from model import PolychromaticLM
 
@@ -189,9 +189,9 @@ def run_tasks(
                 limit=cfg.limit, num_fewshot=SHOTS.get(name), apply_chat_template=cfg.chat,
             )  # fmt: skip
         except (OSError, DatasetBuildError) as e:
-            raise UserError(f"cannot get the data of task {name!r}: {' '.join(str(e).split())[:200]}") from None
+            raise UserError(f"cannot get the data of task {name!r}: {reason(e)}") from None
         except TemplateError as e:
-            raise UserError(f"cannot make the prompts of task {name!r}: {' '.join(str(e).split())[:200]}") from None
+            raise UserError(f"cannot make the prompts of task {name!r}: {reason(e)}") from None
         metrics = {**output["results"], **output.get("groups", {})}[name]
         n = sum(counts["effective"] for counts in output["n-samples"].values())
         yield name, {"settings": settings, "n": n, "metrics": metrics, "lm_eval": lm_eval.__version__}

@@ -1,6 +1,6 @@
 """Log a run to Weights & Biases as well: train.py --wandb=project."""
 
-from common.settings import UserError
+from common.settings import UserError, reason
 
 
 def open_wandb(project: str, run_id: str, name: str, settings: dict):
@@ -14,5 +14,4 @@ def open_wandb(project: str, run_id: str, name: str, settings: dict):
     except ImportError:
         raise UserError("--wandb needs a package: pip install wandb") from None
     except Exception as e:  # no login, no network, no such project: each raises its own type
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"cannot log to Weights & Biases: {reason}; without --wandb, the run can start") from None
+        raise UserError(f"cannot log to Weights & Biases: {reason(e)}; without --wandb, the run can start") from None

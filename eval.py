@@ -108,6 +108,14 @@ def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     return corpus
 
 
+def trained_steps(source: Path) -> int | None:
+    """Optimizer steps of a checkpoint; None for weights without a run."""
+    try:
+        return run.load_checkpoint(source, verify=False)["progress"]["step"]
+    except (UserError, KeyError):
+        return None
+
+
 def val_rows(corpus: Corpus, domain: str, max_tokens: int) -> np.ndarray:
     """Rows evenly spread over a domain's val.bin, [n, 3, block_size] int64. A document has one id in all its rows."""
     chosen = corpus.spread_rows(domain, max_tokens)
@@ -150,7 +158,7 @@ def measure_domain(model: PolychromaticLM, corpus: Corpus, domain: str, max_toke
     nats, error = clustered_mean(losses[is_target], documents)
     return {
         "documents": len(np.unique(documents)), "tokens": len(documents),
-        "nats_per_token": nats, "perplexity": math.exp(nats),
+        "nats_per_token": nats, "perplexity": math.exp(nats) if nats < 700 else None,  # not a float64 then
         "bits_per_byte": corpus.bits_per_byte(domain, nats),
         "bits_per_byte_error": error and corpus.bits_per_byte(domain, error),
     }  # fmt: skip
@@ -178,7 +186,7 @@ def report(model: PolychromaticLM, corpus: Corpus, cfg: EvalConfig, batcher: Cal
     else:
         print(f"a plain GLU of {activations[0]}: there is no routing to measure")
     save_plots(Path(cfg.picture_dir or folder), routing, activations, run.read_log(folder))
-    return {"data_dir": str(corpus.folder), "domains": domains, "routing": routing}
+    return {"data_dir": str(corpus.folder), "max_tokens": cfg.max_tokens, "domains": domains, "routing": routing}
 
 
 # --------------------------------------------------------------------------------------------------- problems and tasks
@@ -223,18 +231,22 @@ def read_results(file: Path, model: PolychromaticLM) -> dict:
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     weights = digest.hexdigest()
+    ours = file.with_suffix(f".{weights}.json")
+    with run.name_write_errors(file):
+        if ours.exists() and not file.exists():
+            ours.replace(file)
     try:
         saved = json.loads(file.read_text()) if file.exists() else {"weights": weights}
+        if not isinstance(saved.get("tasks", {}), dict):
+            raise ValueError("tasks is not a dict")
         if saved.get("weights") == weights:
             return saved
-        ours, theirs = (file.with_suffix(f".{name}.json") for name in (weights, saved.get("weights", "old")))
+        theirs = file.with_suffix(f".{saved.get('weights', 'old')}.json")
     except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"{file} is damaged ({e}); delete it to measure everything again") from None
     print(f"{file} is of other weights or settings: moved to {theirs.name}")
     with run.name_write_errors(theirs):
         file.replace(theirs)
-        if ours.exists():
-            ours.replace(file)
     return read_results(file, model)
 
 
@@ -255,7 +267,7 @@ def main():
         results = read_results(file, model)
         run.write_json(file, results)  # fails now rather than after hours
         if corpus:
-            results |= report(model, corpus, cfg, batcher, folder)
+            results |= {"step": trained_steps(source), **report(model, corpus, cfg, batcher, folder)}
             run.write_json(file, results)
         if cfg.problems:
             results["problems"] = solve_problems(model, encoding, cfg, batcher)

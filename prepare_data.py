@@ -74,6 +74,10 @@ class TinyConfig(PrepareConfig):  # tiny and tiny_sft
     tokenizer: ClassVar = "bytes"
     vocab: ClassVar = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, 1e-3, 1e6, "math_mb")
+
 
 @dataclass
 class FilesConfig(PrepareConfig):  # text, pretrain and sft
@@ -97,6 +101,10 @@ class PaperConfig(FilesConfig):  # pretrain and sft
     max_tokens: int | None = None  # train tokens of a domain; None: 7e9 math, 2.5e9 stem and 5e8 code, or all of sft
     text_field: dict[str, str] = field(default_factory=dict)  # pretrain: name of the text field: --text_field.math=name
     messages_field: str = "messages"  # sft: name of the field that lists the messages, {"role": ..., "content": ...}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, 1, 2**50, "max_tokens")
 
 
 # -------------------------------------------------------------------------------------------------- documents to tokens
@@ -251,8 +259,9 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
                     write(f"{split}.bin", document.tokens.astype(dtype))
                     if document.loss_mask is not None:
                         write(f"{split}.mask", document.loss_mask)
-                    if document.note:
-                        notes[document.note] = notes.get(document.note, 0) + 1
+                    if note := document.note:
+                        note = note if note in notes or len(notes) < 20 else "left out or cut for other reasons"
+                        notes[note] = notes.get(note, 0) + 1
             progress["state"] = batch[-1][1]
             bar.update(files["train.bin"].tell() // dtype.itemsize - bar.n)
             if files["train.bin"].tell() >= limit:
@@ -423,7 +432,7 @@ def read_parquet(file: str, field: str, skip: int) -> Iterator[tuple[int, dict]]
 def read_rows(file: str, field: str, encoding: str | None, skip: int) -> Iterator[tuple[int, object]]:
     """The rows of a file, as read_json(). A plain text is one row."""
     name = file.lower().removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
+    if name.endswith((".jsonl", ".ndjson", ".json")):
         return read_json(file, skip)
     if name.endswith(".parquet"):
         return read_parquet(file, field, skip)
@@ -483,11 +492,16 @@ def read_hub(name: str, subset: str | None, split: str, field: str, state: dict 
     yield from read_files(files, field, state=state or {"revision": revision})
 
 
-def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str | Document]:
-    """Each text once, in parts of length / 2 to length characters, cut at a blank line, else a line, else a word."""
+def read_parts(
+    files: list[str], cfg: TextConfig, length: int, earlier: frozenset[int] = frozenset()
+) -> Iterator[str | Document]:
+    """Each text once, in parts of length / 2 to length characters, cut at a blank line, else a line, else a word.
+
+    earlier: hashes of texts that were taken before.
+    """
     pauses = [rf".{{{length // 2},{length - len(pause)}}}{pause}" for pause in ("\n\n", "\n", " ")]
     part = re.compile("|".join([rf".{{1,{length}}}\Z", *pauses, f".{{{length}}}"]), re.DOTALL)
-    seen = set()
+    seen = set(earlier)
     for text, _ in read_files(files, cfg.text_field, cfg.encoding):
         for document in (isinstance(text, str) and part.findall(text)) or [text]:
             key = canonical(document) if isinstance(document, str) else ""
@@ -497,7 +511,11 @@ def read_parts(files: list[str], cfg: TextConfig, length: int) -> Iterator[str |
 
 
 def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
-    """The domains of your own text. Split exactly at val_fraction: of a few documents, chance may hold out none."""
+    """The domains of your own text. Split exactly at val_fraction: of a few documents, chance may hold out none.
+
+    A text of several domains is taken in the first one alone, since it might be held out in one and not in another.
+    """
+    earlier, checksums = frozenset(), []  # of the domains so far
     named = {cfg.domain: cfg.source} if isinstance(cfg.source, str) else cfg.source or {cfg.domain: ""}
     for domain, source in named.items():
         if not re.fullmatch(r"[\w-]+", domain):
@@ -506,12 +524,14 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         texts = (text for text, _ in read_files(files, cfg.text_field, cfg.encoding))
         n_characters = sum(len(text.strip()) for text in texts if isinstance(text, str))
         length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))  # val has about four, at least
-        documents = functools.partial(read_parts, files, cfg, length)
+        documents = functools.partial(read_parts, files, cfg, length, earlier)
         keys = (canonical(document) for document in documents() if isinstance(document, str))
         ordered = sorted(text_hash(key) for key in keys if key)
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
-        fingerprint = [cfg.text_field, cfg.encoding, length, *map(checksum, files)]
+        earlier = earlier.union(ordered)
+        checksums = [*checksums, *map(checksum, files)]
+        fingerprint = [cfg.text_field, cfg.encoding, length, *checksums]
         yield domain, Source(source, functools.partial(numbered, documents), fingerprint, limit)
 
 

@@ -83,7 +83,7 @@ def read_prompt(text: str) -> str:
     if text.startswith("@@") or not text.startswith("@"):
         return text.removeprefix("@")
     try:
-        return Path(text[1:]).read_text(encoding="utf-8")
+        return Path(text[1:]).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the prompt from {text[1:]!r}: {e}") from None
 
@@ -211,7 +211,10 @@ def main():
         if not cfg.chat:
             continue_text(model, encoding, cfg)
         elif cfg.prompt:
-            Chat(model, encoding, cfg).answer(read_prompt(cfg.prompt))
+            question = read_prompt(cfg.prompt)
+            if not question.strip():
+                raise UserError(f"the prompt {cfg.prompt!r} has no text")
+            Chat(model, encoding, cfg).answer(question)
         else:
             converse(Chat(model, encoding, cfg))
 

@@ -888,6 +888,8 @@ def test_an_evaluation_alone_prints_the_losses_of_the_run_and_changes_no_file(un
     losses = "  ".join(f"{name} {x['bits_per_byte']:.3f}" for name, x in read_log(unbroken)[-1]["val"].items())
     assert f"step 12: val bits per byte: {losses}\n" in printed and "done" not in printed
     assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
+    printed = run_here(run_settings(corpus_dir, unbroken), "--eval_only", "--init_from=out/other")
+    assert f"evaluating the model of {unbroken}; init_from='out/other' is not read" in printed
     printed = run_here(settings_from(unbroken, corpus_dir, tmp_path / "new"), "--eval_only")
     assert f"step 0: val bits per byte: {losses}\n" in printed and not (tmp_path / "new").exists()
     error = error_of(run_here, run_settings(corpus_dir, tmp_path / "new"), "--eval_only")

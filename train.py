@@ -123,7 +123,10 @@ class TrainConfig(ModelConfig):
             raise UserError(f"{other} and overwrite cannot be combined; --overwrite=False turns one off")
 
     def model_config(self) -> ModelConfig:
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+        try:
+            return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+        except ValueError as e:  # an override contradicts what init_from has
+            raise UserError(str(e)) from None
 
 
 # --------------------------------------------------------------------------------------- schedules
@@ -331,9 +334,9 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
                 group["lr"] = get_lr(step, cfg) * group["lr_scale"]
 
             # forward, backward, update
-            started = time.monotonic()
+            started = time.perf_counter()
             loss, norm = optimizer_step(model, run, next_rows(run, n_rows[step]), step)
-            step_seconds.append(time.monotonic() - started)
+            step_seconds.append(time.perf_counter() - started)
             end_traced_step()
             count_step(run, loss, norm)
             # from now on, Ctrl-C saves first; until this step there was nothing to save
@@ -470,6 +473,8 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
             raise UserError(f"{found}; --resume cannot change that")
         if not cfg.eval_only or name == "data_dir":
             print(f"{what} with {name}={ours!r}; it was {theirs!r}")
+    if cfg.init_from not in (None, checkpoint["settings"].get("init_from")):
+        print(f"{what} the model of {cfg.out_dir}; init_from={cfg.init_from!r} is not read")
     before = checkpoint["domains"]
     has_changed = any(before.get(domain, counts) != counts for domain, counts in corpus.domains.items())
     if has_changed and checkpoint["settings"]["data_dir"] == cfg.data_dir:

@@ -42,6 +42,8 @@ class Ranks:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
+            if "MASTER_ADDR" not in os.environ:
+                raise UserError("WORLD_SIZE is set, but not MASTER_ADDR; torchrun starts several processes")
             backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             torch.distributed.init_process_group(backend, device_id=device_id)
         if not self.is_main:
@@ -99,7 +101,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device(name)
 
@@ -207,6 +209,17 @@ def write_json(path: Path, value: dict, hint: str = ""):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()), hint)
 
 
+def read_json(path: Path) -> dict:
+    """The dict in a JSON file. Raises UserError if it cannot be read or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or reason(e)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {path}: it holds no JSON object")
+    return value
+
+
 def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
     """Read a torch checkpoint, or the one in a run folder: tensors on the CPU and plain values, never code.
 
@@ -228,6 +241,8 @@ def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a checkpoint of a model")
+    if wrong := [x for x in ("settings", "progress", "domains") if not isinstance(checkpoint.get(x, {}), dict)]:
+        raise UserError(f"{path} is not a checkpoint of this project: its {wrong[0]} are not a dict")
     if "model_config" in checkpoint:
         checkpoint["model_config"] = dataclasses.asdict(read_config(checkpoint["model_config"], path))
     return checkpoint
@@ -253,7 +268,10 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path)
         raise UserError(f"{path} does not fit the model: it has {n_blocks} blocks, but n_layer is {config.n_layer}")
     with torch.device("meta"):  # no storage and no random numbers: the weights follow
         model = PolychromaticLM(config)
-    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    try:
+        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    except RuntimeError as e:  # tensors without data, or quantized
+        raise UserError(f"{path} does not fit the model: {reason(e)}") from None
     if broken := [name for name, tensor in copies.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path} is damaged: {broken[0]} holds NaN or infinity; use an earlier checkpoint")
     if "tau" in copies:  # one temperature for all layers: older checkpoints, the release, Qwen3
@@ -278,7 +296,7 @@ def read_log(folder: Path) -> list[dict]:
     """The records of a run's log.jsonl, without lines that a kill cut short."""
     path, records = folder / "log.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 

@@ -55,6 +55,9 @@ SYNONYMS = {  # what other projects call a setting
 }
 
 
+SWITCH_VALUES = "true false none yes no on off 0 1".split()  # words after --name that are its value
+
+
 class UserError(ValueError):
     """What the user did wrong, in one line: what was found, what was expected, and where it helps, the remedy."""
 
@@ -85,8 +88,9 @@ def run(main: Callable[[], None]):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
-    with contextlib.suppress(AttributeError):  # not a text file
-        sys.stdout.reconfigure(errors="replace")  # print ? for a character that the terminal cannot show
+    for stream in (sys.stdin, sys.stdout):  # replace what cannot be decoded, or shown
+        with contextlib.suppress(AttributeError):  # closed, or not a text file
+            stream.reconfigure(errors="replace")
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
@@ -95,7 +99,9 @@ def run(main: Callable[[], None]):
         main()
         sys.stdout.flush()
     except OSError as e:
-        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE):
+        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE,
+            errno.ENAMETOOLONG,
+        ):  # fmt: skip
             raise
         if e.filename:
             raise SystemExit(f"error: cannot use {e.filename}: {e.strerror}") from None
@@ -108,7 +114,8 @@ def run(main: Callable[[], None]):
     except UserError as e:
         raise SystemExit(f"error: {e}") from None
     except (MemoryError, RuntimeError) as e:
-        is_memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
+        kinds = "out of memory|can't allocate memory|size calculation overflowed"
+        is_memory = isinstance(e, MemoryError) or re.search(kinds, str(e))
         if not is_memory:
             raise
         found = re.search(r"tried to allocate [\d.]+ \w+", str(e))
@@ -132,6 +139,8 @@ def load(cls: type, argv: list[str] | None = None):
     values, models, shown = {}, [], {}
     while words:
         word = words.pop(0)
+        if not word.strip():
+            raise UserError("an argument is empty; a variable of the shell may be unset")
         if word.startswith("-"):
             overrides = [read_flag(word, words, values, kinds)]
         elif word.endswith(".py"):
@@ -184,7 +193,7 @@ def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[s
         raise UserError(f"{flag}: {hint}")
     if not equals:
         is_switch = bool in kinds.get(name, [bool])  # load() refuses an unknown name
-        if words and (words[0].lower() in ("true", "false") if is_switch else not words[0].startswith("--")):
+        if words and (words[0].lower() in SWITCH_VALUES if is_switch else not words[0].startswith("--")):
             text = words.pop(0)
         elif is_switch:
             text = "True"
@@ -223,6 +232,8 @@ def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
 def convert(value, kinds: tuple, label: str):
     """Convert a flag's text or a file's literal to one of these types. Raises UserError, starting with label."""
     literal = value
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{label} has a null character, {value!r:.60}")
     if isinstance(value, str) and type(None) in kinds and value.lower() in ("", "none"):  # --wandb= turns it off
         return None
     if isinstance(value, str) and {str, type(None)} >= set(kinds):  # text is not parsed, whatever it looks like

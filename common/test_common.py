@@ -120,6 +120,7 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "--max_steps=1.5": "--max_steps takes a whole number, not 1.5",
         "--out_dir=": "--out_dir is empty; give it a value, or leave it out",
         "--max_steps --compile": "--max_steps needs a value",
+        "--resume yes": "--resume takes True or False, not 'yes'",
         "max_steps=5": "'max_steps=5' is not a flag; did you mean --max_steps=5?",
         "out/a out/b": "'out/a' and 'out/b' are two models; name one",
         "--lr=0": "lr is 0.0; it must lie in 1e-12..1e+12",
@@ -131,11 +132,14 @@ def test_a_bad_setting_is_one_line(tmp_path, monkeypatch):
         "config/tiny": "'config/tiny' is not a file of settings; did you mean config/tiny.py?",
     }.items():
         assert message in error_of(load, *arguments.split())
+    assert error_of(load, "") == "an argument is empty; a variable of the shell may be unset"
+    assert load("--compile", "None").compile is None
     path = tmp_path / "settings.py"
     for text, message in {
         "lr = 1\nmax_steps = 'x'": "settings.py:2: max_steps takes a whole number, not 'x'",
         "def f():\n    return 1": "settings.py:1: expected `name = value` with a literal value, found `def f():`",
         "lr = ": "not lines of `name = value`",
+        "out_dir = 'a\\0b'": "settings.py:1: out_dir has a null character",
     }.items():
         path.write_text(text)
         assert message in error_of(load, str(path))
@@ -158,9 +162,17 @@ def test_a_script_that_is_stopped_or_runs_out_of_memory_says_so_in_one_line():
             "cannot use val.bin: Permission denied",
         "import torch; settings.run(lambda: torch.empty(2**60))":
             "out of memory (tried to allocate 4611686018427387904 bytes); use smaller batches or a smaller model",
+        "settings.run(lambda: open('x' * 999))": f"cannot use {'x' * 999}: File name too long",
     }.items():  # fmt: skip
         done = run_script("-c", f"import os, signal; from unittest import mock; from common import settings; {code}")
         assert done.returncode and done.stderr == f"error: {message}\n"
+
+
+def test_typed_bytes_that_are_no_text_do_not_end_a_script():
+    code = "from common import settings; settings.run(lambda: print(ascii(input())))"
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = run_script("-c", code, input=b"a\xff\n", text=False, env=environment)
+    assert done.stdout.split() == [rb"'a\ufffd'"], done.stderr
 
 
 def test_the_command_to_resume_is_that_of_the_run(monkeypatch):
@@ -395,6 +407,18 @@ def test_a_text_that_repeats_itself_is_taken_once_and_the_rest_is_counted(tmp_pa
     assert len(texts["val"]) == 31 and sorted(texts["train"] + texts["val"]) == sorted(["the same row", *many])
 
 
+def test_a_text_of_two_domains_is_taken_once(tmp_path, monkeypatch):
+    """It might be held out in one domain and not in the other."""
+    monkeypatch.chdir(tmp_path)
+    shared = [f"Text {i}. {'x' * 99}" for i in range(60)]
+    write_jsonl(Path("a.jsonl"), [{"text": text} for text in shared])
+    write_jsonl(Path("b.jsonl"), [{"text": text} for text in shared + [f"{text} More." for text in shared * 3]])
+    assert "b: 180 left out: repeats an earlier one" in prepare("text", "--source.a=a.jsonl", "--source.b=b.jsonl").out
+    a, b = (split_texts(Path("data/text") / domain) for domain in "ab")
+    assert sorted(a["train"] + a["val"]) == sorted(shared) and len(a["val"]) == 6
+    assert sorted(b["train"] + b["val"]) == sorted(f"{text} More." for text in shared)
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_files_of_every_kind_become_a_corpus_made_anew_when_one_changes(encoding, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
@@ -555,6 +579,8 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text --source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
         "text --source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
         "tiny --val_fraction=2": "val_fraction is 2.0; it must lie in 0..1",
+        "tiny --math_mb=-1": "math_mb is -1.0; it must lie in 0.001..1e+06",
+        "sft --tokenizer=bytes --max_tokens=0": "max_tokens is 0; it must lie in 1..",
         "pretrain --tokenizer=bytes --source.art=x.txt": "there is no domain 'art'; there are math, stem, code",
         "pretrain --tokenizer=bytes": "cannot read nvidia/Nemotron-CC-Math-v1: ",
         "pretrain --vocab=word.txt": "word.txt is not a vocab.json of a byte-level BPE tokenizer (JSONDecodeError(",
@@ -1016,6 +1042,13 @@ def test_the_report_of_a_run(unbroken, corpus_dir, tmp_path):
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {"layers", "training", "usage"}
 
 
+def test_a_diverged_model_is_measured_too(corpus_dir, monkeypatch):
+    monkeypatch.setattr(evaluate, "token_losses", lambda model, rows: [np.full(rows.shape[-1], 1e3)] * len(rows))
+    corpus = data.Corpus(corpus_dir, 32, "val")
+    measured = evaluate.measure_domain(None, corpus, "math", 64, lambda function, rows, name: function(rows))
+    assert measured["nats_per_token"] == 1000 and measured["perplexity"] is None
+
+
 def test_what_is_measured_does_not_depend_on_the_batch_size(fine_tuned, tmp_path):
     one, five = (run_eval(fine_tuned, tmp_path / str(n), f"--batch_size={n}")[1] for n in (1, 5))
     numbers = (re.findall(r"\d[\d.]*(?:e-\d+)?", json.dumps([x["domains"], x["routing"]])) for x in (one, five))
@@ -1037,6 +1070,8 @@ def test_an_interrupted_evaluation_keeps_what_is_finished_and_one_of_other_weigh
     assert new["domains"].keys() == results["domains"].keys() and new["domains"] != results["domains"]
     monkeypatch.undo()
     assert run_eval(unbroken, tmp_path, "--report", "--max_tokens=64")[1] == results  # they come back
+    (tmp_path / "eval.json").rename(tmp_path / names[0])  # a kill between moving one and fetching the other
+    assert run_eval(unbroken, tmp_path, "--report", "--max_tokens=64")[1] == results
     assert json.loads((tmp_path / f"eval.{new['weights']}.json").read_text()) == new
     with machine.locked(tmp_path, ".eval.lock"):
         assert "another process is writing to" in error_of(run_eval, unbroken, tmp_path)
@@ -1146,12 +1181,19 @@ def test_the_documented_measures_are_those_of_the_report():
 
 def test_a_saved_model_comes_back_bit_identical_and_one_that_sees_the_future_says_why_it_is_slow(tmp_path):
     model = small_model(router_context="sequence")
+    model.isolates_documents = False  # as a Qwen3
     save_pretrained(model, tmp_path)
     loaded = from_pretrained(tmp_path)
-    assert loaded.config == model.config and not loaded.training
+    assert loaded.config == model.config and not loaded.training and not loaded.isolates_documents
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     err = run_main(sample, f"--init_from={tmp_path}", "--max_new_tokens=1").err
     assert "slow: its router averages the whole row" in err and "--router_context=prefix reads" in err
+
+
+def test_an_override_that_contradicts_the_starting_model_is_one_line(run_small, tmp_path):
+    save_pretrained(small_model(router_centred=True), tmp_path / "centred")
+    error = error_of(run_small, f"--init_from={tmp_path}/centred", "--router_context=sequence")
+    assert error.startswith("router_centred would leave 0 of a sequence router")
 
 
 def released_state(model: PolychromaticLM) -> dict[str, torch.Tensor]:
@@ -1242,6 +1284,8 @@ def test_a_chat_takes_the_newest_fine_tuned_model_and_notes_another(unbroken, fi
     note = "out/new was never fine-tuned to answer questions; see python sft.py --help"
     assert note in chat("out/new").err
     assert note in run_main(evaluate, "out/new", "--problems", "--limit=1", "--device=cpu").err
+    Path("out/new/ckpt.pt").write_bytes(b"damaged")
+    assert "passing over out/new/ckpt.pt is damaged" in chat().err
     shutil.rmtree("out/chat")
     shutil.rmtree("out/old")
     expected = "no fine-tuned model under out; train one: python sft.py config/tiny_sft.py, or name one: --init_from="
@@ -1299,6 +1343,7 @@ def test_a_checkpoint_of_another_version_or_project_says_what_is_wrong(run_small
         ({"model_config": 3}, "does not hold a model of this project"),
         ({"model": broken}, " is damaged: blocks.1.ffn.alpha holds NaN or infinity; use an earlier checkpoint"),
         ({"model": {**saved["model"], "step": 3}}, "is not a checkpoint of a model"),
+        ({"settings": None}, "is not a checkpoint of this project: its settings are not a dict"),
     ]:
         torch.save(saved | change, path)
         assert message in error_of(from_pretrained, path)

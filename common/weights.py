@@ -83,6 +83,7 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
             settings = qwen3_settings(read_json(config_file), state)
         else:
             settings = read_json(config_file) if is_safe else saved["model_config"]
+            is_ours = settings.pop("isolates_documents", True)  # save_pretrained() writes it
         config = read_config(settings, path)
         if config.tied_head:
             state.pop("head.weight", None)  # a copy of the embedding
@@ -186,8 +187,11 @@ def qwen3_settings(settings: dict, state: dict[str, Tensor]) -> dict:
 def newest_checkpoint(root: Path = Path("out"), fine_tuned: bool = False) -> Path:
     """The most recently written checkpoint under root; with fine_tuned, the most recent that sft.py wrote."""
     for path in sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if not fine_tuned or is_fine_tuned(path):
-            return path
+        try:
+            if not fine_tuned or is_fine_tuned(path):
+                return path
+        except UserError as e:
+            print(f"passing over {e}", file=sys.stderr)
     found, command = f"no checkpoint under {root}", "train.py config/tiny.py"
     if fine_tuned:
         found, command = f"no fine-tuned model under {root}", "sft.py config/tiny_sft.py"
@@ -275,6 +279,7 @@ def save_pretrained(model: PolychromaticLM, directory: str | Path):
         raise UserError(f"{directory} has another model, which from_pretrained() would read; choose another folder")
     with name_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", dataclasses.asdict(model.config))
+    config = {"isolates_documents": model.isolates_documents, **dataclasses.asdict(model.config)}
+    write_json(directory / "config.json", config)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(directory / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))

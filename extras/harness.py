@@ -201,8 +201,8 @@ def task_row(name: str, result: dict) -> dict:
     """A task's main metric, with the harness's standard error, beside the paper's scores."""
     main_metric, *percents = REFERENCES.get(name, (None,) * 5)
     metrics = {key: value for key, value in result["metrics"].items() if isinstance(value, float)}
-    key = next((key for key in metrics if key.split(",")[0] == main_metric), next(iter(metrics)))
+    key = next((key for key in metrics if key.split(",")[0] == main_metric), next(iter(metrics), "none"))
     error = metrics.get(key.replace(",", "_stderr,"))
-    scores = {"metric": key, "n": result["n"], "this model": metrics[key], "standard error": error}
+    scores = {"metric": key, "n": result["n"], "this model": metrics.get(key), "standard error": error}
     others = ("paper, base", "paper, SFT", "Qwen3-0.6B-Base", "guess")
     return scores | {model: None if percent is None else percent / 100 for model, percent in zip(others, percents)}

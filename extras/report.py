@@ -9,6 +9,7 @@ folder, as extras/speedrun.sh leaves them: sample.txt, answer.txt, and times.tsv
 import datetime
 import json
 import platform
+import re
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class ReportConfig:
     question: str = ""  # what answer.txt answers
     check: bool = False  # write nothing; fail unless every run has reached its last step
 
+    def __post_init__(self):
+        if not self.runs:
+            raise UserError("runs is empty; name the folders of runs")
+
 
 def table(header: list[str], rows: list[list]) -> list[str]:
     """A Markdown table, with a blank line after it."""
@@ -54,8 +59,8 @@ def quote(title: str, path: Path) -> list[str]:
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
     """A run's settings and log. UserError unless it has reached its last step."""
     try:
-        found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = runtime.read_json(folder / "settings.json")
+    except UserError:
         raise UserError(f"{folder} is not the folder of a run: it has no readable settings.json") from None
     log = runtime.read_log(folder)
     step = max((line["step"] for line in log if "val" in line), default=0)
@@ -69,7 +74,7 @@ def stages(path: Path) -> list[str]:
     """The stages of extras/speedrun.sh with their times, as a table."""
     if not path.is_file():
         return []
-    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    rows = re.findall(r"^(.+)\t(\d+)$", path.read_text(), re.M)  # a full disk may have cut a line
     times = [[name, datetime.timedelta(seconds=int(seconds))] for name, seconds in rows]
     total = sum((time for _, time in times), datetime.timedelta())
     note = "A stage that was stopped and resumed counts from its last start."
@@ -90,7 +95,7 @@ def training(log: list[dict]) -> list[str]:
 
 def results(path: Path) -> list[str]:
     """The losses and the problems of an eval.json, as tables."""
-    found, lines = json.loads(path.read_text()) if path.is_file() else {}, []
+    found, lines = runtime.read_json(path) if path.is_file() else {}, []
     if "domains" in found:
         rows = []
         for name, x in found["domains"].items():
@@ -98,7 +103,10 @@ def results(path: Path) -> list[str]:
             rows.append([name, f"{x['tokens']:,}", f"{x['nats_per_token']:.4f}", f"{x['bits_per_byte']:.4f}"])
             rows[-1].append("" if error is None else f"{error:.4f}")
         header = ["domain", "tokens", "nats per token", "bits per byte", "standard error"]
-        lines += ["All held-out text, after training:", "", *table(header, rows)]
+        title = f"Held-out text of {found['data_dir']}"
+        title += f" at step {found['step']}" if found.get("step") else ""
+        title += f", at most {found['max_tokens']:,} tokens of each domain" if found.get("max_tokens") else ""
+        lines += [f"{title}:", "", *table(header, rows)]
     if "problems" in found:
         rows = []
         for name, x in found["problems"].items():
@@ -109,8 +117,8 @@ def results(path: Path) -> list[str]:
     return lines
 
 
-def describe(folder: Path, out_dir: Path) -> list[str]:
-    """The section of a run. Copies its plots to out_dir."""
+def describe(number: int, folder: Path, out_dir: Path) -> list[str]:
+    """The section of a run. Copies its plots to out_dir, under its number and name."""
     found, log = read_run(folder)
     defaults = json.loads(json.dumps(vars(train.TrainConfig())))  # as in settings.json: lists, no tuples
     changed = [[f"`{name}`", f"`{value}`"] for name, value in found.items() if value != defaults.get(name)]
@@ -120,8 +128,9 @@ def describe(folder: Path, out_dir: Path) -> list[str]:
     lines += training(log) + results(folder / "eval.json")
     for name, title in PICTURES.items():
         if (folder / name).exists():
-            shutil.copy(folder / name, out_dir / f"{folder.name}_{name}")
-            lines += [f"![{title}]({folder.name}_{name})", ""]
+            copy = f"{number}_{folder.name}_{name}"
+            shutil.copy(folder / name, out_dir / copy)
+            lines += [f"![{title}]({copy})", ""]
     return lines + ["Settings that differ from the defaults of train.py:", "", *table(["setting", "value"], changed)]
 
 
@@ -132,15 +141,19 @@ def main():
     if cfg.check:
         return
     out_dir = Path(cfg.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with runtime.name_write_errors(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     lines = [f"# PolyGLU: {', '.join(Path(folder).name for folder in cfg.runs)}", ""]
     lines += quote("A new document, by the first run:", out_dir / "sample.txt")
     lines += quote(f"The last run's answer to: {cfg.question}", out_dir / "answer.txt")
     machine = describe_machine(runtime.pick_device("auto"))
     lines += [f"Machine: {machine}, Python {platform.python_version()}, {platform.platform()}.", ""]
     lines += stages(out_dir / "times.tsv")
-    for folder in cfg.runs:
-        lines += describe(Path(folder), out_dir)
+    for number, folder in enumerate(cfg.runs, 1):
+        try:
+            lines += describe(number, Path(folder), out_dir)
+        except (LookupError, TypeError, AttributeError) as e:
+            raise UserError(f"a file in {folder} is damaged or of another version ({e!r})") from None
     runtime.write_atomically(out_dir / "report.md", lambda file: file.write("\n".join(lines).encode()))
     print(f"report: {out_dir / 'report.md'}; send the whole folder, which has its plots")
 

@@ -35,7 +35,7 @@ from scipy import stats
 from common import settings
 from common.data import to_inputs
 from common.routing import routing_stats
-from common.run import Ranks, pick_autocast, pick_device, prepare_cpu, read_log, write_json
+from common.run import Ranks, pick_autocast, pick_device, prepare_cpu, read_json, read_log, write_json
 from common.weights import from_pretrained
 from extras.bench import describe_machine, print_table
 from model import PolychromaticLM
@@ -85,6 +85,8 @@ class StudyConfig:
     def __post_init__(self):
         settings.check_range(self, 1, 100, "seeds", "cost_ratio", "points")
         settings.check_range(self, 0, 1024, "check_lr", "jobs")
+        if not self.variants:
+            raise settings.UserError("variants is empty; name files of config/study/")
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -142,7 +144,7 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # load() prints the overrides
             run = Run(group, arguments, settings.load(TrainConfig, arguments), folder)
         if (folder / "ckpt.pt").exists():
-            for name, theirs in json.loads((folder / "settings.json").read_text()).items():
+            for name, theirs in read_json(folder / "settings.json").items():
                 ours = json.loads(json.dumps(getattr(run.settings, name, None)))  # None: train.py chose a value
                 if ours not in (None, theirs) and name not in ("resume", "overwrite", "out_dir", "device"):
                     found = f"{folder} was trained with {name}={theirs!r}, not {ours!r}"
@@ -584,11 +586,12 @@ def main():
     is_there = len(cfg.report) == 1
     file = Path(cfg.report[0]) if is_there else Path(cfg.out_dir) / "study.json"
     if cfg.report:
-        studies = {name: report for path in cfg.report for name, report in json.loads(Path(path).read_text()).items()}
+        studies = {name: report for path in cfg.report for name, report in read_json(Path(path)).items()}
     else:
         report, errors = run_study(cfg)
         studies = {cfg.name: report}
     if not is_there:
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, studies)
     report_studies(file, {name: report | summarize(report["runs"]) for name, report in studies.items()})
     if errors:

@@ -339,6 +339,8 @@ def test_the_published_tables_and_figure_follow_from_the_published_numbers(tmp_p
     printed = run_here({"report": shutil.copy(ROOT / "assets/study.json", tmp_path)}, script=study)
     rows = re.findall(r"^\| .*\[.*\|$", (ROOT / "docs/study.md").read_text(), re.M)
     assert len(rows) > 60 and all(row in printed for row in rows) and (tmp_path / "study.png").exists()
+    error = error_of(run_here, {"report": tmp_path / "none.json"}, script=study)
+    assert error == f"cannot read {tmp_path}/none.json: No such file or directory"
 
 
 def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, tmp_path, monkeypatch):
@@ -486,7 +488,8 @@ def test_the_speedrun_goes_on_where_it_was_killed_and_ends_with_a_report(corpus_
     text = (folder / "out/tiny_report/report.md").read_text()
     pictures = re.findall(r"^!\[.+\]\((.+)\)$", text, re.M)
     assert len(pictures) == 4 and all((folder / "out/tiny_report" / name).exists() for name in pictures)
-    lines = ["## out/tiny_sft", "Machine: ", "| fine-tuning | 0:", "| 2 | ", "| word problems | 40 |", "`max_steps`"]
+    lines = ["Held-out text of data/tiny at step 2:", "](1_tiny_layers.png)", "## out/tiny_sft", "Machine: "]
+    lines += ["| fine-tuning | 0:", "| 2 | ", "| word problems | 40 |", "`max_steps`"]
     assert not [line for line in [*lines, "Ada has 52 stamps"] if line not in text]
 
 

@@ -99,8 +99,9 @@ class PolyGLU(nn.Module):
             noise = gumbel_noise(static.expand(x.size(0), -1, -1))  # [B, K, F]
             static = noise + static  # noise first: the sum takes its layout, contiguous along F
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
-        static = (static / self.tau).split(1, dim=-2)  # K x [B, 1, F], or [1, F] for all rows
-        dynamic = (dynamic / self.tau).split(1, dim=-1)  # K x [B, T, 1]
+        ones = [1] * len(self.sigma)  # with these, a split is one operation; with a single 1, it is 2 K
+        static = (static / self.tau).split(ones, dim=-2)  # K x [B, 1, F], or [1, F] for all rows
+        dynamic = (dynamic / self.tau).split(ones, dim=-1)  # K x [B, T, 1]
         # F.softmax of the stacked logits gives the same, but the compiler could not fuse it.
         logits = [a + b for a, b in zip(static, dynamic)]
         with torch.no_grad():  # subtracting the maximum keeps exp finite; it cancels in e / sum(e)

@@ -25,7 +25,7 @@ from pathlib import Path
 # another process needs its core: a training step can take many times as long. This costs 4% (docs/performance.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # nothing: torch's profiler would print that it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would print that it starts and stops
 
 SYNONYMS = {  # what other projects call a setting
     "learning_rate": ["lr"],

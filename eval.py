@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import run
-from common.data import Conversations, Corpus, corpus_type, to_inputs
+from common.data import Conversations, Corpus, detect_corpus_type, to_inputs
 from common.generate import generate_texts
 from common.routing import routing_stats
 from common.settings import UserError, check_range
@@ -101,7 +101,7 @@ def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     except (UserError, KeyError):  # weights without a run
         advice = "name a corpus, --data_dir=, or --report=False"
         raise UserError(f"{source} does not say what it was trained on; {advice}") from None
-    corpus = corpus_type(folder)(folder, config.block_size, "val", cfg.domains)
+    corpus = detect_corpus_type(folder)(folder, config.block_size, "val", cfg.domains)
     if corpus.tokenizer != config.tokenizer or corpus.vocab_size > config.vocab_size:
         ours = f"the model {config.tokenizer!r} with {config.vocab_size:,}"
         raise UserError(f"{folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens, {ours}")

@@ -223,7 +223,7 @@ def check_types(entries: dict, types: dict):
             raise ValueError(f"{name} is {value!r:.60}")
 
 
-def corpus_type(folder: str | Path) -> type[Corpus]:
+def detect_corpus_type(folder: str | Path) -> type[Corpus]:
     """Conversations or Corpus, by what prepare_data.py wrote there."""
     counts = read_meta(Path(folder))["domains"].values()
     return Conversations if any("val_targets" in domain for domain in counts) else Corpus

@@ -670,7 +670,7 @@ def test_a_bad_corpus_is_one_line(corpus_dir, tmp_path, monkeypatch):
         {**meta, "domains": {"math": {name: counts[name] for name in counts if name != "val_tokens"}}},
     ):  # fmt: skip
         (damaged / "meta.json").write_text(json.dumps(content))
-        for read in data.corpus_type, functools.partial(data.Corpus, block_size=64):
+        for read in data.detect_corpus_type, functools.partial(data.Corpus, block_size=64):
             assert re.search(
                 r"meta.json is damaged \(.*\); make it: python prepare_data.py tiny", error_of(read, damaged)
             )

@@ -29,7 +29,7 @@ from common import data
 from common import tokenizer as tokenizers
 from common.run import Ranks
 from common.weights import from_pretrained, renamed
-from extras import bench, embedded, report, study
+from extras import bench, embedded, report, study, study_report
 from model import ModelConfig
 from test_model import (
     CUT,
@@ -288,8 +288,8 @@ def test_the_variants_of_the_study_differ_in_their_routing_alone():
 
 
 def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(capsys):
-    assert study.estimate([0.0, 0.0])["p"] == 1 and study.estimate([2.0, 2.0])["p"] == 0
-    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study_report.estimate([0.0, 0.0])["p"] == 1 and study_report.estimate([2.0, 2.0])["p"] == 0
+    assert study_report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     differences = {  # of each group's runs to swiglu's, by seed
         "swiglu": (0, 0, 0, 0), "geglu": (-0.5, -0.4, -0.6), "prefix": (-0.1, 0.2, -0.3, 0.4),
         "swiglu, equal time": (0.3, 0.3), "swiglu, lr x 2": (0,),
@@ -300,7 +300,7 @@ def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(caps
         for group, values in differences.items()
         for seed, x in enumerate(values, 1)
     ]
-    found = study.summarize(runs)
+    found = study_report.summarize(runs)
     geglu, prefix, equal_time = found["comparisons"]["swiglu"]  # a learning rate is compared with its own variant alone
     assert (geglu["seeds"], prefix["seeds"]) == ([1, 2, 3], [1, 2, 3, 4])
     assert geglu["mean"] == pytest.approx(-0.5) and geglu["interval"] == pytest.approx([-0.748414, -0.251586], abs=1e-6)
@@ -309,10 +309,10 @@ def test_a_study_compares_runs_of_one_seed_and_corrects_for_all_comparisons(caps
     assert equal_time["ours"] == "swiglu, equal time" and "p_holm" not in equal_time  # not one of the tests
     (lr,) = found["contrasts"]
     assert (lr["ours"], lr["theirs"], lr["mean"], lr["p"]) == ("swiglu, lr x 2", "swiglu", 0, None)
-    study.print_report({**found, "runs": runs})
+    study_report.print_report({**found, "runs": runs})
     printed = capsys.readouterr().out
     assert "| swiglu, lr x 2 - swiglu | 1 | +0.0000 | - | - | - |" in printed
-    interval = study.with_interval(study.estimate([0.0, 0.0, 0.0]), "+.4f")
+    interval = study_report.with_interval(study_report.estimate([0.0, 0.0, 0.0]), "+.4f")
     assert f"| geglu - swiglu | {interval} | -0.5000, -0.4000, -0.6000 |" in printed  # math, the mean of each seed
 
 
@@ -324,15 +324,15 @@ def test_the_report_shows_how_differences_change_between_studies_that_differ_in_
             for group, values in {"swiglu": (0.0, 0.0, 0.0), "prefix": prefix}.items()
             for seed, x in enumerate(values, 1)
         ]  # fmt: skip
-        return {**study.summarize(runs), "runs": runs}
+        return {**study_report.summarize(runs), "runs": runs}
 
     small, longer, larger = report(1, 1, (0.1, 0.2)), report(2, 1, (0.2, 0.4, 0.6)), report(2, 2, (0.3, 0.3))
-    study.print_changes({"small": small, "longer": longer, "larger": larger})
+    study_report.print_changes({"small": small, "longer": longer, "larger": larger})
     printed = capsys.readouterr().out
     assert "from small to longer\n" in printed and "from longer to larger\n" in printed
     assert "from small to larger" not in printed  # both tokens and size differ
-    values = study.estimate([0.1, 0.2])
-    assert f"| prefix - swiglu | 2 | {study.with_interval(values, '+.4f')} | {values['p']:.2g} |" in printed
+    values = study_report.estimate([0.1, 0.2])
+    assert f"| prefix - swiglu | 2 | {study_report.with_interval(values, '+.4f')} | {values['p']:.2g} |" in printed
 
 
 def test_the_published_tables_and_figure_follow_from_the_published_numbers(tmp_path):

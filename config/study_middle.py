@@ -1,9 +1,10 @@
-# Between the study and the two others: 1.2M parameters and 1,600 steps (1.6M tokens), read at five points. It differs
-# from the longer study in training alone, and from the larger one in size, with its learning rate, alone.
+# Between the study and the two others: 1.2M parameters, 1,600 steps (1.6M tokens), three seeds. It differs from
+# the longer study in training alone, and from the larger one in size, with its learning rate, alone.
 # python -m extras.study config/study_middle.py
 
 name = "middle"
 variants = ("swiglu", "geglu", "prefix", "moa")
+seeds = 3
 max_steps = 1600
 points = 5
 cost_ratio = 1.0

@@ -1,7 +1,7 @@
 """Studies: what routing is worth, and whether that changes with training or with size.
 
 python -m extras.study                             15 variants of config/tiny.py, 500 steps, five seeds (hours)
-python -m extras.study config/study_middle.py      four of them, 1,600 steps, read at five points
+python -m extras.study config/study_middle.py      four of them, 1,600 steps, three seeds
 python -m extras.study config/study_longer.py      five of them, 4,000 steps
 python -m extras.study config/study_larger.py      four of them, 1,600 steps at 6.8M parameters, three seeds
 python -m extras.study --variants=swiglu,mine      train some variants, or a new one, by its file in config/study/

@@ -298,9 +298,8 @@ def draw_growth(path: Path, studies: dict[str, dict]):
         column[0].set(title=f"{name}: {parameters / 1e6:.1f}M parameters,\n{report['settings']['seeds']} seeds")
         column[2].set(xlabel="training tokens, millions", ylim=(0, 1))
     for ax, name in zip(axes[:, 0], ("SwiGLU", "GEGLU")):
-        ax.set(ylabel=f"bits per byte minus {name}'s,\n95% interval (lower is better)")
-    label = "solid: share of layers with over 90%\nin one activation; dashed: input\ndependence, as a share of ln K"
-    axes[2, 0].set(ylabel=label)
+        ax.set(ylabel=f"bits per byte minus\n{name}'s (lower is better)")
+    axes[2, 0].set(ylabel="share of layers over 90%\n(dashed: dependence / ln K)")
     figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=9, frameon=False)
     figure.savefig(path)
     print(f"\nfigure: {path}")

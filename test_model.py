@@ -41,7 +41,7 @@ import sample
 import sft
 import train
 from common import data, tokenizer
-from common.run import flops_per_token, load_checkpoint, read_log
+from common.run import Ranks, StopSignal, flops_per_token, load_checkpoint, read_log
 from common.weights import from_pretrained
 from extras import embedded
 from model import (
@@ -119,6 +119,10 @@ def test_init_is_the_papers():
         else:
             expected = 0.02 / 4 if re.search(r"w_o|w_down", name) else 0.02  # 1 / sqrt(2 * 8 layers)
             assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), name  # standard errors
+    for name, p in PolyGLU(128, 256).named_parameters():  # a layer alone
+        if p.dim() == 2 and name != "alpha":
+            assert p.std().item() == pytest.approx(0.02, rel=4 / math.sqrt(2 * p.numel())), name
+        assert not name.endswith("bias") or p.eq(0).all(), name
 
 
 def test_models_of_one_seed_share_every_weight_except_routing():
@@ -132,8 +136,10 @@ def test_models_of_one_seed_share_every_weight_except_routing():
 
 
 def test_only_weight_matrices_and_the_embedding_decay():
-    model, cfg = small_model(), train.TrainConfig(weight_decay=0.1, routing_lr=4.0, alpha_lr=10.0)
+    model = small_model()
+    cfg = train.TrainConfig(weight_decay=0.1, routing_lr=4.0, alpha_lr=10.0, beta1=0.5, beta2=0.75)
     groups = train.configure_optimizer(model, cfg).param_groups
+    assert all(group["betas"] == (0.5, 0.75) and group["eps"] == 1e-8 for group in groups)
     group_of = {p: group for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         scale = (4.0 if ROUTING.search(name) else 1.0) * (10.0 if name.endswith("alpha") else 1.0)
@@ -204,9 +210,8 @@ def test_cached_logits_equal_the_full_forward_whatever_the_documents_and_the_len
     tokens, cache = random_tokens(3, 24), KVCache(model.config, 3, 26)
     doc_ids = torch.tensor([24 * [0], 5 * [0] + 19 * [1], 7 * [0] + 10 * [1] + 7 * [2]])
     full = model(tokens, doc_ids=doc_ids)
-    model.activation_checkpointing = not compiled  # makes no difference
     if compiled:
-        model.compile()
+        model.compile(options=generation.DECODING_OPTIONS)
     graphs.clear()
     with torch.set_grad_enabled(not compiled):
         for start, end in itertools.pairwise([0, 5, 9, 10, 15, *range(16, 25)]):
@@ -215,6 +220,18 @@ def test_cached_logits_equal_the_full_forward_whatever_the_documents_and_the_len
             torch.testing.assert_close(logits[:, 0], full[:, end - 1], rtol=0, atol=1e-4)
     assert cache.length == 24
     assert graphs["unique_graphs"] == compiled  # one, for all layers and tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", CAUSAL)
+def test_cached_logits_equal_the_full_forward_of_rows_of_one_document_as_in_a_chat(router):
+    model, tokens = small_model(**ROUTERS[router]), random_tokens(2, 24)
+    full, cache = model(tokens), KVCache(model.config, 2, 24)
+    for start, end in itertools.pairwise([0, 5, 9, *range(10, 25)]):
+        logits = model(tokens[:, start:end], cache=cache)
+        torch.testing.assert_close(logits[:, 0], full[:, end - 1], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="a row of 25 tokens, but there is room for 24"):
+        model(tokens[:, :1], cache=cache)
 
 
 # ------------------------------------------------------------------------------------------------------------- 5. Qwen3
@@ -227,7 +244,7 @@ def random_qwen3(folder: Path, shard: str = "1GB", **settings):
     sizes = dict(
         vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rms_norm_eps=1e-3,
     )  # fmt: skip
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes | settings)).eval()
     for norm in (p for p in model.parameters() if p.dim() == 1):
@@ -245,6 +262,11 @@ def test_one_activation_is_qwen3(tied, shard, tmp_path):
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
     greedy = theirs.generate(tokens[:1, :8], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert generated(ours, tokens[:1, :8], 20) == greedy[:, 8:].tolist()
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    rope = settings.pop("rope_parameters")
+    path.write_text(json.dumps({**settings, "rope_theta": rope["rope_theta"], "rope_scaling": None}))  # as of version 4
+    assert from_pretrained(tmp_path).config == ours.config
 
 
 # -------------------------------------------------------------------------------------------------------------- 6. loss
@@ -266,9 +288,18 @@ def test_chunked_loss_equals_plain_cross_entropy_in_value_and_gradients(dtype, t
     assert graphs["unique_graphs"] == compiled  # one for all chunks
     ours, theirs = (torch.autograd.grad(3 * x, (hidden, weight)) for x in (loss, plain))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-    with torch.no_grad():  # computes no gradient on the way
+    with torch.no_grad():
         torch.testing.assert_close(chunked_cross_entropy(hidden, weight, targets, chunk_size), loss)
         assert chunked_cross_entropy(hidden, weight, torch.full_like(targets, -1), chunk_size) == 0
+
+
+def test_the_loss_holds_one_chunk_of_logits_at_a_time_and_without_grad_computes_no_gradient():
+    hidden, weight = torch.randn(300, 8, requires_grad=True), torch.randn(259, 8)
+    for grad in (True, False):
+        body = mock.Mock(wraps=chunk_loss)
+        with torch.set_grad_enabled(grad):
+            chunked_cross_entropy(hidden, weight, torch.zeros(300, dtype=torch.int64), 7, body)
+        assert {(len(call.args[0]), call.args[-1]) for call in body.call_args_list} == {(7, grad)}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -355,12 +386,14 @@ def test_what_no_model_can_compute_is_named():
         ModelConfig(rope_theta=math.nan)
 
 
-def test_gumbel_noise_is_drawn_in_training_only_and_once_a_row():
-    layer, x = random_layer(8, 24, router_hidden=0, gumbel=True), torch.randn(2, 12, 8)
-    g, other = (torch.stack(layer.unnormalized_weights(x)) for _ in range(2))  # [K, B, T, d_ff]
-    assert not torch.equal(g, other)
-    assert torch.equal(g, g[:, :, :1].expand_as(g))  # the same at every position of a row
-    assert not torch.equal(g[:, 0], g[:, 1])  # another in another row
+def test_in_training_alone_each_row_neuron_and_activation_adds_one_gumbel_draw_to_its_logits():
+    layer, x = random_layer(8, 24, gumbel=True).double(), torch.randn(2, 12, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    e = torch.stack(layer.unnormalized_weights(x), dim=-1)  # [B, T, d_ff, K]
+    torch.manual_seed(1)
+    noise = gumbel_noise(torch.zeros(2, 4, 24, dtype=torch.float64)).mT  # [B, d_ff, K]
+    logits = layer.alpha + noise[:, None] + layer.dynamic_logits(x)[:, :, None]
+    torch.testing.assert_close(e / e.sum(-1, keepdim=True), (logits / layer.tau).softmax(-1), rtol=1e-9, atol=0)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     torch.manual_seed(0)
@@ -424,6 +457,7 @@ def test_a_compiled_model_trains_like_an_eager_one_in_four_graphs(flex):
     compiled, rng = copy.deepcopy(eager), np.random.default_rng(0)
     eager.flex, compiled.flex = False, flex
     compiled.compile(backend="aot_eager" if flex else "inductor")
+    assert compiled.state_dict().keys() == eager.state_dict().keys()  # a checkpoint does not show it
     graphs.clear()
     for step in range(20):
         tokens, starts = random_tokens(2, 256, seed=step), rng.random((2, 256)) < step / 20
@@ -884,7 +918,7 @@ def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small
 def test_an_evaluation_alone_prints_the_losses_of_the_run_and_changes_no_file(unbroken, corpus_dir, tmp_path):
     before = {path: path.read_bytes() for path in unbroken.iterdir()}
     printed = run_here(run_settings(corpus_dir, unbroken), "--eval_only", "--max_steps=5")  # changes nothing
-    assert "resuming with" not in printed
+    assert "evaluating with" not in printed
     losses = "  ".join(f"{name} {x['bits_per_byte']:.3f}" for name, x in read_log(unbroken)[-1]["val"].items())
     assert f"step 12: val bits per byte: {losses}\n" in printed and "done" not in printed
     assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
@@ -894,6 +928,16 @@ def test_an_evaluation_alone_prints_the_losses_of_the_run_and_changes_no_file(un
     assert f"step 0: val bits per byte: {losses}\n" in printed and not (tmp_path / "new").exists()
     error = error_of(run_here, run_settings(corpus_dir, tmp_path / "new"), "--eval_only")
     assert error.endswith("new/ckpt.pt; name the run to evaluate, --out_dir=, or --init_from=")
+
+
+def test_a_second_signal_stops_at_once_unless_torchrun_repeats_the_first(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop = StopSignal()
+    for _ in range(2):  # within a second
+        stop.handle(signal.SIGINT, None)
+    stop.time -= 2
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGINT, None)
 
 
 def test_a_profile_traces_a_few_steps(run_small, tmp_path):
@@ -915,6 +959,19 @@ def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):
     assert re.match("the run ended in non-finite updates; .* at step 2; resume with a lower --lr", message)
 
 
+def test_a_non_finite_gradient_changes_no_weight_and_the_run_goes_on(corpus_dir, tmp_path):
+    cfg = train.TrainConfig(**run_settings(corpus_dir, tmp_path))
+    run = train.set_up(cfg, data.Corpus, Ranks("cpu"))
+    before, rows = copy.deepcopy(run.model.state_dict()), train.next_rows(run, train.rows_per_step(cfg)[0])
+    run.model.blocks[0].ffn.alpha.register_hook(lambda grad: grad * math.nan)
+    loss, norm = train.optimizer_step(run.model, run, rows, 0)
+    assert math.isfinite(loss) and math.isnan(norm) and not run.optimizer.state
+    torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
+    train.count_step(run, loss, norm)
+    train.count_step(run, 1.0, 1.0)
+    assert (run.progress.skipped, run.progress.skipped_in_a_row) == (1, 0)
+
+
 def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corpus_dir, chat_dir, tmp_path):
     before = {path: path.read_bytes() for path in unbroken.iterdir()}
     for arguments, message in {
@@ -926,11 +983,6 @@ def test_a_bad_run_is_one_line_and_nothing_of_the_old_one_is_lost(unbroken, corp
     }.items():
         assert re.search(message, error_of(run_here, run_settings(corpus_dir, unbroken), *arguments.split()))
         assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
-    checkpoint = load_checkpoint(unbroken)
-    checkpoint["model_config"]["n_experts"] = 4  # of later code
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    message = error_of(run_here, run_settings(corpus_dir, tmp_path), "--resume")
-    assert "this version does not know its setting n_experts; --overwrite starts over" in message
     message = error_of(run_here, run_settings(chat_dir, tmp_path / "new"))
     assert message == f"{chat_dir} holds conversations; train on it with sft.py"
     (tmp_path / "file").write_text("")
@@ -951,11 +1003,24 @@ def test_a_run_in_a_folder_without_a_checkpoint_keeps_what_it_finds(run_small, t
 
 def test_a_resumed_run_says_what_has_changed_and_nothing_else(run_small, corpus_dir, tmp_path):
     run_small(max_steps=1)
-    run_small("--resume", max_steps=1)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')  # a line that a kill cut short
+    assert "resuming with" not in run_small("--resume", max_steps=1)
     assert [x["step"] for x in read_log(tmp_path) if "val" in x] == [0, 1]  # the last evaluation is repeated
     printed = run_small("--resume", max_steps=2, mixture={"math": 1.0})
-    assert "resuming with mixture={'math': 1.0}" in printed and "has changed" not in printed
+    assert sorted(re.findall("resuming with (.*?)=", printed)) == ["max_steps", "mixture"]
+    assert "has changed" not in printed
     assert [x["step"] for x in read_log(tmp_path) if "val" in x] == [0, 1, 2]  # or kept
+
+
+def test_a_resumed_run_says_that_its_corpus_has_changed(corpus_dir, tmp_path):
+    folder = damage_corpus(corpus_dir, tmp_path / "tiny")  # a copy
+    settings, path = run_settings(folder, tmp_path / "run", max_steps=1), folder / "meta.json"
+    run_here(settings)
+    meta = json.loads(path.read_text())
+    meta["domains"]["math"]["val_bytes"] += 1
+    path.write_text(json.dumps(meta))
+    assert f"resuming on other data: {folder} has changed" in run_here(settings, "--resume")
 
 
 def test_a_bad_fine_tuning_is_one_line(unbroken, corpus_dir, chat_dir, tmp_path):
@@ -983,16 +1048,31 @@ def test_a_missing_embedded_corpus_is_prepared_by_one_process_and_no_other_corpu
     assert not Path("data").exists()  # found before the data is prepared
 
 
+class MakesFolder:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_a_damaged_checkpoint_is_one_line(unbroken, run_small, tmp_path):
     content, path = (unbroken / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
     half, rest = content[: len(content) // 2], content[len(content) // 2 :]
     for damaged in (b"", half, half + bytes([rest[0] ^ 16]) + rest[1:]):
         path.write_bytes(damaged)
-        assert str(path) in error_of(run_small, "--resume")
-    for wrong in ({"weights": torch.zeros(3)}, {"model": os.system}, {"model": {}}):
+        assert f"{path} is damaged or not a checkpoint" in error_of(run_small, "--resume")
+    for wrong, message in (
+        ({"weights": torch.zeros(3)}, "is not a checkpoint of a model"),
+        ({"model": {}}, "does not hold a model of this project: it lacks model_config"),
+        ({"model": MakesFolder(tmp_path / "made")}, "is damaged or not a checkpoint (Weights only load failed"),
+    ):
         torch.save(wrong, path)
+        assert f"{path} {message}" in error_of(from_pretrained, path)
         assert str(path) in error_of(run_small, "--resume")
-        assert str(path) in error_of(from_pretrained, path)
+    assert not (tmp_path / "made").exists()  # no code in a checkpoint runs
 
 
 def test_training_needs_neither_a_compiler_nor_the_optional_packages(corpus_dir, tmp_path):

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from common.data import Corpus
-from common.generate import generate
+from common.generate import StepGraph, generate, prepare_weights
 from common.run import Ranks, flops_per_token, peak_flops
 from common.settings import load
 from extras import bench
@@ -209,6 +209,17 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_full_forward_also_in_pa
 
     name = f"decoding with the cache, padded rows{', compiled' * compiled}: logits"
     check_exactness(name, *float32_plain_and_ours(results))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not ON_GPU, reason="a CUDA graph")
+def test_replayed_decoding_steps_write_what_ordinary_ones_do(monkeypatch):
+    model, prompts = random_model().eval(), [row[:n] for row, n in zip(random_batch()[0], (60, 37))]
+    prepare_weights(model, torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        replayed = torch.stack(list(generate(model, prompts, 24, temperature=0)))
+        monkeypatch.setattr(StepGraph, "fits", lambda model: False)
+        assert torch.equal(replayed, torch.stack(list(generate(model, prompts, 24, temperature=0))))
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

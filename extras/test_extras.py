@@ -1,11 +1,9 @@
 """Tests of extras/. The helpers and fixtures that they share with the other tests are in test_model.py."""
 
 import functools
-import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -439,10 +437,12 @@ def test_prose_and_problems_of_val_do_not_recur_in_train(tmp_path, monkeypatch):
     assert "stem: 0.0% of held-out 13-word runs occur in train" in printed
 
 
-def test_docstrings_are_read_without_processes_that_would_outlive_a_kill(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=ROOT / "common/__init__.py"))
-    documents = embedded.stem_documents()
-    assert next(documents).startswith("Read the tokens") and not multiprocessing.active_children()
+def test_docstrings_are_read_without_examples_and_short_ones(tmp_path):
+    prose = 12 * "Sums of all things. "
+    text = f'"""{prose}\n\n>>> 1 + 1\n2\n\nThe end."""\ndef f():\n    "Too short."\n'
+    (tmp_path / "a.py").write_text(text)
+    (read,) = embedded.docstring_prose(tmp_path / "a.py")
+    assert read.startswith("Sums") and read.endswith("The end.\n") and not re.search(r">>>|^2$", read, re.M)
 
 
 def test_no_held_out_problem_or_its_worked_answer_occurs_in_training_data():

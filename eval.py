@@ -10,7 +10,6 @@ Writes all numbers to eval.json beside the checkpoint, with plots of the routing
 
 import functools
 import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import run
+from common import run as runtime
 from common.data import Conversations, Corpus, detect_corpus_type, to_inputs
 from common.generate import generate_texts
 from common.routing import routing_stats
@@ -94,13 +93,21 @@ def print_table(title: str, results: dict[str, dict]):
 # --------------------------------------------------------------------------------------------------- losses and routing
 
 
+def read_run(source: Path) -> dict:
+    """A run's checkpoint, its weights unread; empty for weights without a run."""
+    try:
+        checkpoint = runtime.load_checkpoint(source, verify=False)
+    except UserError:
+        return {}
+    return checkpoint if {"settings", "progress"} <= checkpoint.keys() else {}
+
+
 def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     """The validation text of cfg's corpus, else of the one that the model was trained on."""
-    try:
-        folder = cfg.data_dir or run.load_checkpoint(source, verify=False)["settings"]["data_dir"]
-    except (UserError, KeyError):  # weights without a run
+    folder = cfg.data_dir or read_run(source).get("settings", {}).get("data_dir")
+    if not folder:
         advice = "name a corpus, --data_dir=, or --report=False"
-        raise UserError(f"{source} does not say what it was trained on; {advice}") from None
+        raise UserError(f"{source} does not say what it was trained on; {advice}")
     corpus = detect_corpus_type(folder)(folder, config.block_size, "val", cfg.domains)
     if corpus.tokenizer != config.tokenizer or corpus.vocab_size > config.vocab_size:
         ours = f"the model {config.tokenizer!r} with {config.vocab_size:,}"
@@ -108,22 +115,16 @@ def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     return corpus
 
 
-def trained_steps(source: Path) -> int | None:
-    """Optimizer steps of a checkpoint; None for weights without a run."""
-    try:
-        return run.load_checkpoint(source, verify=False)["progress"]["step"]
-    except (UserError, KeyError):
-        return None
-
-
 def val_rows(corpus: Corpus, domain: str, max_tokens: int) -> np.ndarray:
     """Rows evenly spread over a domain's val.bin, [n, 3, block_size] int64. A document has one id in all its rows."""
     chosen = corpus.spread_rows(domain, max_tokens)
     rows = np.stack([corpus.row(domain, index) for index in chosen])
-    first_ids = chosen * corpus.block_size  # no conversation spans rows, and each row has fewer than block_size of them
-    if not isinstance(corpus, Conversations):
+    starts = chosen * corpus.block_size
+    if isinstance(corpus, Conversations):
+        first_ids = starts  # no conversation spans rows, and each row has fewer than block_size of them
+    else:
         ends = np.flatnonzero(corpus.tokens[domain] == corpus.end_of_text)
-        first_ids = np.searchsorted(ends, first_ids)  # number of documents that end before the row
+        first_ids = np.searchsorted(ends, starts)  # number of documents that end before the row
     rows[:, 2] += first_ids[:, None]
     return rows
 
@@ -134,7 +135,7 @@ def token_losses(model: PolychromaticLM, rows: np.ndarray) -> list[np.ndarray]:
     losses = []
     for hidden, target in zip(model.hidden(tokens, doc_ids), targets):  # a row at a time: its logits fill gigabytes
         logits = F.linear(hidden, model.head_weight).float()
-        losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="none").double().cpu().numpy())
+        losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="none").cpu().double().numpy())
     return losses
 
 
@@ -185,7 +186,7 @@ def report(model: PolychromaticLM, corpus: Corpus, cfg: EvalConfig, batcher: Cal
         print_table(f"Routing, see docs/routing.md; usage of {' / '.join(activations)}", table)
     else:
         print(f"a plain GLU of {activations[0]}: there is no routing to measure")
-    save_plots(Path(cfg.picture_dir or folder), routing, activations, run.read_log(folder))
+    save_plots(Path(cfg.picture_dir or folder), routing, activations, runtime.read_log(folder))
     return {"data_dir": str(corpus.folder), "max_tokens": cfg.max_tokens, "domains": domains, "routing": routing}
 
 
@@ -222,64 +223,72 @@ def solve_problems(model: PolychromaticLM, encoding, cfg: EvalConfig, batcher: C
     }
 
 
-def read_results(file: Path, model: PolychromaticLM) -> dict:
-    """The results in an eval.json, if they are of this model's settings and weights, which a hash identifies.
-
-    Another model's results move to a file beside it, and come back when that model is evaluated again.
-    """
+def weights_hash(model: PolychromaticLM) -> str:
+    """Identifies a model's settings and weights."""
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=8)
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    weights = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def read_results(file: Path, weights: str) -> dict:
+    """The results in an eval.json, if they are of these weights (a hash).
+
+    Another model's results move to a file beside it, and come back when that model is evaluated again.
+    """
     ours = file.with_suffix(f".{weights}.json")
-    with run.name_write_errors(file):
-        if ours.exists() and not file.exists():
+    if not file.exists() and ours.exists():
+        with runtime.name_write_errors(file):
             ours.replace(file)
+    if not file.exists():
+        return {"weights": weights}
     try:
-        saved = json.loads(file.read_text()) if file.exists() else {"weights": weights}
+        saved = runtime.read_json(file)
         if not isinstance(saved.get("tasks", {}), dict):
-            raise ValueError("tasks is not a dict")
-        if saved.get("weights") == weights:
-            return saved
-        theirs = file.with_suffix(f".{saved.get('weights', 'old')}.json")
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{file} is damaged ({e}); delete it to measure everything again") from None
+            raise UserError(f"the tasks of {file} are not a dict")
+    except UserError as e:
+        raise UserError(f"{e}; delete it to measure everything again") from None
+    if saved.get("weights") == weights:
+        return saved
+    theirs = file.with_suffix(f".{saved.get('weights', 'old')}.json")
     print(f"{file} is of other weights or settings: moved to {theirs.name}")
-    with run.name_write_errors(theirs):
+    with runtime.name_write_errors(theirs):
         file.replace(theirs)
-    return read_results(file, model)
+    return read_results(file, weights)
 
 
 def main():
     cfg = settings.load(EvalConfig)
-    run.prepare_cpu()
-    is_asked = cfg.problems or cfg.chat
-    source, device = Path(cfg.init_from or newest_checkpoint(fine_tuned=is_asked)), run.pick_device(cfg.device)
-    autocast = run.pick_autocast(cfg.dtype, device, training=False)
-    model = open_model(source, device, cfg.revision, cfg.router_context, is_asked)
+    runtime.prepare_cpu()
+    answers = cfg.problems or cfg.chat
+    source, device = Path(cfg.init_from or newest_checkpoint(fine_tuned=answers)), runtime.pick_device(cfg.device)
+    autocast = runtime.pick_autocast(cfg.dtype, device, training=False)
+    model = open_model(source, device, cfg.revision, cfg.router_context, answers)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
     corpus = open_corpus(cfg, source, model.config) if cfg.report else None
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None
+    # a "sequence" router would read the padding, so it gets one row at a time
     batch_size = 1 if model.config.sees_future else cfg.batch_size or max(1, 2**14 // model.config.block_size)
-    batcher = functools.partial(in_batches, batch_size=batch_size)  # one row: a "sequence" router reads the padding
+    batcher = functools.partial(in_batches, batch_size=batch_size)
     file = folder / "eval.json"
-    with run.locked(folder, ".eval.lock"), torch.no_grad(), autocast:
-        results = read_results(file, model)
-        run.write_json(file, results)  # fails now rather than after hours
+    with runtime.locked(folder, ".eval.lock"), torch.no_grad(), autocast:
+        results = read_results(file, weights_hash(model))
+        runtime.write_json(file, results)  # fails now rather than after hours
         if corpus:
-            results |= {"step": trained_steps(source), **report(model, corpus, cfg, batcher, folder)}
-            run.write_json(file, results)
+            results["step"] = read_run(source).get("progress", {}).get("step")
+            results |= report(model, corpus, cfg, batcher, folder)
+            runtime.write_json(file, results)
         if cfg.problems:
             results["problems"] = solve_problems(model, encoding, cfg, batcher)
             print_table("Held-out problems; 95% intervals", results["problems"])
-            run.write_json(file, results)
+            runtime.write_json(file, results)
         if cfg.tasks:
             from extras.harness import run_tasks, task_row
 
             finished = results.setdefault("tasks", {})
             for name, result in run_tasks(model, encoding, batcher, cfg, str(autocast.fast_dtype), finished):
                 finished[name] = result
-                run.write_json(file, results)  # a killed run resumes after the last finished task
+                runtime.write_json(file, results)  # a killed run resumes after the last finished task
             rows = {name: task_row(name, finished[name]) for name in cfg.tasks}
             print_table("Benchmark tasks; the scores of the other models are the paper's", rows)
     print(f"numbers: {file}")

@@ -58,9 +58,6 @@ class PrepareConfig:  # every corpus
     commit_seconds: float = 2.0  # seconds between commits; a killed preparation resumes from the last one
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value == "" or (isinstance(value, dict) and "" in value.values()):
-                raise UserError(f"{name} is empty; give it a value, or leave it out")
         check_range(self, 0, 1, "val_fraction")
         check_range(self, 16, 2**30, "max_length")
 
@@ -93,7 +90,7 @@ class TextConfig(FilesConfig):  # text
     tokenizer: str = "bytes"  # bytes, gpt2 or qwen3
     domain: str = "text"  # name of the domain that --source= makes
     text_field: str = "text"  # name of the text field in .jsonl and .parquet files
-    max_length: int = 16_384  # maximum characters of a document; a longer text is cut into several, at blank lines
+    max_length: int = 16_384  # maximum characters of a document; longer texts are cut, small sources into shorter parts
 
 
 @dataclass
@@ -174,14 +171,19 @@ class Source(NamedTuple):  # of a domain's documents
     fingerprint: object  # JSON; differs where the documents may differ
     val_fraction: float
     max_tokens: int | None = None  # of train; None: no limit
-    max_length: int | None = None  # tokens of a conversation; None: the documents are texts
+    max_length: int | None = None  # of conversations: maximum tokens; None: the documents are texts
     split_key: Callable[[str], str] = canonical  # documents whose text has the same key are all in train or all in val
-    describe: Callable[[Path, dict], dict] = lambda folder, counts: counts  # the domain's entry in meta.json
+    describe: Callable[[Path, dict], dict] = lambda folder, counts: counts  # makes meta.json's entry of the domain
 
 
 def numbered(open_all: Callable[[], Iterable], taken: int | None) -> Documents:
     """Documents that can be read again from the start; the state is the number already taken."""
     return zip(itertools.islice(open_all(), taken, None), itertools.count((taken or 0) + 1))
+
+
+def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
+    """The smallest dtype that holds every token id: uint16 or uint32."""
+    return np.min_scalar_type(encoding.max_token_value)
 
 
 def checksum(path: Path, size: float = math.inf) -> int:
@@ -222,7 +224,7 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
         return progress
     encode_one = functools.partial(encode_document, encoding, source.max_length)
     names = ["train.bin", "val.bin"] + ["train.mask", "val.mask"] * bool(source.max_length)
-    dtype, notes = np.min_scalar_type(encoding.max_token_value), progress["notes"]
+    dtype, notes = token_dtype(encoding), progress["notes"]
     limit = (source.max_tokens or math.inf) * dtype.itemsize
     checksums = progress["checksums"] = dict.fromkeys(names, 0) | progress["checksums"]
 
@@ -267,14 +269,14 @@ def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, comm
             if files["train.bin"].tell() >= limit:
                 break
         commit()
-    progress["entry"] = count(folder, encoding, source, progress)
+    progress["entry"] = summarize_domain(folder, encoding, source, progress)
     save_json(folder / "progress.json", progress)
     return progress
 
 
-def count(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: dict) -> dict:
-    """A domain's entry in meta.json, from its complete *.partial files. Prints it. UserError for too little text."""
-    dtype, state = np.min_scalar_type(encoding.max_token_value), progress["state"]
+def summarize_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: dict) -> dict:
+    """Count and print what a domain's complete *.partial files hold, for meta.json. UserError for too little text."""
+    dtype, state = token_dtype(encoding), progress["state"]
     on_hub = isinstance(state, dict) and "revision" in state
     entry = {"source": f"{source.name} at {state['revision']}" if on_hub else source.name}
     entry |= {f"{split}_tokens": progress["sizes"][f"{split}.bin"] // dtype.itemsize for split in ("train", "val")}
@@ -298,7 +300,7 @@ def count(folder: Path, encoding: tiktoken.Encoding, source: Source, progress: d
 def write_corpus(folder: Path, encoding: tiktoken.Encoding, sources: dict[str, Source], vocab=None, commit_seconds=2.0):
     """Write every domain, then replace the earlier corpus. meta.json marks it as complete, and names the vocab file."""
     meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "end_of_text": encoding.eot_token}
-    meta["dtype"] = np.min_scalar_type(encoding.max_token_value).name
+    meta["dtype"] = token_dtype(encoding).name
     meta |= {"vocab": os.path.abspath(vocab)} if vocab else {}
     meta["domains"] = {}
     with locked(folder):
@@ -318,7 +320,8 @@ def print_replaced(folder: Path, sources: dict[str, Source]):
     """Say which texts of an earlier corpus in this folder are about to be replaced."""
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):  # none, or a damaged one
         earlier = {entry["source"] for entry in json.loads((folder / "meta.json").read_text())["domains"].values()}
-        if gone := earlier - {source.name for source in sources.values()}:
+        names = [source.name for source in sources.values()]
+        if gone := [x for x in earlier if not any(x == name or x.startswith(f"{name} at ") for name in names)]:
             print(f"replacing the corpus in {folder}, which was made from {', '.join(sorted(gone))}")
 
 
@@ -343,11 +346,12 @@ def open_embedded(cfg: TinyConfig, corpus: str) -> Iterator[tuple[str, Source]]:
     if chat:
         conversations = functools.partial(embedded.math_conversations, seed, size, fraction)
         domains = {"chat": (1.0, generated, conversations, embedded.question_numbers)}
-    code = text_hash("".join(Path(path).read_text(encoding="utf-8") for path in (__file__, embedded.__file__)))
+    fingerprint = text_hash("".join(Path(path).read_text(encoding="utf-8") for path in (__file__, embedded.__file__)))
     max_length = cfg.max_length if chat else None
     for domain, (share, name, documents, split_key) in domains.items():
         open_documents, describe = functools.partial(numbered, documents), functools.partial(embedded.describe, share)
-        yield domain, Source(name, open_documents, code, fraction, None, max_length, split_key, describe)
+        options = {"max_length": max_length, "split_key": split_key, "describe": describe}
+        yield domain, Source(name, open_documents, fingerprint, fraction, **options)
 
 
 # ------------------------------------------------------------------------------------------- files; text: your own text
@@ -495,7 +499,7 @@ def read_hub(name: str, subset: str | None, split: str, field: str, state: dict 
 def read_parts(
     files: list[str], cfg: TextConfig, length: int, earlier: frozenset[int] = frozenset()
 ) -> Iterator[str | Document]:
-    """Each text once, in parts of length / 2 to length characters, cut at a blank line, else a line, else a word.
+    """Each text once, in parts of at most `length` characters, cut at a blank line, else a line, else a word.
 
     earlier: hashes of texts that were taken before.
     """
@@ -523,16 +527,18 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         files = find_files(source)
         texts = (text for text, _ in read_files(files, cfg.text_field, cfg.encoding))
         n_characters = sum(len(text.strip()) for text in texts if isinstance(text, str))
-        length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))  # val has about four, at least
+        # short enough for val to get about four documents
+        length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))
         documents = functools.partial(read_parts, files, cfg, length, earlier)
         keys = (canonical(document) for document in documents() if isinstance(document, str))
         ordered = sorted(text_hash(key) for key in keys if key)
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
-        limit = sum(ordered[n_val - 1 : n_val + 1]) / 2**65  # between the last one in val and the first in train
+        # halfway between the hashes of the last one in val and the first in train, as a fraction of 2**64
+        val_fraction = sum(ordered[n_val - 1 : n_val + 1]) / 2**65
         earlier = earlier.union(ordered)
         checksums = [*checksums, *map(checksum, files)]
         fingerprint = [cfg.text_field, cfg.encoding, length, *checksums]
-        yield domain, Source(source, functools.partial(numbered, documents), fingerprint, limit)
+        yield domain, Source(source, functools.partial(numbered, documents), fingerprint, val_fraction)
 
 
 # ------------------------------------------------------------------------------------------- pretrain, sft: the paper's

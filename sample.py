@@ -116,7 +116,7 @@ class Chat:
         self.system = [{"role": "system", "content": cfg.system}] if cfg.system else []
         self.turns: list[dict] = []  # user and assistant alternate; an answer is kept as its token ids
         self.cache: KVCache | None = None  # of the turns so far
-        self.read: list[int] = []  # the tokens that it holds
+        self.cached_ids: list[int] = []  # the tokens that it holds
 
     def answer(self, question: str):
         """Print the answer to a message of the user, and remember both. Ctrl-C ends the answer early."""
@@ -139,7 +139,7 @@ class Chat:
                 print(piece, end="", flush=True)
                 text += piece
             if self.cache:
-                self.read = (ids + new_ids)[: self.cache.length]
+                self.cached_ids = (ids + new_ids)[: self.cache.length]
         except BaseException as e:
             self.cache = None  # it may hold half of a step
             if not isinstance(e, KeyboardInterrupt):
@@ -154,12 +154,13 @@ class Chat:
         self.turns = [*turns, {"role": "assistant", "content": self.said(new_ids, text)}]
 
     def open_cache(self, ids: list[int]):
-        """Keep the cache for a conversation that goes on; otherwise, empty it."""
+        """Keep the cache if it holds the start of these ids; otherwise, make a new one."""
         config = self.model.config
-        goes_on = self.cache and len(self.read) < len(ids) and ids[: len(self.read)] == self.read
+        goes_on = self.cache and len(self.cached_ids) < len(ids) and ids[: len(self.cached_ids)] == self.cached_ids
         if not config.sees_future and not goes_on:
             dtype = compute_dtype(self.model.embedding.weight)
             self.cache = KVCache(config, 1, config.block_size, self.model.device, dtype)
+            self.cached_ids = []
 
     def said(self, new_ids: list[int], text: str) -> np.ndarray:
         """The answer as the next turn reads it: the tokens that were drawn, up to a stop text."""
@@ -199,7 +200,7 @@ def main():
     device = pick_device(cfg.device)
     autocast = pick_autocast(cfg.dtype, device, training=False)
     source = cfg.init_from or cfg.out_dir or newest_checkpoint(fine_tuned=cfg.chat)
-    model = open_model(source, device, cfg.revision, cfg.router_context, is_asked=cfg.chat)
+    model = open_model(source, device, cfg.revision, cfg.router_context, answers=cfg.chat)
     with contextlib.redirect_stdout(sys.stderr):
         pays = not cfg.chat and cfg.num_samples * cfg.max_new_tokens >= 2**14
         if (pays if cfg.compile is None else cfg.compile) and compiler_works(device):

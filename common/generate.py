@@ -41,6 +41,7 @@ def generate(
     try:
         for n_left in range(max_new_tokens, 0, -1):
             if cache is None or cache.length == cache.max_length:  # start from the rows, or from the recent half
+                # a row that has ended keeps one token, so as not to lengthen the batch
                 rows = [row if active else row[-1:] for row, active in zip(rows, is_active)]
                 n_recent = max(1, config.block_size // 2)
                 rows = [row if len(row) <= config.block_size else row[-n_recent:] for row in rows]
@@ -88,7 +89,7 @@ def next_inputs(
 ) -> tuple[Tensor, Tensor | None]:
     """Tokens and doc_ids of the rows after the n_read that a cache holds, [B, n] int64; padded on the left.
 
-    Each token of the padding is a document. doc_ids are None if no document starts.
+    Each token of the padding counts as a document. doc_ids are None without padding and without a document's end.
     """
     longest = max(map(len, rows))
     n = longest - n_read
@@ -104,8 +105,9 @@ def next_inputs(
 def prepare_weights(model: PolychromaticLM, dtype: torch.dtype):
     """Store the matrices in the dtype and the layout that decoding reads fastest.
 
-    The cast replaces autocast's, whose copies fill memory and cannot stay in a CUDA graph. In float32 on a CPU, where
-    memory bandwidth is the limit, the longer side of each matrix is contiguous.
+    The cast replaces autocast's, whose copies fill memory and cannot stay in a CUDA graph. The embedding is cast too,
+    so in bfloat16 the residual stream is less exact than in training. In float32 on a CPU, where memory bandwidth is
+    the limit, the longer side of each matrix is contiguous.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -155,7 +157,7 @@ def document_ids(is_end: Tensor) -> Tensor:
 
 
 def document_end(model: PolychromaticLM, encoding) -> int:
-    """The token that ends a document, which the next one does not see; -1 if the model was trained to see it."""
+    """The token after which generate() starts a new document; -1 for a model that was trained across documents."""
     return encoding.eot_token if model.isolates_documents else -1
 
 
@@ -166,7 +168,7 @@ def sample_token(logits: Tensor, temperature: float, top_k=None, top_p=None, gen
     rounding, logits = torch.finfo(logits.dtype).eps, logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest stays at 0 at any temperature
     p, order = (x[:, :top_k] for x in logits.softmax(-1).sort(dim=-1, descending=True))  # [B, top_k]; None: all V
-    if top_p is not None:  # drop a token if the likelier ones reach top_p without it, up to the rounding of the logits
+    if top_p is not None:  # keep the likeliest tokens until they reach top_p, up to the rounding of the logits
         total = p.to(sum_dtype(p)).cumsum(-1)
         p = p.where(total - p < top_p * (1 - rounding) * total[:, -1:], 0)
     return torch.multinomial(torch.zeros_like(logits).scatter(1, order, p), 1, generator=generator)[:, 0]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from model import PolychromaticLM, make_layout
 
+COLLAPSED = 0.9  # a layer has collapsed if it gives more than this share of its weight to one activation
+
 
 def entropy(p: Tensor) -> Tensor:
     """Shannon entropy over the first dimension, in nats: [K, ...] -> [...]."""

@@ -1,7 +1,7 @@
 """Settings and one-line errors, for every script.
 
-Settings are a dataclass of defaults, overridden by files and then by --name=value flags; later ones win. An override
-file holds lines of `name = value`. The values are literals: nothing in the file is executed.
+Settings are a dataclass of defaults, overridden by files and --name=value flags in the order of the command line: later
+ones win. An override file holds lines of `name = value`. The values are literals: nothing in the file is executed.
 """
 
 import ast
@@ -55,7 +55,7 @@ SYNONYMS = {  # what other projects call a setting
 }
 
 
-SWITCH_VALUES = "true false none yes no on off 0 1".split()  # words after --name that are its value
+SWITCH_VALUES = "true false none yes no on off 0 1".split()  # a word after a bool flag that is its value
 
 
 class UserError(ValueError):
@@ -118,8 +118,8 @@ def run(main: Callable[[], None]):
         is_memory = isinstance(e, MemoryError) or re.search(kinds, str(e))
         if not is_memory:
             raise
-        found = re.search(r"tried to allocate [\d.]+ \w+", str(e))
-        size = f" ({found[0]})" if found else ""
+        found = re.search(r"[Tt](ried to allocate [\d.]+ \w+)", str(e))  # in CUDA's words, Tried
+        size = f" (t{found[1]})" if found else ""
         raise SystemExit(f"error: out of memory{size}; use smaller batches or a smaller model") from None
 
 
@@ -145,21 +145,11 @@ def load(cls: type, argv: list[str] | None = None):
             overrides = [read_flag(word, words, values, kinds)]
         elif word.endswith(".py"):
             overrides = read_overrides(Path(word))
-        elif near := [path for path in (f"{word}.py", f"config/{word}.py") if os.path.isfile(path)]:
-            raise UserError(f"{word!r} is not a file of settings; did you mean {near[0]}?")
-        elif "=" in word and word.partition("=")[0] in kinds:
-            raise UserError(f"{word!r} is not a flag; did you mean --{word}?")
-        elif "init_from" in kinds and models:
-            found = f"{models[0]!r} and {word!r} are two models"
-            raise UserError(f"{found}; name one, and put a text with spaces in quotes")
-        elif "init_from" in kinds:
+        elif fault := fault_of(word, kinds, values, models):
+            raise UserError(fault)
+        else:
             models.append(word)
             overrides = [(word, "init_from", word)]
-        else:
-            hint = "; name several files by a pattern in quotes: --source='*.txt'" if "source" in values else ""
-            if "source" in kinds and "source" not in values and os.path.exists(word):
-                hint = f"; did you mean --source={word}?"
-            raise UserError(f"{word!r} is neither a .py file of settings nor a --name=value flag{hint}")
         for where, name, value in overrides:
             if name not in kinds:
                 guesses = SYNONYMS.get(name, difflib.get_close_matches(name, kinds, n=1))
@@ -168,7 +158,8 @@ def load(cls: type, argv: list[str] | None = None):
                 raise UserError(f"{where}: there is no setting {name!r}; {hint}")
             label = where if where == f"--{name}" else f"{where}: {name}"
             values[name] = convert(value, kinds[name], label)
-            if values[name] == "" != defaults[name]:
+            entries = values[name].values() if isinstance(values[name], dict) else [values[name]]
+            if "" in entries and defaults[name] != "":
                 raise UserError(f"{label} is empty; give it a value, or leave it out")
             shown |= {word: word} if word.endswith(".py") else {name: f"{name}={values[name]!r}"}
     if shown and not wants_help:
@@ -182,6 +173,22 @@ def load(cls: type, argv: list[str] | None = None):
         raise SystemExit(0)
     settings.overridden = frozenset(values)
     return settings
+
+
+def fault_of(word: str, kinds: dict, values: dict, models: list[str]) -> str | None:
+    """Why a word is neither a flag nor a file; None if it can be the value of init_from."""
+    if near := [path for path in (f"{word}.py", f"config/{word}.py") if os.path.isfile(path)]:
+        return f"{word!r} is not a file of settings; did you mean {near[0]}?"
+    if "=" in word and word.partition("=")[0] in kinds:
+        return f"{word!r} is not a flag; did you mean --{word}?"
+    if models:
+        return f"{models[0]!r} and {word!r} are two models; name one, and put a text with spaces in quotes"
+    if "init_from" in kinds:
+        return None
+    hint = "; name several files by a pattern in quotes: --source='*.txt'" if "source" in values else ""
+    if "source" in kinds and "source" not in values and os.path.exists(word):
+        hint = f"; did you mean --source={word}?"
+    return f"{word!r} is neither a .py file of settings nor a --name=value flag{hint}"
 
 
 def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[str, str, object]:
@@ -204,7 +211,7 @@ def read_flag(flag: str, words: list[str], values: dict, kinds: dict) -> tuple[s
     entries = values.get(name) or {}
     if not isinstance(entries, dict):
         raise UserError(f"{flag}= and --{name}= cannot be combined")
-    return flag, name, {**entries, key: text}
+    return f"--{name}", name, {**entries, key: text}
 
 
 def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
@@ -252,9 +259,9 @@ def convert(value, kinds: tuple, label: str):
         if kind is int and type(literal) in (int, float) and abs(literal) < 2**63 and literal == int(literal):  # or 1e6
             return int(literal)
         if origin is tuple:
-            names = literal.split(",") if isinstance(literal, str) else literal
+            names = literal if isinstance(literal, (tuple, list)) or not isinstance(value, str) else value.split(",")
             if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names):
-                return tuple(filter(None, names))  # no text, no names
+                return tuple(filter(None, map(str.strip, names)))  # no text, no names
         if origin is dict and isinstance(literal, dict) and literal and all(isinstance(key, str) for key in literal):
             return {key: convert(entry, args[1:], f"{label}.{key}") for key, entry in literal.items()}
     names = {

@@ -968,10 +968,10 @@ def test_a_turn_after_ctrl_c_reads_the_conversation_again(fine_tuned, monkeypatc
                 chat.answer("a")
             assert chat.turns == []
         chat.answer("a")
-        chats.append(chat.read)
+        chats.append(chat.cached_ids)
         chat.turns.clear()
         chat.answer("a")  # the cache holds all of it
-        chats.append(chat.read)
+        chats.append(chat.cached_ids)
     assert chats[0] and all(read == chats[0] for read in chats)
 
 
@@ -982,8 +982,8 @@ def test_a_turn_of_a_chat_reads_its_own_tokens_alone(fine_tuned):
     for question in ("a", "b"):
         chat.answer(question)
     asked, _ = tokenizer.encode_chat(chat.encoding, chat.turns[:-1], reply=True)
-    assert sum(lengths) == chat.cache.length == len(chat.read) >= len(asked)  # each token once
-    assert chat.read[: len(asked)] == asked.tolist()
+    assert sum(lengths) == chat.cache.length == len(chat.cached_ids) >= len(asked)  # each token once
+    assert chat.cached_ids[: len(asked)] == asked.tolist()
     chat.turns.clear()
     chat.answer("c")
     assert chat.cache.length < len(asked)  # another conversation, another cache

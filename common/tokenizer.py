@@ -19,7 +19,7 @@ QWEN3_SPECIALS = (
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
-QWEN3_TEXT = QWEN3_SPECIALS[14:]  # from <tool_call> on, its tokenizer takes them for text, which is shown
+QWEN3_TEXT = QWEN3_SPECIALS[14:]  # from <tool_call> on: Qwen3's own tokenizer decodes these as text
 QWEN3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,7 +45,7 @@ def get_tokenizer(name: str, vocab: str | None = None) -> tiktoken.Encoding:
     else:
         raise UserError(f"unknown tokenizer {name!r}; there are bytes, gpt2, qwen3")
     special_ids = {special: len(ranks) + i for i, special in enumerate(specials)}
-    # Among the ranks a token is text when it is decoded; no merge leads to one that the pattern splits.
+    # As ranks, these decode as text. encode() never yields one, because the pattern splits its name.
     ranks |= {special.encode(): special_ids.pop(special) for special in QWEN3_TEXT if special in special_ids}
     return tiktoken.Encoding(name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
 
@@ -137,5 +137,5 @@ def text_hash(text: str) -> int:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether documents with this key go to val: its hash, as a fraction of the largest, is below this one."""
+    """Whether documents with this key go to val. A hash decides, so that this fraction of all keys does."""
     return text_hash(key) < fraction * 2**64

@@ -47,15 +47,15 @@ def from_pretrained(source: str | Path, revision=None, router_context=None) -> P
 
 
 def open_model(
-    source: str | Path, device: torch.device, revision=None, router_context=None, is_asked=False
+    source: str | Path, device: torch.device, revision=None, router_context=None, answers=False
 ) -> PolychromaticLM:
     """from_pretrained()'s model on a device. Notes about it go to stderr: stdout is for generated text.
 
-    is_asked: whether it is to answer questions, which a model learns from sft.py.
+    answers: whether it is to answer questions, which a model learns from sft.py.
     """
     model = from_pretrained(source, revision, router_context)
     print(f"model: {source}", file=sys.stderr)
-    if is_asked and is_fine_tuned(source) is False:
+    if answers and is_fine_tuned(source) is False:
         print(f"{source} was never fine-tuned to answer questions; see python sft.py --help", file=sys.stderr)
     if model.config.sees_future:
         print("slow: its router averages the whole row; --router_context=prefix reads only the past", file=sys.stderr)
@@ -73,7 +73,7 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
     try:
         saved = {"model": load_safetensors(files)} if is_safe else load_checkpoint(path)
         state = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in saved["model"].items()}
-        is_ours = state.keys().isdisjoint({"embeddings.weight", "model.embed_tokens.weight"})
+        isolates_documents = state.keys().isdisjoint({"embeddings.weight", "model.embed_tokens.weight"})
         if "embeddings.weight" in state:  # the paper's release, which has no config.json
             state = {"tau": torch.tensor(float(saved.get("tau", 0.1))), **renamed(state)}
             settings = shape_of(state) | {"router_context": "sequence", "gumbel": False}
@@ -83,11 +83,11 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
             settings = qwen3_settings(read_json(config_file), state)
         else:
             settings = read_json(config_file) if is_safe else saved["model_config"]
-            is_ours = settings.pop("isolates_documents", True)  # save_pretrained() writes it
+            isolates_documents = settings.pop("isolates_documents", True)  # save_pretrained() writes it
         config = read_config(settings, path)
         if config.tied_head:
             state.pop("head.weight", None)  # a copy of the embedding
-        return config, state, path, is_ours
+        return config, state, path, isolates_documents
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as e:

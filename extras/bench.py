@@ -173,17 +173,17 @@ def describe_model(c: ModelConfig) -> str:
 def training_step(
     model: nn.Module, settings: TrainConfig, device: torch.device, autocast: torch.autocast
 ) -> Callable[[], tuple[float, float]]:
-    """train.py's step on one micro-batch: forward, loss, backward, clipping and fused AdamW."""
+    """train.py's step on one micro-batch, three documents a row: forward, loss, backward, clipping, fused AdamW."""
     B, T = settings.micro_batch_size, settings.block_size
     rows = np.random.default_rng(0).integers(settings.vocab_size, size=(B, 3, T))  # tokens, targets, doc_ids
     rows[:, 2] = np.arange(T) * 3 // T  # three documents in a row
     optimizer, ranks = configure_optimizer(model, settings), Ranks(str(device))
-    run = types.SimpleNamespace(cfg=settings, ranks=ranks, autocast=autocast, optimizer=optimizer)
-    return functools.partial(optimizer_step, model.train(), run, rows, 0)
+    state = types.SimpleNamespace(cfg=settings, ranks=ranks, autocast=autocast, optimizer=optimizer)
+    return functools.partial(optimizer_step, model.train(), state, rows, 0)
 
 
 def bench_step(cfg: BenchConfig, device: torch.device, autocast: torch.autocast) -> Iterator[tuple[str, dict]]:
-    """A training step, on rows of one document."""
+    """A training step. OneDocumentARow leaves out the documents, because transformers' Qwen3 knows none."""
     settings = read_settings(cfg, device)
     shape = f"{describe_model(settings)}, {settings.micro_batch_size} x {settings.block_size:,} tokens"
     for mode in ("eager", "compiled") if compiler_works(device) else ("eager",):

@@ -182,7 +182,7 @@ def word_runs(text: bytes) -> set[int]:
 
 
 def without_repeats(documents: Iterable[str], val_fraction: float) -> Iterator[str]:
-    """The documents of val, and those of train that share no run of 13 words with val, as docstrings often do."""
+    """All of val, and what of train shares no run of 13 words with it. Docstrings often repeat each other."""
     documents = [(text, is_held_out(text, val_fraction)) for text in documents]
     held_out = {run for text, in_val in documents if in_val for run in word_runs(text.encode())}
     return (text for text, in_val in documents if in_val or held_out.isdisjoint(word_runs(text.encode())))

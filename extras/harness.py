@@ -57,8 +57,8 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:  # fmt: skip
     """For (context, continuation) token ids: log-probability of the continuation in nats, and whether it is greedy.
 
-    Requests longer than block_size are truncated on the left. end_of_text and vocab_size: as in generate(), whose
-    choice at temperature 0 is the greedy one.
+    Requests of more than block_size + 1 tokens are truncated on the left. end_of_text and vocab_size: as in generate(),
+    whose choice at temperature 0 is the greedy one.
     """
     T, device = model.config.block_size, model.device
     rows = [tuple((context + continuation)[-T - 1 : -1]) for context, continuation in requests]
@@ -113,7 +113,7 @@ class HarnessModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, encoded as one text, or if its last token spans both, each alone. Neither is empty."""
+        """Token ids of both, split from one encoding, or of each alone if that leaves the continuation none."""
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if not continuation_ids:
             context_ids, continuation_ids = self.tok_encode(context), self.tok_encode(continuation)

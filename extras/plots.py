@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.routing import COLLAPSED
+
 
 def make_figure(title: str, xlabel: str, n_rows: int, n_columns: int = 1):
     """A matplotlib figure and its [n_rows, n_columns] of axes. Raises ImportError without matplotlib."""
@@ -18,8 +20,8 @@ def make_figure(title: str, xlabel: str, n_rows: int, n_columns: int = 1):
 def plot_layers(path: Path, stats: dict, activations: tuple[str, ...]):
     """The measures by layer: usage, and below it the others."""
     usage, dependence = np.array(stats["usage"]), np.array(stats["input_dependence"])  # [n_layer, K], [n_layer]
-    n_single, layer, ln_K = (usage.max(1) > 0.9).sum(), dependence.argmax(), np.log(len(activations))
-    title = f"{n_single} of {len(usage)} layers give over 90% of the weight to one activation;\n"
+    n_collapsed, layer, ln_K = (usage.max(1) > COLLAPSED).sum(), dependence.argmax(), np.log(len(activations))
+    title = f"{n_collapsed} of {len(usage)} layers give over 90% of the weight to one activation;\n"
     title += f"input dependence is highest in layer {layer}: {dependence[layer]:.2g} of {ln_K:.2f} nats"
     figure, ((top,), (bottom,)) = make_figure(title, "layer (0 reads the embedding)", 2)
     for k, name in enumerate(activations):
@@ -39,11 +41,11 @@ def plot_usage(path: Path, evaluations: list[dict], activations: tuple[str, ...]
     """Usage over training, a stacked area for each layer."""
     steps = [line["step"] for line in evaluations]
     usage = np.array([line["routing"]["usage"] for line in evaluations])  # [evaluations, L, K]
-    n_single, L = (usage.max(2) > 0.9).sum(1), usage.shape[1]  # layers of a single activation
-    since = steps[max((i + 1 for i, n in enumerate(n_single) if n != n_single[-1]), default=0)]
+    n_collapsed, L = (usage.max(2) > COLLAPSED).sum(1), usage.shape[1]
+    since = steps[max((i + 1 for i, n in enumerate(n_collapsed) if n != n_collapsed[-1]), default=0)]
     n_columns = int(np.ceil(np.sqrt(L)))
     when = f"From step {since} on" if since < steps[-1] else f"At step {since}"
-    title = f"{when}, {n_single[-1]} of {L} layers give over 90% of the weight\nto one activation"
+    title = f"{when}, {n_collapsed[-1]} of {L} layers give over 90% of the weight\nto one activation"
     figure, axes = make_figure(title, "optimizer step", -(-L // n_columns), n_columns)
     for i, ax in enumerate(axes.flat[:L]):
         areas = ax.stackplot(steps, usage[:, i].T, colors=[f"C{k}" for k in range(len(activations))])

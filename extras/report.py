@@ -146,7 +146,7 @@ def main():
     lines = [f"# PolyGLU: {', '.join(Path(folder).name for folder in cfg.runs)}", ""]
     lines += quote("A new document, by the first run:", out_dir / "sample.txt")
     lines += quote(f"The last run's answer to: {cfg.question}", out_dir / "answer.txt")
-    machine = describe_machine(runtime.pick_device("auto"))
+    machine = describe_machine(runtime.pick_device(read_run(Path(cfg.runs[0]))[0]["device"]))
     lines += [f"Machine: {machine}, Python {platform.python_version()}, {platform.platform()}.", ""]
     lines += stages(out_dir / "times.tsv")
     for number, folder in enumerate(cfg.runs, 1):

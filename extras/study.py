@@ -31,7 +31,7 @@ import torch
 
 from common import settings
 from common.data import to_inputs
-from common.routing import routing_stats
+from common.routing import COLLAPSED, routing_stats
 from common.run import Ranks, pick_autocast, pick_device, prepare_cpu, read_json, read_log, write_json
 from common.weights import from_pretrained
 from extras.bench import describe_machine
@@ -99,19 +99,18 @@ class Run:
         "collapsed": share of the layers that give over 90% of their weight to one activation. "input_dependence": mean
         over the layers, as a share of ln K.
         """
+        points, cfg = [], self.settings
         found = {line["step"]: line for line in read_log(self.folder) if "val" in line and line["step"] > 0}
-        ln_K = np.log(len(self.settings.activations))
-        return [{
-            "tokens": step * self.settings.batch_size * self.settings.block_size,
-            "tau": line["tau"],
-            **(bits := {domain: val["bits_per_byte"] for domain, val in line["val"].items()}),
-            "mean": statistics.fmean(bits.values()),
-            **({
-                "usage": line["routing"]["usage"],
-                "collapsed": statistics.fmean(max(usage) > 0.9 for usage in line["routing"]["usage"]),
-                "input_dependence": statistics.fmean(line["routing"]["input_dependence"]) / ln_K,
-            } if line["routing"] else {}),
-        } for step, line in sorted(found.items())]  # fmt: skip
+        for step, line in sorted(found.items()):
+            bits = {domain: val["bits_per_byte"] for domain, val in line["val"].items()}
+            point = {"tokens": step * cfg.batch_size * cfg.block_size, "tau": line["tau"], **bits}
+            point["mean"] = statistics.fmean(bits.values())
+            if line["routing"]:
+                usage, dependence = line["routing"]["usage"], line["routing"]["input_dependence"]
+                point |= {"usage": usage, "collapsed": statistics.fmean(max(layer) > COLLAPSED for layer in usage)}
+                point["input_dependence"] = statistics.fmean(dependence) / np.log(len(cfg.activations))
+            points.append(point)
+        return points
 
 
 def plan_runs(cfg: StudyConfig) -> list[Run]:
@@ -205,7 +204,8 @@ def routing_by_domain(run: Run, device: torch.device, n_rows=32) -> dict[str, di
 
     A layer can depend on the input and still do the same at every token of a domain.
     """
-    model, (_, corpus), rows = from_pretrained(run.folder).to(device), open_corpora(run.settings), {}
+    corpus, rows = open_corpora(dataclasses.replace(run.settings))[1], {}  # a copy, which it fills in
+    model = from_pretrained(run.folder).to(device)
     for domain in corpus.domains:
         indices = corpus.spread_rows(domain, n_rows * run.settings.block_size)
         rows[domain] = np.stack([corpus.row(domain, index) for index in indices])
@@ -266,7 +266,8 @@ def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
     device, runs = pick_device(cfg.device), plan_runs(cfg)
     default_jobs = os.cpu_count() if device.type == "cpu" else 1
     jobs = default_jobs if cfg.jobs is None else cfg.jobs
-    corpus, _ = open_corpora(runs[0].settings)  # fail now if the corpus is missing, not once per run
+    # fail now if the corpus is missing, not once per run; a copy, because open_corpora() fills it in
+    corpus, _ = open_corpora(dataclasses.replace(runs[0].settings))
     prepare_cpu()
     os.environ["OMP_NUM_THREADS"] = "1"  # of a run: its results do not depend on the number of cores
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
+from common.routing import COLLAPSED
 from extras.bench import print_table
 
 MAIN = ("swiglu", "geglu", "prefix", "centred")  # each seed of them runs before any other variant, and is drawn
@@ -50,14 +51,15 @@ def correct(differences: list[dict]):
     """Correct the p of these differences, where there is one, for the number of them."""
     tested = [x for x in differences if x["p"] is not None]
     for x, p in zip(tested, holm([x["p"] for x in tested])):
-        x |= {"p_holm": p, "survives": p < 0.05}
+        x.update(p_holm=p, survives=p < 0.05)
 
 
 def summarize(results: list[dict]) -> dict:
     """The means of each group of runs, and differences of groups in mean bits per byte, paired by seed.
 
-    "comparisons": each baseline with all other groups (its run at equal time: with all routed variants), p corrected
-    for their number. "contrasts": single pairs, not corrected. Groups that share no seed are not compared.
+    "comparisons": each baseline with all other groups (its run at equal time: with all routed variants). p is corrected
+    for their number, without those at equal time. "contrasts": single pairs, not corrected. Groups that share no seed
+    are not compared.
     """
     groups, rows = {}, {}
     for run in results:
@@ -75,8 +77,8 @@ def summarize(results: list[dict]) -> dict:
         for ours, theirs in pairs:
             a, b = groups.get(ours, {}), groups.get(theirs, {})
             if seeds := [seed for seed in a if seed in b]:
-                pairs = [(a[seed]["bits_per_byte"], b[seed]["bits_per_byte"]) for seed in seeds]
-                values = {domain: [x[domain] - y[domain] for x, y in pairs] for domain in pairs[0][0]}
+                bits = [(a[seed]["bits_per_byte"], b[seed]["bits_per_byte"]) for seed in seeds]
+                values = {domain: [x[domain] - y[domain] for x, y in bits] for domain in bits[0][0]}
                 found = {"ours": ours, "theirs": theirs, "seeds": seeds, **estimate(values["mean"])}
                 yield found | {"by_seed": values.pop("mean"), "domains": {d: estimate(x) for d, x in values.items()}}
 
@@ -184,7 +186,7 @@ def print_domains(runs: list[dict]):
     for name, found in groups.items():
         dependence = {domain: [statistics.fmean(x[domain]["input_dependence"]) for x in found] for domain in found[0]}
         usages = [usage for x in found for domain in x if domain != "all" for usage in x[domain]["usage"]]
-        collapsed = sum(max(usage) > 0.9 for usage in usages)
+        collapsed = sum(max(usage) > COLLAPSED for usage in usages)
         rows.append({
             "": name,
             **{domain: with_interval(estimate(values), ".3f") for domain, values in dependence.items()},
@@ -216,8 +218,8 @@ def print_changes(studies: dict[str, dict]):
         changes = []
         for theirs in BASELINES:
             before, after = (
-                {x["ours"]: dict(zip(x["seeds"], x["by_seed"])) for x in x["comparisons"].get(theirs, ())}
-                for x in (report, other_report)
+                {x["ours"]: dict(zip(x["seeds"], x["by_seed"])) for x in study["comparisons"].get(theirs, ())}
+                for study in (report, other_report)
             )
             for ours in before:
                 seeds = [seed for seed in before[ours] if seed in after.get(ours, {})]

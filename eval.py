@@ -244,8 +244,8 @@ def read_results(file: Path, weights: str) -> dict:
         return {"weights": weights}
     try:
         saved = runtime.read_json(file)
-        if not isinstance(saved.get("tasks", {}), dict):
-            raise UserError(f"the tasks of {file} are not a dict")
+        if not isinstance(saved.get("tasks", {}), dict) or not str(saved.get("weights", "old")).isalnum():
+            raise UserError(f"{file} is damaged")
     except UserError as e:
         raise UserError(f"{e}; delete it to measure everything again") from None
     if saved.get("weights") == weights:

@@ -90,7 +90,7 @@ class PolyGLU(nn.Module):
             mixed = add([e_k * sigma_k(gate) for e_k, sigma_k in zip(e, self.sigma)]) / add(e)
         else:
             mixed = self.sigma[0](gate)
-        return self.w_down((mixed * up).to(up.dtype))  # e is float32, and so is mixed
+        return self.w_down((mixed * up).to(up.dtype))  # mixed is at least float32
 
     def unnormalized_weights(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
         """The weights g before they are divided by their sum: K x [B, T, F], at least float32."""
@@ -339,7 +339,7 @@ class PolychromaticLM(nn.Module):
         w_o, w_down      N(0, 0.02 / sqrt(2 n_layer)): 2 n_layer of them add to the residual stream
         other matrices   N(0, 0.02); their biases 0
 
-        The constructors have set alpha to 0, beta and the norms to 1, and learned activations.
+        The constructors have initialized alpha (0), beta and the norms (1), and learned activations.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in sorted(self.named_modules(), key=lambda item: ".router_" in item[0]):
@@ -624,7 +624,7 @@ def check_routing(activations: Sequence[str], router_context: str, router_centre
     if router_context not in ROUTER_CONTEXTS:
         raise ValueError(f"unknown router_context {router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
     if router_centred and router_context == "sequence":
-        raise ValueError("router_centred would leave 0 of a sequence router, which has one value per row")
+        raise ValueError("router_centred would cancel a sequence router, whose output is one for the row")
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -11,8 +11,8 @@ python prepare_data.py sft       the paper's conversations, or your own: --sourc
 A corpus is data/<corpus>/meta.json and data/<corpus>/<domain>/{train,val}.bin: flat token ids, <|endoftext|> after
 every document. Conversations also have {train,val}.mask: one byte per token, 1 if it counts in the loss. A hash of the
 text (a conversation's first question, a generated problem's numbers) selects the split, so that neither duplicates nor
-two answers to one question straddle it. White space and Unicode form (NFC, NFD) are ignored. Documents without text
-are left out. To resume a stopped preparation, or to repair a damaged corpus, run the same command again.
+two answers to one question straddle it. The hash ignores white space and Unicode form (NFC, NFD). Documents without
+text are left out. To resume a stopped preparation, or to repair a damaged corpus, run the same command again.
 """
 
 import contextlib
@@ -501,13 +501,14 @@ def read_parts(
 ) -> Iterator[str | Document]:
     """Each text once, in parts of at most `length` characters, cut at a blank line, else a line, else a word.
 
-    earlier: hashes of texts that were taken before.
+    earlier: hashes of the texts and parts of the domains before, which are left out.
     """
     pauses = [rf".{{{length // 2},{length - len(pause)}}}{pause}" for pause in ("\n\n", "\n", " ")]
     part = re.compile("|".join([rf".{{1,{length}}}\Z", *pauses, f".{{{length}}}"]), re.DOTALL)
     seen = set(earlier)
     for text, _ in read_files(files, cfg.text_field, cfg.encoding):
-        for document in (isinstance(text, str) and part.findall(text)) or [text]:
+        is_new = isinstance(text, str) and text_hash(canonical(text)) not in earlier
+        for document in (is_new and part.findall(text)) or [text]:
             key = canonical(document) if isinstance(document, str) else ""
             repeats = key and text_hash(key) in seen
             seen.add(text_hash(key))
@@ -525,8 +526,11 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         if not re.fullmatch(r"[\w-]+", domain):
             raise UserError(f"the domain {domain!r} becomes a folder; use letters, digits, - and _")
         files = find_files(source)
-        texts = (text for text, _ in read_files(files, cfg.text_field, cfg.encoding))
-        n_characters = sum(len(text.strip()) for text in texts if isinstance(text, str))
+        n_characters, whole = 0, set()  # hashes of whole texts, which another domain may cut elsewhere
+        for text, _ in read_files(files, cfg.text_field, cfg.encoding):
+            if isinstance(text, str) and text.strip():
+                n_characters += len(text.strip())
+                whole.add(text_hash(canonical(text)))
         # short enough for val to get about four documents
         length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))
         documents = functools.partial(read_parts, files, cfg, length, earlier)
@@ -535,9 +539,9 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         # halfway between the hashes of the last one in val and the first in train, as a fraction of 2**64
         val_fraction = sum(ordered[n_val - 1 : n_val + 1]) / 2**65
-        earlier = earlier.union(ordered)
-        checksums = [*checksums, *map(checksum, files)]
-        fingerprint = [cfg.text_field, cfg.encoding, length, *checksums]
+        earlier = earlier.union(ordered, whole)
+        checksums = [*checksums, length, *map(checksum, files)]
+        fingerprint = [cfg.text_field, cfg.encoding, *checksums]
         yield domain, Source(source, functools.partial(numbered, documents), fingerprint, val_fraction)
 
 

@@ -42,7 +42,7 @@ from common.run import Ranks
 from common.settings import UserError, check_range
 from model import ModelConfig, PolychromaticLM, set_tau
 
-# a resumed run does not report changes of these settings
+# a resumed run does not report changes of these settings; of init_from, see check_changes()
 UNREPORTED = "resume overwrite eval_only init_from revision out_dir profile".split()
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
@@ -177,7 +177,7 @@ def rows_per_step(cfg: TrainConfig) -> np.ndarray:
 
 @dataclass
 class Progress:
-    """How far a run has got. A checkpoint holds it, so a resumed run reads on where it stopped."""
+    """How far a run has got. A checkpoint holds it, so a resumed run continues reading there."""
 
     step: int = 0  # optimizer steps taken
     rows_read: dict[str, int] = field(default_factory=dict)  # training rows, by domain
@@ -353,7 +353,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
                 log_step(run, loss, norm, statistics.median(step_seconds))
                 step_seconds.clear()
 
-            # save, and stop if a rank is asked to. Not after a skipped update: the one before may have
+            # save, and stop if any rank was asked to. Not after a skipped update: the one before may have
             # broken the weights
             is_sound = not progress.skipped_in_a_row
             is_stopping = is_sound and not is_done and ranks.sum(float(stop.requested))[0] > 0
@@ -423,9 +423,9 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
         from extras.wandb_log import open_wandb
 
         run.wandb = open_wandb(cfg.wandb, progress.run_id, cfg.out_dir, dataclasses.asdict(cfg))
-    # all checks passed: delete what an old run left, or what followed the checkpoint
     if cfg.warmup_steps >= cfg.max_steps and not cfg.eval_only:
         print(f"the warm-up of {cfg.warmup_steps:,} steps outlasts the run: the learning rate never falls")
+    # all checks passed: delete what an old run left, or what followed the checkpoint
     ranks.wait()  # all have read the folder
     if run.is_writer:
         evaluates_again = progress.step % cfg.eval_interval == 0 or progress.step == cfg.max_steps
@@ -473,8 +473,8 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
             raise UserError(f"{found}; --resume cannot change that")
         if not cfg.eval_only or name == "data_dir":
             print(f"{what} with {name}={ours!r}; it was {theirs!r}")
-    if cfg.init_from not in (None, checkpoint["settings"].get("init_from")):
-        print(f"{what} the model of {cfg.out_dir}; init_from={cfg.init_from!r} is not read")
+    if "init_from" in cfg.overridden and cfg.init_from != checkpoint["settings"].get("init_from"):
+        print(f"{what} the model of {cfg.out_dir}; init_from={cfg.init_from!r} is ignored")
     before = checkpoint["domains"]
     has_changed = any(before.get(domain, counts) != counts for domain, counts in corpus.domains.items())
     if has_changed and checkpoint["settings"]["data_dir"] == cfg.data_dir:

@@ -128,7 +128,7 @@ class Conversations(Corpus):
         super().__init__(*arguments, **keywords)
 
     def open_domain(self, domain: str) -> np.ndarray:
-        """The same; also opens the mask, finds the conversations and packs them into rows."""
+        """The token ids of a domain. Also opens its mask, finds its conversations and packs them into rows."""
         path = self.folder / domain / f"{self.split}.mask"
         tokens = self.open_file(domain, f"{self.split}.bin", self.dtype)
         if not path.exists():

@@ -36,14 +36,14 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
+        if self.world_size > 1 and not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+            raise UserError("WORLD_SIZE is set without torchrun's other variables; start with torchrun, or unset it")
         if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = pick_device(device)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            if "MASTER_ADDR" not in os.environ:
-                raise UserError("WORLD_SIZE is set, but not MASTER_ADDR; torchrun starts several processes")
             backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             torch.distributed.init_process_group(backend, device_id=device_id)
         if not self.is_main:
@@ -270,9 +270,10 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path)
         model = PolychromaticLM(config)
     try:
         copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
-    except RuntimeError as e:  # tensors without data, or quantized
+        broken = [name for name, tensor in copies.items() if not tensor.isfinite().all()]
+    except RuntimeError as e:  # tensors without data, sparse or quantized
         raise UserError(f"{path} does not fit the model: {reason(e)}") from None
-    if broken := [name for name, tensor in copies.items() if not tensor.isfinite().all()]:
+    if broken:
         raise UserError(f"{path} is damaged: {broken[0]} holds NaN or infinity; use an earlier checkpoint")
     if "tau" in copies:  # one temperature for all layers: older checkpoints, the release, Qwen3
         tau = copies.pop("tau")

@@ -158,8 +158,9 @@ def load(cls: type, argv: list[str] | None = None):
                 raise UserError(f"{where}: there is no setting {name!r}; {hint}")
             label = where if where == f"--{name}" else f"{where}: {name}"
             values[name] = convert(value, kinds[name], label)
-            entries = values[name].values() if isinstance(values[name], dict) else [values[name]]
-            if "" in entries and defaults[name] != "":
+            entries = values[name] if isinstance(values[name], dict) else {"": values[name]}
+            if empty := [key for key, entry in entries.items() if entry == "" != defaults[name]]:
+                label += f".{empty[0]}" if empty[0] else ""
                 raise UserError(f"{label} is empty; give it a value, or leave it out")
             shown |= {word: word} if word.endswith(".py") else {name: f"{name}={values[name]!r}"}
     if shown and not wants_help:
@@ -259,7 +260,9 @@ def convert(value, kinds: tuple, label: str):
         if kind is int and type(literal) in (int, float) and abs(literal) < 2**63 and literal == int(literal):  # or 1e6
             return int(literal)
         if origin is tuple:
-            names = literal if isinstance(literal, (tuple, list)) or not isinstance(value, str) else value.split(",")
+            is_list = isinstance(literal, (tuple, list)) and all(isinstance(name, str) for name in literal)
+            text = literal if isinstance(literal, str) else value  # numbers may be names: --domains=1,2
+            names = text.split(",") if isinstance(text, str) and not is_list else literal
             if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names):
                 return tuple(filter(None, map(str.strip, names)))  # no text, no names
         if origin is dict and isinstance(literal, dict) and literal and all(isinstance(key, str) for key in literal):

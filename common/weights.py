@@ -106,9 +106,12 @@ def load_safetensors(files: list[Path]) -> dict[str, Tensor]:
 
 def read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path.name} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return value
 
 
 def import_safetensors():
@@ -191,7 +194,7 @@ def newest_checkpoint(root: Path = Path("out"), fine_tuned: bool = False) -> Pat
             if not fine_tuned or is_fine_tuned(path):
                 return path
         except UserError as e:
-            print(f"passing over {e}", file=sys.stderr)
+            print(f"skipped: {e}", file=sys.stderr)
     found, command = f"no checkpoint under {root}", "train.py config/tiny.py"
     if fine_tuned:
         found, command = f"no fine-tuned model under {root}", "sft.py config/tiny_sft.py"

@@ -1,5 +1,5 @@
-# Between the study and the two others: 1.2M parameters, 1,600 steps (1.6M tokens), three seeds. It differs from
-# the longer study in training alone, and from the larger one in size, with its learning rate, alone.
+# Between the study and the two others: 1.2M parameters, 1,600 steps (1.6M tokens), three seeds. Its runs differ
+# from those of the longer study in length alone, and from those of the larger one in size and learning rate.
 # python -m extras.study config/study_middle.py
 
 name = "middle"

@@ -1,4 +1,4 @@
-# Turn a trained SwiGLU model, such as a Qwen3, into a PolyGLU one. It starts as the same function; then training
+# Turn a trained SwiGLU model, such as a Qwen3, into a PolyGLU one. It starts as nearly the same function; then training
 # decides which neurons leave silu. Name the model: python train.py config/upcycle.py --init_from=Qwen/Qwen3-0.6B-Base
 
 out_dir = "out/upcycled"

@@ -60,12 +60,13 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     """A run's settings and log. UserError unless it has reached its last step."""
     try:
         found = runtime.read_json(folder / "settings.json")
-    except UserError:
+        n_steps = found["max_steps"]
+    except (UserError, KeyError):
         raise UserError(f"{folder} is not the folder of a run: it has no readable settings.json") from None
     log = runtime.read_log(folder)
     step = max((line["step"] for line in log if "val" in line), default=0)
-    if step < found["max_steps"]:
-        done = f"its last evaluation was at step {step} of {found['max_steps']}"
+    if step < n_steps:
+        done = f"its last evaluation was at step {step} of {n_steps}"
         raise UserError(f"{folder} has not finished: {done}; run the same command again, or resume it with --resume")
     return found, log
 
@@ -146,7 +147,11 @@ def main():
     lines = [f"# PolyGLU: {', '.join(Path(folder).name for folder in cfg.runs)}", ""]
     lines += quote("A new document, by the first run:", out_dir / "sample.txt")
     lines += quote(f"The last run's answer to: {cfg.question}", out_dir / "answer.txt")
-    machine = describe_machine(runtime.pick_device(read_run(Path(cfg.runs[0]))[0]["device"]))
+    try:
+        device = runtime.pick_device(read_run(Path(cfg.runs[0]))[0]["device"])
+    except (UserError, KeyError):  # a run of another machine
+        device = runtime.pick_device("auto")
+    machine = describe_machine(device)
     lines += [f"Machine: {machine}, Python {platform.python_version()}, {platform.platform()}.", ""]
     lines += stages(out_dir / "times.tsv")
     for number, folder in enumerate(cfg.runs, 1):

@@ -221,7 +221,7 @@ def stored(path: Path, compute: Callable[[], dict]) -> dict:
     """The contents of this file. If it is missing, computes and writes them."""
     if not path.exists():
         write_json(path, compute())
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
@@ -233,7 +233,7 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
             causal = functools.partial(causal_losses, run, device)  # takes minutes
             scores[f"{run.group}, causal"] = stored(run.folder / "causal.json", causal)
         by_domain = {}
-        if run.evaluation()["routing"]:
+        if run.evaluation()["routing"] and (run.folder / "ckpt.pt").exists():
             by_domain = stored(run.folder / "domains.json", functools.partial(routing_by_domain, run, device))
         results += [{
             "group": group, "seed": run.settings.seed, "command": f"python train.py {shlex.join(run.arguments)}",
@@ -290,6 +290,9 @@ def main():
     else:
         report, errors = run_study(cfg)
         studies = {cfg.name: report}
+    for name, report in studies.items():
+        if not isinstance(report, dict) or not {"machine", "settings", "runs"} <= report.keys():
+            raise settings.UserError(f"{name!r} in {', '.join(cfg.report)} is not a study")
     if not is_there:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, studies)

@@ -142,7 +142,7 @@ def print_differences(title: str, differences: list[dict]):
 
 
 def print_report(report: dict):
-    """Print the tables of docs/study.md."""
+    """Print the tables of a study."""
     scores, measures, usage = [], [], []
     for row in sorted(report["summary"], key=lambda row: row["bits_per_byte"]["mean"]):
         bits = {domain: f"{x:.4f}" for domain, x in row["bits_per_byte"].items()}
@@ -211,7 +211,7 @@ def print_ends(studies: dict[str, dict]):
 
 
 def print_changes(studies: dict[str, dict]):
-    """Print how the differences change between two studies that differ in their tokens or in their size alone."""
+    """Print how the differences change between two studies of equal size or of equal tokens."""
     for (name, report), (other, other_report) in itertools.combinations(studies.items(), 2):
         if sum(a != b for a, b in zip(size_and_tokens(report), size_and_tokens(other_report))) != 1:
             continue
@@ -249,7 +249,7 @@ def draw_usage(ax, variant: str, runs: list[dict]):
 
 @matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10})  # GitHub shows 100 pixels an inch
 def draw_report(path: Path, report: dict):
-    """Draw the differences to SwiGLU, at most ten, and below them the usage by layer without and with centring."""
+    """Draw the differences from SwiGLU, at most ten, and below them the usage by layer without and with centring."""
     groups = {name: [run for run in report["runs"] if run["group"] == name] for name in MAIN}
     figure = matplotlib.figure.Figure(figsize=(7, 6.5), dpi=200, layout="constrained")
     axes = figure.subplot_mosaic([["differences"] * 2, ["prefix", "centred"]], height_ratios=(3, 2))
@@ -266,7 +266,7 @@ def draw_report(path: Path, report: dict):
     routed = {row["group"] for row in rows if row["causal"] and "usage" in row and "," not in row["group"]}
     better = [x for name in BASELINES for x in report["comparisons"][name] if x["mean"] < 0 and x.get("survives")]
     swiglu, geglu = (sum(x["theirs"] == name and x["ours"] in routed for x in better) or "none" for name in BASELINES)
-    found = f"{swiglu} significantly beat SwiGLU\nand {geglu} beat GEGLU"
+    found = f"{swiglu} are significantly better\nthan SwiGLU and {geglu} than GEGLU"
     label = "bits per byte minus SwiGLU's, with the 95% interval of this difference (lower is better)"
     ax.set(xlabel=label, title=f"Of {len(routed)} causal routed variants, {found} (equal steps, Holm)")
     ax.set(xmargin=0.12, ylim=(-0.6, len(names) + 0.4))

@@ -90,7 +90,7 @@ class PolyGLU(nn.Module):
             mixed = add([e_k * sigma_k(gate) for e_k, sigma_k in zip(e, self.sigma)]) / add(e)
         else:
             mixed = self.sigma[0](gate)
-        return self.w_down((mixed * up).to(up.dtype))  # mixed is at least float32
+        return self.w_down((mixed * up).to(up.dtype))  # if K > 1, mixed is at least float32
 
     def unnormalized_weights(self, x, doc_start=None, router_sums=None) -> list[Tensor]:
         """The weights g before they are divided by their sum: K x [B, T, F], at least float32."""

@@ -55,6 +55,7 @@ SYNONYMS = {  # what other projects call a setting
 }
 
 
+USERS_OS_ERRORS = "EPIPE ENOSPC EIO EACCES EPERM EROFS EMFILE ENAMETOOLONG".split()  # not bugs of ours
 SWITCH_VALUES = "true false none yes no on off 0 1".split()  # a word after a bool flag that is its value
 
 
@@ -99,9 +100,7 @@ def run(main: Callable[[], None]):
         main()
         sys.stdout.flush()
     except OSError as e:
-        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE,
-            errno.ENAMETOOLONG,
-        ):  # fmt: skip
+        if errno.errorcode.get(e.errno) not in USERS_OS_ERRORS:
             raise
         if e.filename:
             raise SystemExit(f"error: cannot use {e.filename}: {e.strerror}") from None

@@ -1,7 +1,6 @@
 """Load and save models: checkpoints, model folders, the paper's release, Qwen3, on disk or on the hub; upcycling."""
 
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -10,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.run import build_model, load_checkpoint, name_write_errors, read_config, write_atomically, write_json
+from common.run import (
+    build_model,
+    load_checkpoint,
+    name_write_errors,
+    read_config,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from common.settings import UserError, reason
 from model import ModelConfig, PolychromaticLM
 
@@ -102,16 +109,6 @@ def load_safetensors(files: list[Path]) -> dict[str, Tensor]:
         return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
     except safetensors.SafetensorError as e:
         raise ValueError(str(e)) from None
-
-
-def read_json(path: Path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path.name} is not JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return value
 
 
 def import_safetensors():

@@ -1,9 +1,8 @@
-"""Studies: what routing is worth, and whether that changes with training or with size.
+"""Three studies: what routing is worth, and whether that changes with training or with size.
 
 python -m extras.study                             15 variants of config/tiny.py, 500 steps, five seeds (hours)
-python -m extras.study config/study_middle.py      four of them, 1,600 steps, three seeds
 python -m extras.study config/study_longer.py      five of them, 4,000 steps
-python -m extras.study config/study_larger.py      four of them, 1,600 steps at 6.8M parameters, three seeds
+python -m extras.study config/study_larger.py      four of them at 6.8M parameters, 1,600 steps, three seeds
 python -m extras.study --variants=swiglu,mine      train some variants, or a new one, by its file in config/study/
 python -m extras.study --jobs=0                    report the runs that are finished, without training
 python -m extras.study --report=assets/study.json  print the tables and draw the figures again from the numbers alone
@@ -103,8 +102,7 @@ class Run:
         found = {line["step"]: line for line in read_log(self.folder) if "val" in line and line["step"] > 0}
         for step, line in sorted(found.items()):
             bits = {domain: val["bits_per_byte"] for domain, val in line["val"].items()}
-            point = {"tokens": step * cfg.batch_size * cfg.block_size, "tau": line["tau"], **bits}
-            point["mean"] = statistics.fmean(bits.values())
+            point = {"tokens": step * cfg.batch_size * cfg.block_size, "tau": line["tau"], **with_mean(bits)}
             if line["routing"]:
                 usage, dependence = line["routing"]["usage"], line["routing"]["input_dependence"]
                 point |= {"usage": usage, "collapsed": statistics.fmean(max(layer) > COLLAPSED for layer in usage)}
@@ -228,23 +226,28 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     """The measurements of every finished run, and of each "sequence" run once more with its causal score."""
     results = []
     for run in filter(Run.evaluation, runs):
-        scores = {run.group: {domain: val["bits_per_byte"] for domain, val in run.evaluation()["val"].items()}}
-        if run.settings.sees_future:
-            causal = functools.partial(causal_losses, run, device)  # takes minutes
-            scores[f"{run.group}, causal"] = stored(run.folder / "causal.json", causal)
+        measured, points = run.evaluation(), run.points()
         by_domain = {}
-        if run.evaluation()["routing"] and (run.folder / "ckpt.pt").exists():
+        if measured["routing"] and (run.folder / "ckpt.pt").exists():
             by_domain = stored(run.folder / "domains.json", functools.partial(routing_by_domain, run, device))
-        results += [{
-            "group": group, "seed": run.settings.seed, "command": f"python train.py {shlex.join(run.arguments)}",
-            "parameters": run.n_parameters(), "tokens": run.points()[-1]["tokens"],
-            "activations": run.settings.activations, "causal": not run.settings.sees_future or group != run.group,
-            "bits_per_byte": {**bits, "mean": statistics.fmean(bits.values())},  # variants are judged by the mean
-            "routing": run.evaluation()["routing"] if group == run.group else {},
-            "routing_by_domain": by_domain if group == run.group else {},
-            "points": run.points() if group == run.group else [],
-        } for group, bits in scores.items()]  # fmt: skip
+        result = {
+            "group": run.group, "seed": run.settings.seed, "command": f"python train.py {shlex.join(run.arguments)}",
+            "parameters": run.n_parameters(), "tokens": points[-1]["tokens"], "activations": run.settings.activations,
+            "causal": not run.settings.sees_future,
+            "bits_per_byte": with_mean({domain: val["bits_per_byte"] for domain, val in measured["val"].items()}),
+            "routing": measured["routing"], "routing_by_domain": by_domain, "points": points,
+        }  # fmt: skip
+        results.append(result)
+        if run.settings.sees_future:
+            bits = stored(run.folder / "causal.json", functools.partial(causal_losses, run, device))  # takes minutes
+            score = {"group": f"{run.group}, causal", "causal": True, "bits_per_byte": with_mean(bits)}
+            results.append({**result, **score, "routing": {}, "routing_by_domain": {}, "points": []})
     return results
+
+
+def with_mean(bits: dict[str, float]) -> dict[str, float]:
+    """Bits per byte of each domain, and their mean, by which variants are judged."""
+    return {**bits, "mean": statistics.fmean(bits.values())}
 
 
 def shared_settings(runs: list[Run]) -> dict:

@@ -1345,7 +1345,8 @@ def test_a_folder_or_name_without_a_model_is_named(tmp_path):
     assert "is a local path, which has no revisions" in error_of(from_pretrained, tmp_path, revision="main")
     save_pretrained(small_model(), tmp_path)
     (tmp_path / "config.json").unlink()
-    assert error_of(from_pretrained, tmp_path) == f"cannot read {tmp_path}/config.json: No such file or directory"
+    fault = f"cannot read {tmp_path}/config.json: No such file or directory"
+    assert error_of(from_pretrained, tmp_path) == f"{tmp_path} does not hold a model of this project: {fault}"
     (tmp_path / "ckpt.pt").touch()
     message = f"{tmp_path} has another model, which from_pretrained() would read; choose another folder"
     assert message == error_of(save_pretrained, small_model(), tmp_path)
@@ -1404,7 +1405,7 @@ def test_a_qwen3_that_cannot_be_used_says_why(tmp_path):
     config_file, shard = tmp_path / "config.json", sorted(tmp_path.glob("model-*.safetensors"))[1]
     settings = json.loads(config_file.read_text())
     for content, message in [
-        ([], "config.json: it holds no JSON object"),
+        ([], f"does not hold a model of this project: cannot read {config_file}: it holds no JSON object"),
         ({**settings, "tie_word_embeddings": False}, "head.weight"),
         ({**settings, "attention_bias": True}, "asks for attention_bias=True, which this model does not have"),
         ({**settings, "rope_parameters": {"rope_type": "linear"}}, "config.json asks for rope_type='linear', "),

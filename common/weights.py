@@ -87,9 +87,9 @@ def load_weights(source: str | Path, revision: str | None = None) -> tuple[Model
             settings["router_hidden"] = state["blocks.0.ffn.router_in.weight"].size(0)
         elif "model.embed_tokens.weight" in state:
             state = renamed(state) | {"tau": torch.tensor(1.0)}
-            settings = qwen3_settings(read_json(config_file), state)
+            settings = qwen3_settings(saved_settings(config_file), state)
         else:
-            settings = read_json(config_file) if is_safe else saved["model_config"]
+            settings = saved_settings(config_file) if is_safe else saved["model_config"]
             isolates_documents = settings.pop("isolates_documents", True)  # save_pretrained() writes it
         config = read_config(settings, path)
         if config.tied_head:
@@ -108,6 +108,14 @@ def load_safetensors(files: list[Path]) -> dict[str, Tensor]:
     try:
         return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
     except safetensors.SafetensorError as e:
+        raise ValueError(str(e)) from None
+
+
+def saved_settings(config_file: Path) -> dict:
+    """The contents of a config.json. Raises ValueError, so that load_weights() names the model with the fault."""
+    try:
+        return read_json(config_file)
+    except UserError as e:
         raise ValueError(str(e)) from None
 
 

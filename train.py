@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
+# before torch: it sets environment variables that torch reads, and makes Ctrl-C during the imports one line
 from common import settings  # isort: skip
 
 import numpy as np
@@ -42,7 +42,7 @@ from common.run import Ranks
 from common.settings import UserError, check_range
 from model import ModelConfig, PolychromaticLM, set_tau
 
-# a resumed run does not report changes of these settings; of init_from, see check_changes()
+# a resumed run does not report changes to these settings; check_changes() reports init_from itself
 UNREPORTED = "resume overwrite eval_only init_from revision out_dir profile".split()
 MAX_SKIPPED = 5  # consecutive non-finite updates after which a run gives up
 
@@ -84,7 +84,7 @@ class TrainConfig(ModelConfig):
     overwrite: bool = False  # start over in a run folder that already holds a checkpoint
     # evaluation, checkpoints and log
     eval_interval: int = 1000  # steps between evaluations; one is at the start, one at the end
-    eval_tokens: int | None = None  # tokens of each val.bin; None: a million, in all at most as many as trained on
+    eval_tokens: int | None = None  # tokens of each val.bin; None: a million, but in all no more than the run trains on
     eval_only: bool = False  # evaluate out_dir's checkpoint, else init_from, and change no file
     save_interval: int = 500  # at most this many steps between checkpoints
     keep_best: bool = False  # also save best.pt when an evaluation finds the lowest loss so far
@@ -92,10 +92,10 @@ class TrainConfig(ModelConfig):
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     sample_tokens: int = 80  # length of the text that the model writes at every evaluation; 0: none
     wandb: str | None = None  # Weights & Biases project to log to as well; None: log.jsonl only
-    profile: bool = False  # trace steps 6 to 8 of this start with torch's profiler, into trace.json
+    profile: bool = False  # trace the sixth to eighth step of this start with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: str = "auto"  # of the matmuls: auto, bfloat16 or float32; parameters are always float32
+    dtype: str = "auto"  # of the matmuls: auto (bfloat16 where it is fast), bfloat16 or float32; not of the parameters
     compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU from 1,000 steps on
     recompute: bool = False  # activation checkpointing: less memory, more time
 
@@ -164,7 +164,7 @@ def rows_per_step(cfg: TrainConfig) -> np.ndarray:
         ideal = np.array(list(get_mixture(step, cfg).values())) * cfg.batch_size
         owed += ideal
         table[step] = np.floor(ideal + 1e-9)
-        by_debt = np.argsort(table[step] - owed, kind="stable")  # the most is owed to the first
+        by_debt = np.argsort(table[step] - owed, kind="stable")  # first the domain that is owed most
         fractional = [d for d in by_debt if ideal[d] - table[step, d] > 1e-9]  # others need no rounding
         n_left = cfg.batch_size - table[step].sum()
         table[step, fractional[:n_left]] += 1
@@ -177,7 +177,7 @@ def rows_per_step(cfg: TrainConfig) -> np.ndarray:
 
 @dataclass
 class Progress:
-    """How far a run has got. A checkpoint holds it, so a resumed run continues reading there."""
+    """How far a run has got. It is saved in the checkpoint: a resumed run continues with the next unread row."""
 
     step: int = 0  # optimizer steps taken
     rows_read: dict[str, int] = field(default_factory=dict)  # training rows, by domain
@@ -190,7 +190,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A training run: what it works with, and how far it is."""
+    """All that a training run works with, and how far it has got."""
 
     cfg: TrainConfig  # set_up() has filled in the model's shape, the mixture and eval_tokens
     ranks: Ranks
@@ -257,7 +257,8 @@ def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float,
 
     model is run.model as compiled and distributed. A non-finite loss or norm changes no weight.
     """
-    loss, ranks = torch.zeros((), device=run.ranks.device), run.ranks
+    ranks = run.ranks
+    loss = torch.zeros((), device=ranks.device)
     parts = np.split(rows, len(rows) // run.cfg.micro_batch_size)
     n_targets = np.count_nonzero(rows[:, 1] >= 0)
     for i in ranks.items(len(parts)):  # several GPUs share them
@@ -265,7 +266,7 @@ def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float,
         seed = np.random.SeedSequence((run.cfg.seed, step, i)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         weight = np.count_nonzero(parts[i][:, 1] >= 0) / n_targets
-        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: at its last one
+        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: only in this rank's last one
         with run.autocast:
             micro_loss = model(*to_inputs(parts[i], ranks.device)) * weight
         (micro_loss * ranks.world_size).backward()  # DDP averages over the GPUs; this sums
@@ -279,7 +280,7 @@ def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float,
 
 
 def count_step(run: Run, loss: float, norm: float):
-    """Count a step. UserError if too many updates in a row were not finite, and so were skipped."""
+    """Count a step. Raises UserError after MAX_SKIPPED non-finite updates in a row; none of them was applied."""
     progress = run.progress
     progress.step += 1
     if math.isfinite(loss) and math.isfinite(norm):
@@ -316,7 +317,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
         step_seconds = []  # since the last line of the log
         stop = None
 
-        # with --eval_only, no more than this
+        # --eval_only: evaluate once
         if cfg.eval_only:
             report(run)
             ranks.wait(is_last=True)
@@ -353,8 +354,8 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
                 log_step(run, loss, norm, statistics.median(step_seconds))
                 step_seconds.clear()
 
-            # save, and stop if any rank was asked to. Not after a skipped update: the one before may have
-            # broken the weights
+            # save, and stop if any rank was asked to; but not after a skipped update, because the one before
+            # it may have damaged the weights
             is_sound = not progress.skipped_in_a_row
             is_stopping = is_sound and not is_done and ranks.sum(float(stop.requested))[0] > 0
             is_due = progress.step - progress.last_saved_step >= cfg.save_interval
@@ -384,11 +385,13 @@ def finish(run: Run):
 
 def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     """A new run, or the one to resume. Fills in cfg: init_from's shape, the mixture, eval_tokens."""
-    # model and data; the shape comes first, because the corpus is checked against it
+    # a micro-batch for each process
     if cfg.batch_size < cfg.micro_batch_size * ranks.world_size:
         found = f"each of {ranks.world_size} processes needs a micro-batch of its own"
         raise UserError(f"{found}; lower --micro_batch_size or raise --batch_size")
-    checkpoint, model = find_checkpoint(cfg), None
+    # model and data; the model's shape comes first, because the corpus is checked against it
+    checkpoint = find_checkpoint(cfg)
+    model = None
     if cfg.init_from:
         from common.weights import inherit_shape, starting_model
 
@@ -411,13 +414,15 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     model.to(ranks.device)
     model.activation_checkpointing = cfg.recompute
     # optimizer: the moments of the checkpoint; betas, weight decay and lr_scale of this run
-    optimizer, progress = configure_optimizer(model, cfg), Progress()
+    optimizer = configure_optimizer(model, cfg)
+    progress = Progress()
     if checkpoint:
         # a copy: on Windows, save() cannot replace a file that is mapped to memory
         moments = copy.deepcopy(checkpoint["optimizer"]["state"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         progress = Progress(**checkpoint["progress"])
-        print(f"resumed {cfg.out_dir}/ckpt.pt at step {progress.step}")
+        what = "evaluating" if cfg.eval_only else "resumed"
+        print(f"{what} {cfg.out_dir}/ckpt.pt at step {progress.step}")
     run = Run(cfg, ranks, model, optimizer, corpus, val_corpus, progress)
     if run.is_writer and cfg.wandb:
         from extras.wandb_log import open_wandb
@@ -450,13 +455,16 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     try:
         checkpoint = runtime.load_checkpoint(path)
     except UserError as e:
-        hint = "" if "cannot read" in str(e) else "; --overwrite starts over"
+        could_open = e.__cause__ is None
+        hint = "; --overwrite starts over" if could_open and not cfg.eval_only else ""
         raise UserError(f"{e}{hint}") from None
     keys = {"model_config", "optimizer", "settings", "progress", "domains"}
     is_run = keys <= checkpoint.keys()
     # older checkpoints lack best_loss, and nothing else
     if not is_run or checkpoint["progress"].keys() | {"best_loss"} != vars(Progress()).keys():
         found = f"{path} holds weights alone, or was written by another version of this code"
+        if cfg.eval_only:
+            raise UserError(f"{found}; python eval.py {path} evaluates weights alone")
         raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
     return checkpoint
 
@@ -485,7 +493,7 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
 
 
 def make_embedded_corpus(folder: Path, ranks: Ranks):
-    """Prepare a missing data/tiny or data/tiny_sft, which works offline. No other is made unasked."""
+    """Prepare a missing data/tiny or data/tiny_sft, which works offline. Other corpora are never prepared unasked."""
     is_embedded = folder.parent.name == "data" and folder.name in ("tiny", "tiny_sft")
     if ranks.is_main and is_embedded and not (folder / "meta.json").exists():
         print(f"there is no {folder} yet: preparing it, which takes about half a minute", flush=True)
@@ -548,7 +556,8 @@ def compile_and_distribute(run: Run) -> torch.nn.Module:
 
 def val_batches(corpus: Corpus, domain: str, cfg: TrainConfig, ranks: Ranks) -> Iterator[tuple]:
     """This process's batches of eval_tokens held-out tokens: tokens, targets and doc_ids."""
-    B, chosen = cfg.micro_batch_size, corpus.spread_rows(domain, cfg.eval_tokens)
+    B = cfg.micro_batch_size
+    chosen = corpus.spread_rows(domain, cfg.eval_tokens)
     for i in ranks.items(math.ceil(len(chosen) / B)):
         rows = np.stack([corpus.row(domain, index) for index in chosen[i * B : i * B + B]])
         # The last batch repeats rows, so that the shape stays and nothing recompiles.
@@ -625,8 +634,7 @@ def log(run: Run, record: dict):
 def log_step(run: Run, loss: float, norm: float, seconds: float):
     """Log the step that has just been taken, and print it in one line."""
     cfg, device, step = run.cfg, run.ranks.device, run.progress.step
-    tokens_per_step = cfg.batch_size * cfg.block_size
-    rate = tokens_per_step / seconds
+    rate = cfg.batch_size * cfg.block_size / seconds
     record = {
         "step": step, "loss": loss, "lr": get_lr(step - 1, cfg), "tau": get_tau(step - 1, cfg),
         "mixture": get_mixture(step - 1, cfg), "grad_norm": norm, "skipped": run.progress.skipped,
@@ -635,7 +643,7 @@ def log_step(run: Run, loss: float, norm: float, seconds: float):
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }  # fmt: skip
     log(run, record)
-    left = datetime.timedelta(seconds=round((cfg.max_steps - step) * tokens_per_step / rate))
+    left = datetime.timedelta(seconds=round((cfg.max_steps - step) * seconds))
     # MFU counts full T x T attention, as is customary; document masks skip half of it or more.
     on_gpu = f"  MFU {record['mfu']:.1%} (full attention)" if math.isfinite(record["mfu"]) else ""
     on_gpu += f"  {record['memory_gib']:.1f} GiB" if record["memory_gib"] else ""

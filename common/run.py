@@ -224,7 +224,7 @@ def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
     """Read a torch checkpoint, or the one in a run folder: tensors on the CPU and plain values, never code.
 
     A "model_config" in it is checked, and completed with this version's defaults. verify=False leaves the weights
-    unread. UserError for a file that is missing or damaged.
+    unread. Raises UserError for a file that is missing, damaged, or (then it has a __cause__) cannot be read at all.
     """
     path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
     if not path.is_file():
@@ -235,7 +235,7 @@ def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
                 raise ValueError(f"bad checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, UnicodeError) as e:
-        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
     except Exception as e:  # a damaged zip, a truncated tensor and refused code each raise their own type
         raise UserError(f"{path} is damaged or not a checkpoint ({reason(e)})") from None
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None

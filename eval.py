@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
+# before torch: it sets environment variables that torch reads, and makes Ctrl-C during the imports one line
 from common import settings  # isort: skip
 
 import numpy as np
@@ -159,7 +159,7 @@ def measure_domain(model: PolychromaticLM, corpus: Corpus, domain: str, max_toke
     nats, error = clustered_mean(losses[is_target], documents)
     return {
         "documents": len(np.unique(documents)), "tokens": len(documents),
-        "nats_per_token": nats, "perplexity": math.exp(nats) if nats < 700 else None,  # not a float64 then
+        "nats_per_token": nats, "perplexity": math.exp(nats) if nats < 700 else None,  # exp() would overflow
         "bits_per_byte": corpus.bits_per_byte(domain, nats),
         "bits_per_byte_error": error and corpus.bits_per_byte(domain, error),
     }  # fmt: skip
@@ -260,10 +260,11 @@ def read_results(file: Path, weights: str) -> dict:
 def main():
     cfg = settings.load(EvalConfig)
     runtime.prepare_cpu()
-    answers = cfg.problems or cfg.chat
-    source, device = Path(cfg.init_from or newest_checkpoint(fine_tuned=answers)), runtime.pick_device(cfg.device)
+    fine_tuned = cfg.problems or cfg.chat
+    source = Path(cfg.init_from or newest_checkpoint(fine_tuned=fine_tuned))
+    device = runtime.pick_device(cfg.device)
     autocast = runtime.pick_autocast(cfg.dtype, device, training=False)
-    model = open_model(source, device, cfg.revision, cfg.router_context, answers)
+    model = open_model(source, device, cfg.revision, cfg.router_context, fine_tuned)
     folder = source if source.is_dir() else source.parent if source.exists() else Path("out") / source  # a hub name
     corpus = open_corpus(cfg, source, model.config) if cfg.report else None
     encoding = get_tokenizer(model.config.tokenizer, cfg.vocab) if cfg.problems or cfg.tasks else None

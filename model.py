@@ -36,7 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 # For packed documents and decoding:
 #   doc_start [B, T] index, in this call, of the first token of each token's document; -1 if the
 #                    document opens the row or began in an earlier call; None: all -1
-#   router_sums      sums of u and of f over the document in earlier calls, with counts; see KVCache
+#   router_sums      [B, 1, R + 1], [B, 1, K + 1] float64: sums of u and of f over the document in
+#                    earlier calls; the last column is the number of tokens
 
 
 class PolyGLU(nn.Module):
@@ -81,7 +82,7 @@ class PolyGLU(nn.Module):
             init_linear(module)
 
     def forward(self, x, doc_start=None, router_sums=None) -> Tensor:
-        """x [B, T, n_embd] -> the same shape. doc_start and router_sums: see above."""
+        """x [B, T, n_embd] -> the same shape. doc_start and router_sums: see above the class."""
         if x.dim() != 3:
             raise ValueError(f"x has shape {list(x.shape)}; PolyGLU takes [B, T, n_embd]")
         gate, up = self.w_gate(x), self.w_up(x)  # [B, T, F]
@@ -99,7 +100,7 @@ class PolyGLU(nn.Module):
             noise = gumbel_noise(static.expand(x.size(0), -1, -1))  # [B, K, F]
             static = noise + static  # noise first: the sum takes its layout, contiguous along F
         dynamic = self.dynamic_logits(x, doc_start, router_sums)  # [B, T, K]
-        ones = [1] * len(self.sigma)  # with these, a split is one operation; with a single 1, it is 2 K
+        ones = [1] * len(self.sigma)  # split(ones) makes 2 K fewer calls than split(1)
         static = (static / self.tau).split(ones, dim=-2)  # K x [B, 1, F], or [1, F] for all rows
         dynamic = (dynamic / self.tau).split(ones, dim=-1)  # K x [B, T, 1]
         # F.softmax of the stacked logits gives the same, but the compiler could not fuse it.
@@ -124,7 +125,10 @@ class PolyGLU(nn.Module):
 
 
 def running_mean(u: Tensor, doc_start: Tensor | None, sums: Tensor | None) -> Tensor:
-    """Mean of u [B, T, R] over the document so far, this token included. Updates sums in place."""
+    """Mean of u [B, T, R] over the document so far, this token included.
+
+    sums [B, 1, R + 1], see router_sums above, are updated in place.
+    """
     # float64: subtracting two large float32 sums would lose a short document's digits.
     B, T, R = u.shape
     terms = torch.ones(B, T, R + 1, dtype=sum_dtype(u), device=u.device)  # the last column counts
@@ -255,9 +259,9 @@ class Layout(NamedTuple):
     sin: Tensor
     doc_start: Tensor | None = None  # [B, T] int64, see PolyGLU; None: one document a row
     mask: Tensor | BlockMask | None = None  # see document_mask(); None: causal
-    keys: Tensor | None = None  # this and the next two: see KVCache
-    values: Tensor | None = None
-    router_sums: tuple[Tensor, Tensor] | None = None
+    keys: Tensor | None = None  # [B, n_kv_head, S, head_dim] of S cached tokens
+    values: Tensor | None = None  # as keys
+    router_sums: tuple[Tensor, Tensor] | None = None  # see PolyGLU
 
 
 class Attention(nn.Module):
@@ -289,7 +293,7 @@ class Attention(nn.Module):
         if layout.mask is None and T > 1:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = attend_with_mask(q, k, v, layout.mask)  # packed documents, or one token: see below
+            y = attend_with_mask(q, k, v, layout.mask)  # packed documents, one token, or a part-filled cache
         return self.w_o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -381,7 +385,7 @@ class PolychromaticLM(nn.Module):
         return self.norm(x)
 
     def compile(self, **options):
-        """Compile in place, part by part: the blocks, which share one graph, and the loss."""
+        """Compile in place, part by part: the blocks, which share their graphs, and the loss."""
         self.is_compiled = True
         for block in self.blocks:
             block.compile(**options)
@@ -399,7 +403,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def document_starts(doc_ids: Tensor, previous: Tensor) -> Tensor:
-    """doc_start [B, T] int64, see PolyGLU. doc_ids [B, T]; previous [B, 1]: the one before them."""
+    """doc_start [B, T] int64, see PolyGLU. doc_ids [B, T]; previous [B, 1]: the id before them."""
     before = torch.cat((previous, doc_ids[:, :-1]), dim=1)
     index = torch.arange(doc_ids.size(1), device=doc_ids.device)
     return torch.where(doc_ids != before, index, -1).cummax(1).values
@@ -439,7 +443,7 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
     if doc_ids is not None:
         previous = cache.doc_ids[:, past - 1 : past] if past else doc_ids[:, :1]
         doc_start = document_starts(doc_ids, previous)
-    elif cache is not None and model.is_compiled:  # a tensor, so that one graph serves both cases
+    elif cache is not None and model.is_compiled:  # not None: one graph, with doc_ids or without
         doc_start = torch.full_like(tokens, -1)
     if cache is not None:
         if doc_ids is not None:
@@ -549,14 +553,15 @@ def chunked_cross_entropy(
 
     hidden [..., d], weight [V, d], targets [...] int64 (-1: ignored) -> [], at least float32.
     chunk_size is in tokens (None: about 2**25 logits, 2**28 on a GPU). body: chunk_loss, compiled.
-    Raises ValueError if there are no targets.
+    If all targets are ignored, the loss is 0. Raises ValueError for an empty batch.
     """
     if not targets.numel():
         raise ValueError("there are no targets: the batch is empty")
     logits_in_chunk = 2**28 if hidden.is_cuda else 2**25
     chunk_size = chunk_size or max(128, logits_in_chunk // weight.size(0) // 128 * 128)
-    hidden, targets, body = hidden.flatten(0, -2), targets.flatten(), body or chunk_loss
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_size, body, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, targets.flatten(), chunk_size, body or chunk_loss, torch.is_grad_enabled()
+    )
 
 
 def chunk_loss(h: Tensor, w: Tensor, target: Tensor, scale: Tensor, V: int, needs_grad: bool = True):
@@ -581,7 +586,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, body, needs_grad):
-        dtype, (N, _), V = compute_dtype(hidden), hidden.shape, weight.size(0)
+        N, V = len(hidden), len(weight)
+        dtype = compute_dtype(hidden)
         n_chunks = math.ceil(N / chunk_size)
         padding = -N % n_chunks  # rows with ignored targets: equal chunks share one graph
         hidden_padded = F.pad(hidden.to(dtype), (0, 0, 0, padding))
@@ -589,7 +595,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128))  # tensor cores are slow on 151,669 rows
         is_counted = (targets >= 0).to(at_least_fp32(hidden).dtype)
         scale = is_counted / is_counted.sum().clamp_min(1)
-        loss, d_hidden = scale.new_zeros(()), []
+        loss = scale.new_zeros(())
+        d_hidden = []
         d_weight = torch.zeros_like(w, dtype=scale.dtype) if needs_grad else None
         chunks = (x.chunk(n_chunks) for x in (hidden_padded, targets.clamp_min(0), scale))
         for h, target, s in zip(*chunks):
@@ -624,7 +631,7 @@ def check_routing(activations: Sequence[str], router_context: str, router_centre
     if router_context not in ROUTER_CONTEXTS:
         raise ValueError(f"unknown router_context {router_context!r}; there are {', '.join(ROUTER_CONTEXTS)}")
     if router_centred and router_context == "sequence":
-        raise ValueError("router_centred would cancel a sequence router, whose output is one for the row")
+        raise ValueError("router_centred would cancel a sequence router, whose output is the same for the whole row")
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

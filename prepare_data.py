@@ -36,7 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
 
-# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
+# before torch: it sets environment variables that torch reads, and makes Ctrl-C during the imports one line
 from common.settings import UserError, check_range, load, reason, run  # isort: skip
 
 import numpy as np
@@ -90,7 +90,7 @@ class TextConfig(FilesConfig):  # text
     tokenizer: str = "bytes"  # bytes, gpt2 or qwen3
     domain: str = "text"  # name of the domain that --source= makes
     text_field: str = "text"  # name of the text field in .jsonl and .parquet files
-    max_length: int = 16_384  # maximum characters of a document; longer texts are cut, small sources into shorter parts
+    max_length: int = 16_384  # maximum characters of a document; longer texts are cut, small sources shorter
 
 
 @dataclass
@@ -197,7 +197,7 @@ def checksum(path: Path, size: float = math.inf) -> int:
 
 
 def read_progress(folder: Path, asked: dict) -> dict:
-    """progress.json if it is about these documents and the files hold what it says, else a new start."""
+    """progress.json if it records these documents and the files hold what it says, else a new start."""
     start = {"asked": asked, "state": None, "entry": {}, "suffix": ".partial", "notes": {}}
     start |= {"sizes": {}, "checksums": {}}  # by name of a file
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or a file is missing
@@ -212,7 +212,7 @@ def read_progress(folder: Path, asked: dict) -> dict:
 
 
 def write_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, commit_seconds: float) -> dict:
-    """Tokenize the documents of a source into *.partial files until train holds max_tokens; the final progress.json.
+    """Tokenize the documents of a source into *.partial files until train holds max_tokens. Returns progress.json.
 
     A commit flushes the files to disk, then records their sizes and the source's state in progress.json. Killed at any
     moment and called again with the same arguments, it continues from there: the files equal those of one run.
@@ -516,9 +516,9 @@ def read_parts(
 
 
 def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
-    """The domains of your own text. Split exactly at val_fraction: of a few documents, chance may hold out none.
+    """The domains of your own text. Exactly val_fraction is held out: of few documents, a hash might choose none.
 
-    A text of several domains is taken in the first one alone, since it might be held out in one and not in another.
+    A text that several domains contain is kept in the first of them only, because another might not hold it out.
     """
     earlier, checksums = frozenset(), []  # of the domains so far
     named = {cfg.domain: cfg.source} if isinstance(cfg.source, str) else cfg.source or {cfg.domain: ""}
@@ -526,11 +526,12 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         if not re.fullmatch(r"[\w-]+", domain):
             raise UserError(f"the domain {domain!r} becomes a folder; use letters, digits, - and _")
         files = find_files(source)
-        n_characters, whole = 0, set()  # hashes of whole texts, which another domain may cut elsewhere
+        n_characters = 0
+        text_hashes = set()  # of whole texts, which another domain may cut elsewhere
         for text, _ in read_files(files, cfg.text_field, cfg.encoding):
             if isinstance(text, str) and text.strip():
                 n_characters += len(text.strip())
-                whole.add(text_hash(canonical(text)))
+                text_hashes.add(text_hash(canonical(text)))
         # short enough for val to get about four documents
         length = min(cfg.max_length, max(512, int(cfg.val_fraction / 4 * n_characters)))
         documents = functools.partial(read_parts, files, cfg, length, earlier)
@@ -539,7 +540,7 @@ def open_texts(cfg: TextConfig, corpus: str) -> Iterator[tuple[str, Source]]:
         n_val = min(max(1, math.ceil(cfg.val_fraction * len(ordered))), len(ordered) - 1)
         # halfway between the hashes of the last one in val and the first in train, as a fraction of 2**64
         val_fraction = sum(ordered[n_val - 1 : n_val + 1]) / 2**65
-        earlier = earlier.union(ordered, whole)
+        earlier = earlier.union(ordered, text_hashes)
         checksums = [*checksums, length, *map(checksum, files)]
         fingerprint = [cfg.text_field, cfg.encoding, *checksums]
         yield domain, Source(source, functools.partial(numbered, documents), fingerprint, val_fraction)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
+# before torch: it sets environment variables that torch reads, and makes Ctrl-C during the imports one line
 from common.settings import UserError, check_range, load, run  # isort: skip
 
 import numpy as np
@@ -71,10 +71,17 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
-def stream(model: PolychromaticLM, encoding, ids: list[int], length: int, cfg: SampleConfig, **keep) -> Iterator[str]:
-    """Continue token ids up to <|endoftext|>, <|im_end|> or the stop text; yields pieces of text."""
-    stops = stop_tokens(encoding), [cfg.stop or ""]
-    deltas = text_deltas(model, encoding, [ids], length, *stops, cfg.temperature, cfg.top_k, cfg.top_p, **keep)
+def stream(
+    model: PolychromaticLM, encoding, ids: list[int], length: int, cfg: SampleConfig, new_ids=None, cache=None
+) -> Iterator[str]:
+    """Continue token ids up to <|endoftext|>, <|im_end|> or the stop text; yields pieces of text.
+
+    new_ids: a list that collects the new tokens. cache: see generate().
+    """
+    deltas = text_deltas(
+        model, encoding, [ids], length, stop_tokens(encoding), [cfg.stop or ""],
+        cfg.temperature, cfg.top_k, cfg.top_p, new_ids=None if new_ids is None else [new_ids], cache=cache,
+    )  # fmt: skip
     return (piece for (piece,) in deltas)
 
 
@@ -134,8 +141,7 @@ class Chat:
         self.open_cache(ids)
         length = min(self.cfg.max_new_tokens, block_size - len(ids))
         try:
-            kept = {"new_ids": [new_ids], "cache": self.cache}
-            for piece in stream(self.model, self.encoding, ids, length, self.cfg, **kept):
+            for piece in stream(self.model, self.encoding, ids, length, self.cfg, new_ids, self.cache):
                 print(piece, end="", flush=True)
                 text += piece
             if self.cache:
@@ -164,9 +170,9 @@ class Chat:
 
     def said(self, new_ids: list[int], text: str) -> np.ndarray:
         """The answer as the next turn reads it: the tokens that were drawn, up to a stop text."""
-        while len(whole := visible_text(self.encoding, new_ids)) > len(text):
+        while len(visible := visible_text(self.encoding, new_ids)) > len(text):
             new_ids.pop()
-        return np.concatenate([np.array(new_ids, np.uint32), encode(self.encoding, text[len(whole) :])])
+        return np.concatenate([np.array(new_ids, np.uint32), encode(self.encoding, text[len(visible) :])])
 
 
 def converse(chat: Chat):
@@ -200,7 +206,7 @@ def main():
     device = pick_device(cfg.device)
     autocast = pick_autocast(cfg.dtype, device, training=False)
     source = cfg.init_from or cfg.out_dir or newest_checkpoint(fine_tuned=cfg.chat)
-    model = open_model(source, device, cfg.revision, cfg.router_context, answers=cfg.chat)
+    model = open_model(source, device, cfg.revision, cfg.router_context, fine_tuned=cfg.chat)
     with contextlib.redirect_stdout(sys.stderr):
         pays = not cfg.chat and cfg.num_samples * cfg.max_new_tokens >= 2**14
         if (pays if cfg.compile is None else cfg.compile) and compiler_works(device):

@@ -10,7 +10,7 @@ are packed into rows, and the loss is on the assistant's words only.
 from dataclasses import dataclass
 from pathlib import Path
 
-# before torch: it makes Ctrl-C during the slow imports one line, and sets variables that torch reads
+# before torch: it sets environment variables that torch reads, and makes Ctrl-C during the imports one line
 from common.settings import load, run  # isort: skip
 
 import numpy as np

@@ -153,7 +153,9 @@ class Conversations(Corpus):
 
     def row(self, domain: str, index: int) -> np.ndarray:
         """Tokens of whole conversations, their targets (-1: no loss) and document ids: [3, block_size] int64."""
-        conversations, ends, at = self.packed[domain][index], self.ends[domain], 0
+        conversations = self.packed[domain][index]
+        ends = self.ends[domain]
+        at = 0
         row = np.empty((3, self.block_size), dtype=np.int64)
         row[:] = [[self.end_of_text], [-1], [len(conversations)]]  # padding
         for document, i in enumerate(conversations):

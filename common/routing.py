@@ -31,9 +31,12 @@ def routing_stats(
     """
     if len(model.config.activations) == 1:
         return {}
-    was_training, max_entropy, layers = model.training, math.log(len(model.config.activations)), []
+    max_entropy = math.log(len(model.config.activations))
+    layers = []
+    was_training = model.training
     model.eval()
-    layout, x = make_layout(model, tokens, doc_ids), model.embedding(tokens)
+    layout = make_layout(model, tokens, doc_ids)
+    x = model.embedding(tokens)
     is_text = torch.ones_like(tokens, dtype=torch.bool) if is_text is None else is_text
     n_tokens = is_text.sum()
     for block in model.blocks:  # as Block.forward(), but it keeps h, the input of PolyGLU

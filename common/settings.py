@@ -135,7 +135,7 @@ def load(cls: type, argv: list[str] | None = None):
     hints = {f.name: f.type for f in dataclasses.fields(cls)}
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     kinds = {name: typing.get_args(t) if isinstance(t, types.UnionType) else (t,) for name, t in hints.items()}
-    values, models, shown = {}, [], {}
+    values, models, summary = {}, [], {}
     while words:
         word = words.pop(0)
         if not word.strip():
@@ -152,18 +152,18 @@ def load(cls: type, argv: list[str] | None = None):
         for where, name, value in overrides:
             if name not in kinds:
                 guesses = SYNONYMS.get(name, difflib.get_close_matches(name, kinds, n=1))
-                near = [ours for ours in guesses if ours in kinds]
-                hint = f"did you mean {' and '.join(map(repr, near))}?" if near else "--help lists them"
+                suggestions = [ours for ours in guesses if ours in kinds]
+                hint = f"did you mean {' and '.join(map(repr, suggestions))}?" if suggestions else "--help lists them"
                 raise UserError(f"{where}: there is no setting {name!r}; {hint}")
             label = where if where == f"--{name}" else f"{where}: {name}"
             values[name] = convert(value, kinds[name], label)
             entries = values[name] if isinstance(values[name], dict) else {"": values[name]}
-            if empty := [key for key, entry in entries.items() if entry == "" != defaults[name]]:
+            if empty := [key for key, entry in entries.items() if entry == "" and defaults[name] != ""]:
                 label += f".{empty[0]}" if empty[0] else ""
                 raise UserError(f"{label} is empty; give it a value, or leave it out")
-            shown |= {word: word} if word.endswith(".py") else {name: f"{name}={values[name]!r}"}
-    if shown and not wants_help:
-        print("override:", ", ".join(shown.values()), file=sys.stderr)
+            summary |= {word: word} if word.endswith(".py") else {name: f"{name}={values[name]!r}"}
+    if summary and not wants_help:
+        print("override:", ", ".join(summary.values()), file=sys.stderr)
     try:
         settings = cls(**values)
     except ValueError as e:  # model.py, which imports nothing from common/, raises no UserError
@@ -177,8 +177,8 @@ def load(cls: type, argv: list[str] | None = None):
 
 def fault_of(word: str, kinds: dict, values: dict, models: list[str]) -> str | None:
     """Why a word is neither a flag nor a file; None if it can be the value of init_from."""
-    if near := [path for path in (f"{word}.py", f"config/{word}.py") if os.path.isfile(path)]:
-        return f"{word!r} is not a file of settings; did you mean {near[0]}?"
+    if files := [path for path in (f"{word}.py", f"config/{word}.py") if os.path.isfile(path)]:
+        return f"{word!r} is not a file of settings; did you mean {files[0]}?"
     if "=" in word and word.partition("=")[0] in kinds:
         return f"{word!r} is not a flag; did you mean --{word}?"
     if models:
@@ -219,8 +219,8 @@ def read_overrides(path: Path) -> Iterator[tuple[str, str, object]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except OSError as e:
-        near = difflib.get_close_matches(str(path), map(str, Path("config").rglob("*.py")), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        suggestions = difflib.get_close_matches(str(path), map(str, Path("config").rglob("*.py")), n=1)
+        hint = f"; did you mean {suggestions[0]}?" if suggestions else ""
         raise UserError(f"cannot read {path}: {e.strerror}{hint}") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise UserError(f"{path}: not lines of `name = value` ({str(e) or type(e).__name__})") from None

@@ -54,15 +54,15 @@ def from_pretrained(source: str | Path, revision=None, router_context=None) -> P
 
 
 def open_model(
-    source: str | Path, device: torch.device, revision=None, router_context=None, answers=False
+    source: str | Path, device: torch.device, revision=None, router_context=None, fine_tuned=False
 ) -> PolychromaticLM:
     """from_pretrained()'s model on a device. Notes about it go to stderr: stdout is for generated text.
 
-    answers: whether it is to answer questions, which a model learns from sft.py.
+    fine_tuned: warn if the model was not trained by sft.py to answer questions.
     """
     model = from_pretrained(source, revision, router_context)
     print(f"model: {source}", file=sys.stderr)
-    if answers and is_fine_tuned(source) is False:
+    if fine_tuned and is_fine_tuned(source) is False:
         print(f"{source} was never fine-tuned to answer questions; see python sft.py --help", file=sys.stderr)
     if model.config.sees_future:
         print("slow: its router averages the whole row; --router_context=prefix reads only the past", file=sys.stderr)

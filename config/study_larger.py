@@ -1,7 +1,7 @@
 # Do the results change with size? The study at 6.8M parameters and 1,600 steps (1.6M tokens), read at five points.
 # python -m extras.study config/study_larger.py
-# Its control is between this study and the longer one. It differs from the longer one in the length of its runs alone,
-# and from this one in size and learning rate:
+# Its control, the middle study, trains config/tiny.py for as many steps. Run by run, it differs from this study in size
+# and learning rate alone, and from the longer one in length alone:
 # python -m extras.study config/study_larger.py --name=middle --base=config/tiny.py --out_dir=out/study_middle
 
 name = "larger"

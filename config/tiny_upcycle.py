@@ -15,7 +15,7 @@ max_steps = 50
 batch_size = 4
 micro_batch_size = 4
 lr = 5e-4
-routing_lr = 300.0  # high, because there are only 50 steps
+routing_lr = 300.0  # times lr; high, because there are only 50 steps
 warmup_steps = 5
 tau_start = 0.1
 

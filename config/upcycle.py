@@ -12,7 +12,7 @@ block_size = 4096
 max_steps = 1000
 micro_batch_size = 4
 lr = 2e-5
-routing_lr = 100.0
+routing_lr = 100.0  # times lr
 warmup_steps = 100
 tau_start = 0.1  # at a higher temperature the activations would mix and the function would change
 

@@ -175,8 +175,8 @@ def run_tasks(
     known = set(manager.all_tasks) - set(manager.all_tags)  # a tag stands for several tasks
     for name in cfg.tasks:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            suggestions = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {suggestions[0]!r}?" if suggestions else ""
             raise UserError(f"the harness has no single task {name!r}{hint}")
     for name in cfg.tasks:
         settings = {"limit": cfg.limit, "chat": cfg.chat, "num_fewshot": SHOTS.get(name), "dtype": dtype}

@@ -99,12 +99,14 @@ def read_run(source: Path) -> dict:
         checkpoint = runtime.load_checkpoint(source, verify=False)
     except UserError:
         return {}
-    return checkpoint if {"settings", "progress"} <= checkpoint.keys() else {}
+    return checkpoint if {"settings", "progress", "domains"} <= checkpoint.keys() else {}
 
 
 def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     """The validation text of cfg's corpus, else of the one that the model was trained on."""
-    folder = cfg.data_dir or read_run(source).get("settings", {}).get("data_dir")
+    trained = read_run(source)
+    theirs = trained.get("settings", {}).get("data_dir")
+    folder = cfg.data_dir or theirs
     if not folder:
         advice = "name a corpus, --data_dir=, or --report=False"
         raise UserError(f"{source} does not say what it was trained on; {advice}")
@@ -112,6 +114,8 @@ def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     if corpus.tokenizer != config.tokenizer or corpus.vocab_size > config.vocab_size:
         ours = f"the model {config.tokenizer!r} with {config.vocab_size:,}"
         raise UserError(f"{folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens, {ours}")
+    if folder == theirs and corpus.has_changed_since(trained):
+        print(f"{folder} has changed since {source} was trained: its held-out text may have been trained on")
     return corpus
 
 

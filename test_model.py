@@ -260,6 +260,10 @@ def test_one_activation_is_qwen3(tied, shard, tmp_path):
     ours, tokens = from_pretrained(tmp_path), random_tokens(2, 40)
     assert ours.config.tied_head == tied and ours.config.activations == ("silu",)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["tie_word_embeddings"]  # then the tensors say it
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert torch.equal(from_pretrained(tmp_path)(tokens), ours(tokens))
     greedy = theirs.generate(tokens[:1, :8], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert generated(ours, tokens[:1, :8], 20) == greedy[:, 8:].tolist()
     path = tmp_path / "config.json"
@@ -823,7 +827,9 @@ def test_the_default_settings_and_schedules_are_the_papers():
     assert dataclasses.replace(mixed, mixture=None, mixture_end=None) == cfg
     mixed.max_steps = 500
     assert train.get_mixture(0, mixed) == train.get_mixture(399, mixed) == {"math": 0.7, "stem": 0.25, "code": 0.05}
-    assert train.get_mixture(499, mixed) == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
+    for mixed.max_steps in (1, 5, 9, 500):  # the last step has mixture_end, in a short run too
+        last = train.get_mixture(mixed.max_steps - 1, mixed)
+        assert last == pytest.approx({"math": 0.85, "stem": 0.1, "code": 0.05})
     assert config.load(sft.SFTConfig, [f"{ROOT}/config/sft.py"]) == sft.SFTConfig()
 
 
@@ -904,6 +910,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss_also_after_a_resume(run_
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     error = error_of(run, "--resume", max_steps=14)
     assert "was written by another version of this code" in error and error.endswith("; --overwrite starts over")
+    assert error_of(run, "--eval_only").endswith(f"; python eval.py {tmp_path}/ckpt.pt evaluates weights alone")
 
 
 def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small, tmp_path):
@@ -919,7 +926,7 @@ def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small
 def test_an_evaluation_alone_prints_the_losses_of_the_run_and_changes_no_file(unbroken, corpus_dir, tmp_path):
     before = {path: path.read_bytes() for path in unbroken.iterdir()}
     printed = run_here(run_settings(corpus_dir, unbroken), "--eval_only", "--max_steps=5")  # changes nothing
-    assert "evaluating with" not in printed
+    assert f"evaluating {unbroken}/ckpt.pt at step 12" in printed and "evaluating with" not in printed
     losses = "  ".join(f"{name} {x['bits_per_byte']:.3f}" for name, x in read_log(unbroken)[-1]["val"].items())
     assert f"step 12: val bits per byte: {losses}\n" in printed and "done" not in printed
     assert {path: path.read_bytes() for path in unbroken.iterdir()} == before
@@ -958,6 +965,8 @@ def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):
     assert "skipped" not in run("--resume", lr=1e-3, max_steps=2)
     message = error_of(run, "--resume", max_steps=6)
     assert re.match("the run ended in non-finite updates; .* at step 2; resume with a lower --lr", message)
+    error = error_of(run, "--overwrite", "--routing_lr=1e12", max_steps=1)
+    assert error.startswith("the last updates broke the model: its held-out loss is not finite")
 
 
 def test_a_non_finite_gradient_changes_no_weight_and_the_run_goes_on(corpus_dir, tmp_path):

@@ -147,8 +147,8 @@ def get_tau(step: int, cfg: TrainConfig) -> float:
 
 def get_mixture(step: int, cfg: TrainConfig) -> dict[str, float]:
     """Shares of the domains: mixture until anneal_start, then linear to mixture_end."""
-    start = cfg.anneal_start * cfg.max_steps
-    moved = min(1.0, max(0.0, (step - start) / max(1.0, cfg.max_steps - 1 - start)))
+    start = min(cfg.anneal_start * cfg.max_steps, cfg.max_steps - 2)  # the last step has mixture_end
+    moved = max(0.0, (step - start) / (cfg.max_steps - 1 - start))
     end = cfg.mixture_end or cfg.mixture
     return {domain: share + moved * (end[domain] - share) for domain, share in cfg.mixture.items()}
 
@@ -342,7 +342,7 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             count_step(run, loss, norm)
             # from now on, Ctrl-C saves first; until this step there was nothing to save
             if stop is None:
-                stop = runtime.StopSignal()
+                stop = runtime.StopSignal(ranks.is_main)
 
             # set the temperature of the next step, which a checkpoint keeps
             set_tau(model, get_tau(progress.step, cfg))
@@ -371,11 +371,14 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
 
 def finish(run: Run):
-    """Evaluate the last step, and say how to sample. UserError if its weights could not be saved."""
+    """Evaluate the last step, and say how to sample. UserError if its weights were not saved, or are of no use."""
     if run.progress.last_saved_step < run.progress.step:
         found = f"the run ended in non-finite updates; {run.where_saved()}"
         raise UserError(f"{found}; resume with a lower --lr")
-    report(run)
+    val = report(run)
+    if not all(math.isfinite(x["loss"]) for x in val.values()):
+        found = "the last updates broke the model: its held-out loss is not finite"
+        raise UserError(f"{found}; train it again with a lower --lr")
     command = shlex.join([*run.corpus.sample_command, run.cfg.out_dir])
     print(f"done; {run.where_saved()}. Sample from it: {command}")
 
@@ -483,9 +486,7 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
             print(f"{what} with {name}={ours!r}; it was {theirs!r}")
     if "init_from" in cfg.overridden and cfg.init_from != checkpoint["settings"].get("init_from"):
         print(f"{what} the model of {cfg.out_dir}; init_from={cfg.init_from!r} is ignored")
-    before = checkpoint["domains"]
-    has_changed = any(before.get(domain, counts) != counts for domain, counts in corpus.domains.items())
-    if has_changed and checkpoint["settings"]["data_dir"] == cfg.data_dir:
+    if corpus.has_changed_since(checkpoint) and checkpoint["settings"]["data_dir"] == cfg.data_dir:
         print(f"{what} on other data: {cfg.data_dir} has changed since the checkpoint")
     step = checkpoint["progress"]["step"]
     if step > cfg.max_steps and not cfg.eval_only:
@@ -597,8 +598,8 @@ def evaluate(model: PolychromaticLM, corpus: Corpus, cfg: TrainConfig, ranks, au
     return {"val": val, "routing": routing}
 
 
-def report(run: Run):
-    """Evaluate: log and print the losses and the routing, print a sample, and keep the best."""
+def report(run: Run) -> dict:
+    """Evaluate: log and print the losses and the routing, print a sample, keep the best. Returns the losses."""
     step, cfg = run.progress.step, run.cfg
     measured = evaluate(run.model, run.val_corpus, cfg, run.ranks, run.autocast)
     log(run, {"step": step, "tau": get_tau(step, cfg), **measured})
@@ -618,6 +619,7 @@ def report(run: Run):
     if cfg.keep_best and not cfg.eval_only and is_sound and mean_bits < run.progress.best_loss:
         run.progress.best_loss = mean_bits
         save(run, "best.pt")
+    return val
 
 
 # ------------------------------------------------------------------------------- log and checkpoint

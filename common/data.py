@@ -78,6 +78,11 @@ class Corpus:
             raise damaged(path, f"is damaged: it has the token id {tokens.max()}", self.folder)
         return tokens
 
+    def has_changed_since(self, checkpoint: dict) -> bool:
+        """Whether a domain was prepared again after a checkpoint of train.py: its held-out text may differ."""
+        before = checkpoint.get("domains", {})
+        return any(before.get(domain, counts) != counts for domain, counts in self.domains.items())
+
     def n_rows(self, domain: str) -> int:
         return (len(self.tokens[domain]) - 1) // self.block_size
 

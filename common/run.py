@@ -33,8 +33,8 @@ class Ranks:
 
     def __init__(self, device: str):
         """Join the other processes; only rank 0 prints from here on. Raises UserError if the device cannot be used."""
-        self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.world_size > 1 else 0
         self.is_main = self.rank == 0
         if self.world_size > 1 and not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
             raise UserError("WORLD_SIZE is set without torchrun's other variables; start with torchrun, or unset it")
@@ -71,7 +71,8 @@ class Ranks:
 class StopSignal:
     """SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step; a second one stops at once."""
 
-    def __init__(self):
+    def __init__(self, is_main: bool = True):
+        self.is_main = is_main  # prints
         self.requested = False
         self.time = 0.0  # of the first signal
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -85,8 +86,7 @@ class StopSignal:
                 raise KeyboardInterrupt
             return
         self.requested, self.time = True, time.monotonic()
-        is_main = os.environ.get("RANK", "0") == "0"
-        message = b"stopping after this step; Ctrl-C again stops at once\n" if is_main else b""
+        message = b"stopping after this step; Ctrl-C again stops at once\n" if self.is_main else b""
         # print() is not reentrant. Writing nothing tells whether stdout is still there.
         for descriptor, text in ((1, b""), (2, message)):
             try:
@@ -262,7 +262,7 @@ def read_config(settings, path: str | Path) -> ModelConfig:
 
 
 def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path) -> PolychromaticLM:
-    """A float32 model with these weights. UserError, naming `path`, for tensors that do not fit or are not finite."""
+    """A float32 model with these weights. UserError, naming `path`, for tensors that do not fit or have bad values."""
     n_blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if n_blocks != config.n_layer:
         raise UserError(f"{path} does not fit the model: it has {n_blocks} blocks, but n_layer is {config.n_layer}")
@@ -275,6 +275,11 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path)
         raise UserError(f"{path} does not fit the model: {reason(e)}") from None
     if broken:
         raise UserError(f"{path} is damaged: {broken[0]} holds NaN or infinity; use an earlier checkpoint")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path} does not fit the model: {name} is {tensor.dtype}, but weights are floating-point")
+        if name.endswith("tau") and not (copies[name] > 0).all():
+            raise UserError(f"{path} is damaged: {name} is {tensor.tolist()}; a temperature is above 0")
     if "tau" in copies:  # one temperature for all layers: older checkpoints, the release, Qwen3
         tau = copies.pop("tau")
         copies |= {name: tau.clone() for name in model.state_dict() if name.endswith(".tau")}

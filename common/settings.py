@@ -55,7 +55,7 @@ SYNONYMS = {  # what other projects call a setting
 }
 
 
-USERS_OS_ERRORS = "EPIPE ENOSPC EIO EACCES EPERM EROFS EMFILE ENAMETOOLONG".split()  # not bugs of ours
+USERS_OS_ERRORS = "EPIPE ENOSPC EDQUOT EIO EACCES EPERM EROFS EMFILE ENAMETOOLONG".split()  # not bugs of ours
 SWITCH_VALUES = "true false none yes no on off 0 1".split()  # a word after a bool flag that is its value
 
 

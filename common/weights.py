@@ -184,7 +184,7 @@ def qwen3_settings(settings: dict, state: dict[str, Tensor]) -> dict:
         if found.get(name, value) != value:
             raise ValueError(f"config.json asks for {name}={found[name]!r}, which this model does not have")
     return shape_of(state) | {
-        "tied_head": found.get("tie_word_embeddings", True),
+        "tied_head": found.get("tie_word_embeddings", "head.weight" not in state),
         "block_size": found.get("max_position_embeddings", 32_768),
         "rope_theta": float(found.get("rope_theta", 1_000_000.0)),
         "norm_eps": found.get("rms_norm_eps", 1e-6),
@@ -194,7 +194,8 @@ def qwen3_settings(settings: dict, state: dict[str, Tensor]) -> dict:
 
 def newest_checkpoint(root: Path = Path("out"), fine_tuned: bool = False) -> Path:
     """The most recently written checkpoint under root; with fine_tuned, the most recent that sft.py wrote."""
-    for path in sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+    found = [path for path in root.glob("**/ckpt.pt") if path.is_file()]  # a symlink may lead nowhere
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             if not fine_tuned or is_fine_tuned(path):
                 return path
@@ -212,7 +213,7 @@ def is_fine_tuned(source: str | Path) -> bool | None:
     if not path.is_file() or path.suffix == ".safetensors":
         return None
     domains = load_checkpoint(path, verify=False).get("domains")
-    return domains and any("val_targets" in counts for counts in domains.values())
+    return domains and any(isinstance(counts, dict) and "val_targets" in counts for counts in domains.values())
 
 
 # ------------------------------------------------------------------------------------------------ a run's first weights
@@ -243,7 +244,11 @@ def starting_model(cfg) -> PolychromaticLM:
         torch.manual_seed(cfg.seed)
         state = upcycle(state, cfg.model_config(), config.activations[0], cfg.tau_start)
     print(f"starting from the model of {cfg.init_from}")
-    return build_model(cfg.model_config(), state, path)
+    model = build_model(cfg.model_config(), state, path)
+    tau = model.blocks[0].ffn.tau.item()
+    if len(config.activations) > 1 and abs(tau - cfg.tau_start) > 1e-3 and not cfg.eval_only:
+        print(f"tau starts at {cfg.tau_start:g}; {cfg.init_from} has {tau:g}; --tau_start= sets it")
+    return model
 
 
 def upcycle(state: dict[str, Tensor], config: ModelConfig, activation: str, tau: float) -> dict[str, Tensor]:

@@ -59,6 +59,8 @@ class PrepareConfig:  # every corpus
 
     def __post_init__(self):
         check_range(self, 0, 1, "val_fraction")
+        if self.val_fraction in (0, 1):
+            raise UserError(f"val_fraction is {self.val_fraction:g}, which leaves val or train empty")
         check_range(self, 16, 2**30, "max_length")
 
 
@@ -292,7 +294,8 @@ def summarize_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, 
         print(f"{folder.name}: {note}")
     if min(entry["train_tokens"], entry["val_tokens"]) <= 256:  # block_size of config/tiny.py
         found = "; ".join([found, *notes[:3]])
-        raise UserError(f"too little text in {folder}, {found}: add some, or change --val_fraction=")
+        advice = ": add some, or change --val_fraction=" if entry["train_tokens"] else ""
+        raise UserError(f"too little text in {folder}, {found}{advice}")
     entry |= {"val_targets": len(targets)} if source.max_length else {}
     return entry | ({"notes": progress["notes"]} if notes else {})
 
@@ -390,9 +393,11 @@ def read_text(file: str, encoding: str | None) -> str:
     for name in ("utf-8-sig", encoding or "utf-8-sig"):
         with contextlib.suppress(UnicodeError, LookupError):
             text = content.decode(name)
-            if "\0" not in text:  # UTF-16 has null bytes
+            if "\0" not in text:  # UTF-16 read as another encoding has null characters
                 return text.replace("\r\n", "\n").replace("\r", "\n")
-    raise UserError(f"{file} is not text in {encoding or 'UTF-8'}; name its encoding: --encoding=latin-1, utf-16, ...")
+    found = f"{file} is not text in {encoding or 'UTF-8'}"
+    found += ", or has null characters" if b"\0" in content else ""
+    raise UserError(f"{found}; name its encoding: --encoding=latin-1, utf-16, ...")
 
 
 def read_json(file: str, skip: int) -> Iterator[tuple[int, object]]:

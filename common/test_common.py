@@ -184,6 +184,12 @@ def test_typed_bytes_that_are_no_text_do_not_end_a_script():
     assert done.stdout.split() == [rb"'a\ufffd'"], done.stderr
 
 
+def test_one_process_alone_is_the_main_one_whatever_its_environment_says(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    ranks = Ranks("cpu")
+    assert (ranks.rank, ranks.is_main, [*ranks.items(3)]) == (0, True, [0, 1, 2])
+
+
 def test_the_command_to_resume_is_that_of_the_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "config/a b.py", "--overwrite", "True", "--resume=false", "--lr=1"])
     assert machine.resume_command() == "python train.py 'config/a b.py' --lr=1 --resume"
@@ -590,7 +596,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text": "name your text: --source=input.txt or --source='*.txt'",
         "text --source=data": "data is a folder; name its files: --source='data/*.txt'",
         "text --source.a=good.txt --source.b=word.txt": "too little text in data/text/b, 5 train and 0 val tokens (w",
-        "text --source=binary.txt": "binary.txt is not text in UTF-8; name its encoding: --encoding=latin-1, utf-16,",
+        "text --source=binary.txt": "binary.txt is not text in UTF-8, or has null characters; name its encoding: ",
         "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; name it: --text_field=",
         "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error in row 1: ",
         **{f"text --source=good.txt --{name}=": f"{name} is empty" for name in ("data_dir", "domain", "text_field")},
@@ -603,6 +609,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text --source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
         "text --source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
         "tiny --val_fraction=2": "val_fraction is 2.0; it must lie in 0..1",
+        "tiny --val_fraction=0": "val_fraction is 0, which leaves val or train empty",
         "tiny --math_mb=-1": "math_mb is -1.0; it must lie in 0.001..1e+06",
         "sft --tokenizer=bytes --max_tokens=0": "max_tokens is 0; it must lie in 1..",
         "pretrain --tokenizer=bytes --source.art=x.txt": "there is no domain 'art'; there are math, stem, code",
@@ -1141,6 +1148,15 @@ def test_plots_of_a_log_that_is_damaged_are_left_out_and_those_that_were_written
     assert f"\nplots in {tmp_path}: layers.png\n" in printed
 
 
+def test_held_out_text_that_was_prepared_again_is_pointed_out(unbroken, tmp_path):
+    saved = torch.load(unbroken / "ckpt.pt")
+    saved["domains"]["math"]["val_tokens"] += 1
+    torch.save(saved, tmp_path / "ckpt.pt")
+    printed = run_main(evaluate, str(tmp_path), "--max_tokens=64", "--device=cpu").out
+    assert "its held-out text may have been trained on" in printed
+    assert "has changed" not in run_eval(unbroken, tmp_path / "other", "--max_tokens=64")[0]
+
+
 def test_what_evaluation_lacks_is_named(corpus_dir, tmp_path, monkeypatch):
     """A run, a domain, packages and routing."""
     pytest.importorskip("safetensors")
@@ -1302,7 +1318,11 @@ def test_fine_tuning_a_model_of_a_long_context_takes_rows_of_4096(tmp_path, caps
     for flag, expected in (("--seed=1", 4096), ("--block_size=8192", 8192)):
         cfg = config.load(sft.SFTConfig, [str(tmp_path), flag])
         assert starting_model(cfg).config.block_size == cfg.block_size == expected
-        assert f"block_size is {expected:,}; {tmp_path} has 32,768" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"block_size is {expected:,}; {tmp_path} has 32,768" in printed and "tau" not in printed
+    save_pretrained(small_model(), tmp_path / "small")
+    starting_model(config.load(sft.SFTConfig, [str(tmp_path / "small"), "--vocab_size=259", "--tokenizer=bytes"]))
+    assert f"tau starts at 0.1; {tmp_path}/small has 0.5; --tau_start= sets it" in capsys.readouterr().out
 
 
 def test_a_chat_takes_the_newest_fine_tuned_model_and_notes_another(unbroken, fine_tuned, tmp_path, monkeypatch):
@@ -1378,6 +1398,8 @@ def test_a_checkpoint_of_another_version_or_project_says_what_is_wrong(run_small
         ({"model_config": 3}, "does not hold a model of this project"),
         ({"model": broken}, " is damaged: blocks.1.ffn.alpha holds NaN or infinity; use an earlier checkpoint"),
         ({"model": {**saved["model"], "step": 3}}, "is not a checkpoint of a model"),
+        ({"model": {**saved["model"], "norm.weight": torch.ones(32, dtype=torch.int8)}}, "norm.weight is torch.int8"),
+        ({"model": {**saved["model"], "blocks.1.ffn.tau": torch.tensor(0.0)}}, "a temperature is above 0"),
         ({"settings": None}, "is not a checkpoint of this project: its settings are not a dict"),
         ({"model": {**saved["model"], "norm.weight": torch.empty(32, device="meta")}}, "does not fit the model: "),
     ]:

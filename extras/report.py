@@ -65,6 +65,8 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         raise UserError(f"{folder} is not the folder of a run: it has no readable settings.json") from None
     log = runtime.read_log(folder)
     step = max((line["step"] for line in log if "val" in line), default=0)
+    if None in [val["loss"] for line in log if line["step"] == step for val in line.get("val", {}).values()]:
+        raise UserError(f"{folder} has diverged: its held-out loss is not finite; train it again with a lower --lr")
     if step < n_steps:
         done = f"its last evaluation was at step {step} of {n_steps}"
         raise UserError(f"{folder} has not finished: {done}; run the same command again, or resume it with --resume")
@@ -85,9 +87,11 @@ def stages(path: Path) -> list[str]:
 def training(log: list[dict]) -> list[str]:
     """The evaluations during training, as a table."""
     evaluations, rows = [line for line in log if "val" in line], []
-    domains, is_routed = list(evaluations[-1]["val"]), bool(evaluations[-1]["routing"])
+    is_routed = bool(evaluations[-1]["routing"])
+    # a resumed run may have changed the domains
+    domains = list(dict.fromkeys(domain for line in evaluations for domain in line["val"]))
     for line in evaluations:
-        bits = [f"{line['val'][domain]['bits_per_byte']:.3f}" for domain in domains]
+        bits = [f"{line['val'][x]['bits_per_byte']:.3f}" if x in line["val"] else "" for x in domains]
         names = ("dynamic_entropy_share", "agreement") if is_routed else ()
         rows.append([line["step"], *bits, *(f"{statistics.mean(line['routing'][name]):.1%}" for name in names)])
     measures = ["dynamic entropy, of ln K", "agreement"] if is_routed else []
@@ -124,13 +128,15 @@ def describe(number: int, folder: Path, out_dir: Path) -> list[str]:
     defaults = json.loads(json.dumps(vars(train.TrainConfig())))  # as in settings.json: lists, no tuples
     changed = [[f"`{name}`", f"`{value}`"] for name, value in found.items() if value != defaults.get(name)]
     rate = statistics.median(line["tokens_per_second"] for line in log if "loss" in line)
-    n_tokens = found["max_steps"] * found["batch_size"] * found["block_size"]
-    lines = [f"## {folder}", "", f"It read {n_tokens:,} tokens in training, {rate:,.0f} a second.", ""]
+    n_tokens = found["batch_size"] * found["block_size"]
+    steps = f"It took {found['max_steps']:,} steps, the last of {n_tokens:,} tokens"
+    lines = [f"## {folder}", "", f"{steps}, and read {rate:,.0f} tokens a second.", ""]
     lines += training(log) + results(folder / "eval.json")
     for name, title in PICTURES.items():
         if (folder / name).exists():
             copy = f"{number}_{folder.name}_{name}"
-            shutil.copy(folder / name, out_dir / copy)
+            with runtime.name_write_errors(out_dir / copy):
+                shutil.copy(folder / name, out_dir / copy)
             lines += [f"![{title}]({copy})", ""]
     return lines + ["Settings that differ from the defaults of train.py:", "", *table(["setting", "value"], changed)]
 

@@ -13,7 +13,6 @@ parameters, so variants are compared within each seed. A finished run is kept: t
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shlex
@@ -31,7 +30,7 @@ import torch
 from common import settings
 from common.data import to_inputs
 from common.routing import COLLAPSED, routing_stats
-from common.run import Ranks, pick_autocast, pick_device, prepare_cpu, read_json, read_log, write_json
+from common.run import Ranks, load_checkpoint, pick_autocast, pick_device, prepare_cpu, read_json, read_log, write_json
 from common.weights import from_pretrained
 from extras.bench import describe_machine
 from extras.study_report import BASELINES, MAIN, report_studies, summarize
@@ -67,6 +66,7 @@ class StudyConfig:
     def __post_init__(self):
         settings.check_range(self, 1, 100, "seeds", "cost_ratio", "points")
         settings.check_range(self, 0, 1024, "check_lr", "jobs")
+        self.variants = tuple(dict.fromkeys(self.variants))
         if not self.variants:
             raise settings.UserError("variants is empty; name files of config/study/")
 
@@ -84,9 +84,10 @@ class Run:
     folder: Path
 
     def evaluation(self) -> dict | None:
-        """The evaluation after the last step in its log; None if the run is not finished."""
+        """The evaluation after the last step in its log; None if the run is not finished, or has diverged."""
         found = [line for line in read_log(self.folder) if "val" in line and line["step"] == self.settings.max_steps]
-        return found[-1] if found else None
+        is_finite = found and all(val["bits_per_byte"] is not None for val in found[-1]["val"].values())
+        return found[-1] if is_finite else None
 
     def n_parameters(self) -> int:
         with torch.device("meta"):  # no storage
@@ -123,7 +124,7 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
         ]  # fmt: skip
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # load() prints the overrides
             run = Run(group, arguments, settings.load(TrainConfig, arguments), folder)
-        if (folder / "ckpt.pt").exists():
+        if (folder / "ckpt.pt").exists() or run.evaluation():
             for name, theirs in read_json(folder / "settings.json").items():
                 ours = json.loads(json.dumps(getattr(run.settings, name, None)))  # None: train.py chose a value
                 if ours not in (None, theirs) and name not in ("resume", "overwrite", "out_dir", "device"):
@@ -215,11 +216,12 @@ def routing_by_domain(run: Run, device: torch.device, n_rows=32) -> dict[str, di
     return found
 
 
-def stored(path: Path, compute: Callable[[], dict]) -> dict:
-    """The contents of this file. If it is missing, computes and writes them."""
-    if not path.exists():
-        write_json(path, compute())
-    return read_json(path)
+def measure_once(run: Run, name: str, measure: Callable[[Run, torch.device], dict], device: torch.device) -> dict:
+    """measure(run, device), from the second time on read from eval_<name>.json; empty if the checkpoint is gone."""
+    path = run.folder / f"eval_{name}.json"  # train.py --overwrite removes it
+    if not path.exists() and (run.folder / "ckpt.pt").exists():
+        write_json(path, measure(run, device))
+    return read_json(path) if path.exists() else {}
 
 
 def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
@@ -227,9 +229,7 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     results = []
     for run in filter(Run.evaluation, runs):
         measured, points = run.evaluation(), run.points()
-        by_domain = {}
-        if measured["routing"] and (run.folder / "ckpt.pt").exists():
-            by_domain = stored(run.folder / "domains.json", functools.partial(routing_by_domain, run, device))
+        by_domain = measure_once(run, "domains", routing_by_domain, device) if measured["routing"] else {}
         result = {
             "group": run.group, "seed": run.settings.seed, "command": f"python train.py {shlex.join(run.arguments)}",
             "parameters": run.n_parameters(), "tokens": points[-1]["tokens"], "activations": run.settings.activations,
@@ -238,8 +238,7 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
             "routing": measured["routing"], "routing_by_domain": by_domain, "points": points,
         }  # fmt: skip
         results.append(result)
-        if run.settings.sees_future:
-            bits = stored(run.folder / "causal.json", functools.partial(causal_losses, run, device))  # takes minutes
+        if run.settings.sees_future and (bits := measure_once(run, "causal", causal_losses, device)):  # takes minutes
             score = {"group": f"{run.group}, causal", "causal": True, "bits_per_byte": with_mean(bits)}
             results.append({**result, **score, "routing": {}, "routing_by_domain": {}, "points": []})
     return results
@@ -271,6 +270,10 @@ def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
     jobs = default_jobs if cfg.jobs is None else cfg.jobs
     # fail now if the corpus is missing, not once per run; a copy, because open_corpora() fills it in
     corpus, _ = open_corpora(dataclasses.replace(runs[0].settings))
+    for run in runs:
+        if (run.folder / "ckpt.pt").exists() and corpus.has_changed_since(load_checkpoint(run.folder, verify=False)):
+            found = f"{corpus.folder} has changed since {run.folder} was trained"
+            raise settings.UserError(f"{found}; remove it, or choose another --out_dir")
     prepare_cpu()
     os.environ["OMP_NUM_THREADS"] = "1"  # of a run: its results do not depend on the number of cores
     torch.set_num_threads(1)
@@ -289,7 +292,10 @@ def main():
     is_there = len(cfg.report) == 1
     file = Path(cfg.report[0]) if is_there else Path(cfg.out_dir) / "study.json"
     if cfg.report:
-        studies = {name: report for path in cfg.report for name, report in read_json(Path(path)).items()}
+        found = [(name, report) for path in cfg.report for name, report in read_json(Path(path)).items()]
+        studies = dict(found)
+        if len(studies) < len(found):
+            raise settings.UserError(f"two studies in {', '.join(cfg.report)} have the same name; --name= sets it")
     else:
         report, errors = run_study(cfg)
         studies = {cfg.name: report}

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 from common.routing import COLLAPSED
+from common.run import name_write_errors
 from extras.bench import print_table
 
 MAIN = ("swiglu", "geglu", "prefix", "centred")  # each seed of them runs before any other variant, and is drawn
@@ -247,6 +248,12 @@ def draw_usage(ax, variant: str, runs: list[dict]):
     ax.set(ylabel="usage", ylim=(0, 1), xticks=range(L), title=title)
 
 
+def has_figure(report: dict) -> bool:
+    """Whether the runs are there that draw_report() shows."""
+    is_compared = any(x["ours"] == "geglu" for x in report["comparisons"]["swiglu"])
+    return is_compared and {run["group"] for run in report["runs"]} >= set(MAIN)
+
+
 @matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10})  # GitHub shows 100 pixels an inch
 def draw_report(path: Path, report: dict):
     """Draw the differences from SwiGLU, at most ten, and below them the usage by layer without and with centring."""
@@ -273,7 +280,8 @@ def draw_report(path: Path, report: dict):
     for variant in ("prefix", "centred"):
         draw_usage(axes[variant], variant, groups[variant])
     figure.legend(*axes[variant].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
-    figure.savefig(path)
+    with name_write_errors(path):
+        figure.savefig(path)
     print(f"\nfigure: {path}")
 
 
@@ -303,17 +311,20 @@ def draw_growth(path: Path, studies: dict[str, dict]):
         ax.set(ylabel=f"bits per byte minus\n{name}'s (lower is better)")
     axes[2, 0].set(ylabel="share of layers over 90%\n(dashed: dependence / ln K)")
     figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=9, frameon=False)
-    figure.savefig(path)
+    with name_write_errors(path):
+        figure.savefig(path)
     print(f"\nfigure: {path}")
 
 
 def report_studies(file: Path, studies: dict[str, dict]):
     """Print the tables of these studies and draw their figures beside the file."""
+    drawable = [name for name, report in studies.items() if has_figure(report)]
     for name, report in studies.items():
         print(f"\n{name}: {report['machine']}")
         print_report(report)
-        if {run["group"] for run in report["runs"]} >= set(MAIN):
-            draw_report(file.with_suffix(".png"), report)
+        if name in drawable:
+            suffix = f"_{name}" if len(drawable) > 1 else ""
+            draw_report(file.with_name(f"{file.stem}{suffix}.png"), report)
     if len(studies) > 1:
         print_ends(studies)
         print_changes(studies)

@@ -377,8 +377,19 @@ def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, 
     _, *tables = printed.split(study_report.GROWING["collapsed"])
     assert len(tables) == 2 and f"| prefix | {' | '.join(collapsed)} |" in tables[0].partition("Input")[0]
     assert (tmp_path / "study_growth.png").exists() and len(json.loads((tmp_path / "study.json").read_text())) == 2
+    assert "have the same name" in error_of(run_here, {"report": f"{file},{file}", "out_dir": tmp_path}, script=study)
     other = "swiglu-1 was trained with max_steps=2, not 3; remove it, or choose another --out_dir"
     assert other in error_of(run_study, "--max_steps=3")
+    saved = torch.load(tmp_path / "out/swiglu-1/ckpt.pt")
+    saved["domains"]["math"]["val_tokens"] += 1
+    torch.save(saved, tmp_path / "out/swiglu-1/ckpt.pt")
+    assert "has changed since" in error_of(run_study, "--jobs=0")
+    for checkpoint in (tmp_path / "out").glob("*/ckpt.pt"):
+        checkpoint.unlink()
+    (tmp_path / "out/sequence-1/eval_causal.json").unlink()
+    printed = run_study("--jobs=0", "--variants=swiglu,prefix,prefix,sequence")
+    assert "| prefix | 1 |" in printed and "| sequence | 1 |" in printed and "causal" not in printed
+    assert "swiglu-1 was trained with eval_tokens=256, not 128" in error_of(run_study, "--eval_tokens=128")
 
 
 def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):
@@ -500,6 +511,18 @@ def test_a_report_is_of_finished_runs_alone(run_small, tmp_path):
     unfinished = "has not finished: its last evaluation was at step 0 of 3"
     for folder, message in ((tmp_path, unfinished), ("x", "x is not the folder of a run")):
         assert message in error_of(run_main, report, "--check", f"--runs={folder}")
+
+
+def test_a_report_shows_the_domains_of_all_evaluations_and_names_a_run_that_diverged(run_small, tmp_path):
+    evaluations = [{"step": i, "val": {name: {"bits_per_byte": 1.5}}, "routing": {}} for i, name in enumerate("ab")]
+    assert [line for line in report.training(evaluations) if "1.500" in line] == [
+        "| 0 | 1.500 |  |",
+        "| 1 |  | 1.500 |",
+    ]
+    run_small(max_steps=3)
+    log = tmp_path / "log.jsonl"
+    log.write_text(re.sub('"loss": [0-9.]+, "bits', '"loss": null, "bits', log.read_text()))
+    assert "has diverged" in error_of(run_main, report, "--check", f"--runs={tmp_path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- wandb

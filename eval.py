@@ -114,8 +114,8 @@ def open_corpus(cfg: EvalConfig, source: Path, config: ModelConfig) -> Corpus:
     if corpus.tokenizer != config.tokenizer or corpus.vocab_size > config.vocab_size:
         ours = f"the model {config.tokenizer!r} with {config.vocab_size:,}"
         raise UserError(f"{folder} has tokenizer {corpus.tokenizer!r} with {corpus.vocab_size:,} tokens, {ours}")
-    if folder == theirs and corpus.has_changed_since(trained):
-        print(f"{folder} has changed since {source} was trained: its held-out text may have been trained on")
+    if theirs and corpus.folder.resolve() == Path(theirs).resolve() and corpus.has_changed_since(trained):
+        print(f"{folder} has changed since {source} was trained: the model may know its held-out text")
     return corpus
 
 

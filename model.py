@@ -36,8 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 # For packed documents and decoding:
 #   doc_start [B, T] index, in this call, of the first token of each token's document; -1 if the
 #                    document opens the row or began in an earlier call; None: all -1
-#   router_sums      [B, 1, R + 1], [B, 1, K + 1] float64: sums of u and of f over the document in
-#                    earlier calls; the last column is the number of tokens
+#   router_sums      [B, 1, R + 1], [B, 1, K + 1] of sum_dtype(): sums of u and of f over the document
+#                    in earlier calls; the last column is the number of tokens
 
 
 class PolyGLU(nn.Module):
@@ -259,7 +259,7 @@ class Layout(NamedTuple):
     sin: Tensor
     doc_start: Tensor | None = None  # [B, T] int64, see PolyGLU; None: one document a row
     mask: Tensor | BlockMask | None = None  # see document_mask(); None: causal
-    keys: Tensor | None = None  # [B, n_kv_head, S, head_dim] of S cached tokens
+    keys: Tensor | None = None  # [B, n_kv_head, S, head_dim]: S places of the cache
     values: Tensor | None = None  # as keys
     router_sums: tuple[Tensor, Tensor] | None = None  # see PolyGLU
 

@@ -60,7 +60,7 @@ class PrepareConfig:  # every corpus
     def __post_init__(self):
         check_range(self, 0, 1, "val_fraction")
         if self.val_fraction in (0, 1):
-            raise UserError(f"val_fraction is {self.val_fraction:g}, which leaves val or train empty")
+            raise UserError(f"val_fraction is {self.val_fraction:g}; it must lie between 0 and 1, both excluded")
         check_range(self, 16, 2**30, "max_length")
 
 
@@ -92,7 +92,7 @@ class TextConfig(FilesConfig):  # text
     tokenizer: str = "bytes"  # bytes, gpt2 or qwen3
     domain: str = "text"  # name of the domain that --source= makes
     text_field: str = "text"  # name of the text field in .jsonl and .parquet files
-    max_length: int = 16_384  # maximum characters of a document; longer texts are cut, small sources shorter
+    max_length: int = 16_384  # maximum characters of a document; longer texts are cut, small sources into smaller parts
 
 
 @dataclass
@@ -294,7 +294,7 @@ def summarize_domain(folder: Path, encoding: tiktoken.Encoding, source: Source, 
         print(f"{folder.name}: {note}")
     if min(entry["train_tokens"], entry["val_tokens"]) <= 256:  # block_size of config/tiny.py
         found = "; ".join([found, *notes[:3]])
-        advice = ": add some, or change --val_fraction=" if entry["train_tokens"] else ""
+        advice = ": add some, or change --val_fraction=" if entry["train_tokens"] + entry["val_tokens"] else ""
         raise UserError(f"too little text in {folder}, {found}{advice}")
     entry |= {"val_targets": len(targets)} if source.max_length else {}
     return entry | ({"notes": progress["notes"]} if notes else {})
@@ -390,14 +390,14 @@ def read_text(file: str, encoding: str | None) -> str:
     """A text file with \\n at line ends: UTF-8, else in this encoding."""
     with open_file(file) as opened:
         content = opened.read()
+    fault = f"is not text in {encoding or 'UTF-8'}; name its encoding: --encoding=latin-1, utf-16, ..."
     for name in ("utf-8-sig", encoding or "utf-8-sig"):
         with contextlib.suppress(UnicodeError, LookupError):
             text = content.decode(name)
-            if "\0" not in text:  # UTF-16 read as another encoding has null characters
+            if "\0" not in text:
                 return text.replace("\r\n", "\n").replace("\r", "\n")
-    found = f"{file} is not text in {encoding or 'UTF-8'}"
-    found += ", or has null characters" if b"\0" in content else ""
-    raise UserError(f"{found}; name its encoding: --encoding=latin-1, utf-16, ...")
+            fault = "has null characters; remove them, or if it is UTF-16, name it: --encoding=utf-16"
+    raise UserError(f"{file} {fault}")
 
 
 def read_json(file: str, skip: int) -> Iterator[tuple[int, object]]:

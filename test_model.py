@@ -910,7 +910,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss_also_after_a_resume(run_
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     error = error_of(run, "--resume", max_steps=14)
     assert "was written by another version of this code" in error and error.endswith("; --overwrite starts over")
-    assert error_of(run, "--eval_only").endswith(f"; python eval.py {tmp_path}/ckpt.pt evaluates weights alone")
+    assert f"; python eval.py {tmp_path}/ckpt.pt --data_dir=" in error_of(run, "--eval_only")
 
 
 def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small, tmp_path):
@@ -966,7 +966,7 @@ def test_non_finite_updates_are_skipped_and_never_saved(run_small, tmp_path):
     message = error_of(run, "--resume", max_steps=6)
     assert re.match("the run ended in non-finite updates; .* at step 2; resume with a lower --lr", message)
     error = error_of(run, "--overwrite", "--routing_lr=1e12", max_steps=1)
-    assert error.startswith("the last updates broke the model: its held-out loss is not finite")
+    assert error == "the held-out loss at the last step is not finite; start over with a lower --lr: --overwrite"
 
 
 def test_a_non_finite_gradient_changes_no_weight_and_the_run_goes_on(corpus_dir, tmp_path):

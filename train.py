@@ -95,7 +95,7 @@ class TrainConfig(ModelConfig):
     profile: bool = False  # trace the sixth to eighth step of this start with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: str = "auto"  # of the matmuls: auto (bfloat16 where it is fast), bfloat16 or float32; not of the parameters
+    dtype: str = "auto"  # of matmuls: auto (bfloat16 where it is fast), bfloat16 or float32; parameters stay float32
     compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU from 1,000 steps on
     recompute: bool = False  # activation checkpointing: less memory, more time
 
@@ -266,7 +266,7 @@ def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float,
         seed = np.random.SeedSequence((run.cfg.seed, step, i)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         weight = np.count_nonzero(parts[i][:, 1] >= 0) / n_targets
-        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: only in this rank's last one
+        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: this rank's last one alone
         with run.autocast:
             micro_loss = model(*to_inputs(parts[i], ranks.device)) * weight
         (micro_loss * ranks.world_size).backward()  # DDP averages over the GPUs; this sums
@@ -371,14 +371,13 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
 
 
 def finish(run: Run):
-    """Evaluate the last step, and say how to sample. UserError if its weights were not saved, or are of no use."""
+    """Evaluate the last step, and say how to sample. UserError if it was not saved, or its loss is not finite."""
     if run.progress.last_saved_step < run.progress.step:
         found = f"the run ended in non-finite updates; {run.where_saved()}"
         raise UserError(f"{found}; resume with a lower --lr")
     val = report(run)
     if not all(math.isfinite(x["loss"]) for x in val.values()):
-        found = "the last updates broke the model: its held-out loss is not finite"
-        raise UserError(f"{found}; train it again with a lower --lr")
+        raise UserError("the held-out loss at the last step is not finite; start over with a lower --lr: --overwrite")
     command = shlex.join([*run.corpus.sample_command, run.cfg.out_dir])
     print(f"done; {run.where_saved()}. Sample from it: {command}")
 
@@ -467,7 +466,7 @@ def find_checkpoint(cfg: TrainConfig) -> dict | None:
     if not is_run or checkpoint["progress"].keys() | {"best_loss"} != vars(Progress()).keys():
         found = f"{path} holds weights alone, or was written by another version of this code"
         if cfg.eval_only:
-            raise UserError(f"{found}; python eval.py {path} evaluates weights alone")
+            raise UserError(f"{found}; python eval.py {path} --data_dir={cfg.data_dir} evaluates weights alone")
         raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
     return checkpoint
 

@@ -79,7 +79,7 @@ class Corpus:
         return tokens
 
     def has_changed_since(self, checkpoint: dict) -> bool:
-        """Whether a domain was prepared again after a checkpoint of train.py: its held-out text may differ."""
+        """Whether meta.json says something else of a domain than when this checkpoint was saved."""
         before = checkpoint.get("domains", {})
         return any(before.get(domain, counts) != counts for domain, counts in self.domains.items())
 

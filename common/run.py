@@ -277,9 +277,9 @@ def build_model(config: ModelConfig, state: dict[str, Tensor], path: str | Path)
         raise UserError(f"{path} is damaged: {broken[0]} holds NaN or infinity; use an earlier checkpoint")
     for name, tensor in state.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{path} does not fit the model: {name} is {tensor.dtype}, but weights are floating-point")
+            raise UserError(f"{path} does not fit the model: {name} is {tensor.dtype}; weights must be floating-point")
         if name.endswith("tau") and not (copies[name] > 0).all():
-            raise UserError(f"{path} is damaged: {name} is {tensor.tolist()}; a temperature is above 0")
+            raise UserError(f"{path} is damaged: {name} is {tensor.tolist()}; it must be above 0")
     if "tau" in copies:  # one temperature for all layers: older checkpoints, the release, Qwen3
         tau = copies.pop("tau")
         copies |= {name: tau.clone() for name in model.state_dict() if name.endswith(".tau")}

@@ -596,7 +596,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text": "name your text: --source=input.txt or --source='*.txt'",
         "text --source=data": "data is a folder; name its files: --source='data/*.txt'",
         "text --source.a=good.txt --source.b=word.txt": "too little text in data/text/b, 5 train and 0 val tokens (w",
-        "text --source=binary.txt": "binary.txt is not text in UTF-8, or has null characters; name its encoding: ",
+        "text --source=binary.txt": "binary.txt has null characters; remove them, or if it is UTF-16, name it: --enc",
         "text --source=rows.jsonl": "cannot read rows.jsonl: no field 'text' but id, body; name it: --text_field=",
         "text --source=broken.jsonl": "cannot read broken.jsonl: JSON parse error in row 1: ",
         **{f"text --source=good.txt --{name}=": f"{name} is empty" for name in ("data_dir", "domain", "text_field")},
@@ -609,7 +609,7 @@ def test_a_bad_source_is_one_line_and_an_earlier_corpus_stays(tmp_path, monkeypa
         "text --source=good.txt --domain=../x": "the domain '../x' becomes a folder; use letters, digits, - and _",
         "text --source=good.txt --tokenizer=morse": "unknown tokenizer 'morse'; there are bytes, gpt2, qwen3",
         "tiny --val_fraction=2": "val_fraction is 2.0; it must lie in 0..1",
-        "tiny --val_fraction=0": "val_fraction is 0, which leaves val or train empty",
+        "tiny --val_fraction=0": "val_fraction is 0; it must lie between 0 and 1, both excluded",
         "tiny --math_mb=-1": "math_mb is -1.0; it must lie in 0.001..1e+06",
         "sft --tokenizer=bytes --max_tokens=0": "max_tokens is 0; it must lie in 1..",
         "pretrain --tokenizer=bytes --source.art=x.txt": "there is no domain 'art'; there are math, stem, code",
@@ -1153,7 +1153,7 @@ def test_held_out_text_that_was_prepared_again_is_pointed_out(unbroken, tmp_path
     saved["domains"]["math"]["val_tokens"] += 1
     torch.save(saved, tmp_path / "ckpt.pt")
     printed = run_main(evaluate, str(tmp_path), "--max_tokens=64", "--device=cpu").out
-    assert "its held-out text may have been trained on" in printed
+    assert "the model may know its held-out text" in printed
     assert "has changed" not in run_eval(unbroken, tmp_path / "other", "--max_tokens=64")[0]
 
 
@@ -1399,7 +1399,7 @@ def test_a_checkpoint_of_another_version_or_project_says_what_is_wrong(run_small
         ({"model": broken}, " is damaged: blocks.1.ffn.alpha holds NaN or infinity; use an earlier checkpoint"),
         ({"model": {**saved["model"], "step": 3}}, "is not a checkpoint of a model"),
         ({"model": {**saved["model"], "norm.weight": torch.ones(32, dtype=torch.int8)}}, "norm.weight is torch.int8"),
-        ({"model": {**saved["model"], "blocks.1.ffn.tau": torch.tensor(0.0)}}, "a temperature is above 0"),
+        ({"model": {**saved["model"], "blocks.1.ffn.tau": torch.tensor(0.0)}}, "ffn.tau is 0.0; it must be above 0"),
         ({"settings": None}, "is not a checkpoint of this project: its settings are not a dict"),
         ({"model": {**saved["model"], "norm.weight": torch.empty(32, device="meta")}}, "does not fit the model: "),
     ]:

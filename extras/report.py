@@ -6,6 +6,7 @@ It reads what the scripts wrote: settings.json, log.jsonl, eval.json and the plo
 folder, as extras/speedrun.sh leaves them: sample.txt, answer.txt, and times.tsv with the time of each stage.
 """
 
+import contextlib
 import datetime
 import json
 import platform
@@ -65,12 +66,23 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         raise UserError(f"{folder} is not the folder of a run: it has no readable settings.json") from None
     log = runtime.read_log(folder)
     step = max((line["step"] for line in log if "val" in line), default=0)
-    if None in [val["loss"] for line in log if line["step"] == step for val in line.get("val", {}).values()]:
-        raise UserError(f"{folder} has diverged: its held-out loss is not finite; train it again with a lower --lr")
+    with name_damage(folder):
+        losses = [val["loss"] for line in log if line["step"] == step and "val" in line for val in line["val"].values()]
+    if None in losses:
+        raise UserError(f"{folder} has diverged: its held-out loss is not finite; start over with a lower --lr")
     if step < n_steps:
         done = f"its last evaluation was at step {step} of {n_steps}"
         raise UserError(f"{folder} has not finished: {done}; run the same command again, or resume it with --resume")
     return found, log
+
+
+@contextlib.contextmanager
+def name_damage(folder: Path):
+    """Turn what a damaged log or evaluation causes into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"a file in {folder} is damaged or of another version ({e!r})") from None
 
 
 def stages(path: Path) -> list[str]:
@@ -129,8 +141,8 @@ def describe(number: int, folder: Path, out_dir: Path) -> list[str]:
     changed = [[f"`{name}`", f"`{value}`"] for name, value in found.items() if value != defaults.get(name)]
     rate = statistics.median(line["tokens_per_second"] for line in log if "loss" in line)
     n_tokens = found["batch_size"] * found["block_size"]
-    steps = f"It took {found['max_steps']:,} steps, the last of {n_tokens:,} tokens"
-    lines = [f"## {folder}", "", f"{steps}, and read {rate:,.0f} tokens a second.", ""]
+    steps = f"{found['max_steps']:,} steps ({n_tokens:,} tokens each at the end)"
+    lines = [f"## {folder}", "", f"It took {steps} and read {rate:,.0f} tokens a second.", ""]
     lines += training(log) + results(folder / "eval.json")
     for name, title in PICTURES.items():
         if (folder / name).exists():
@@ -161,10 +173,8 @@ def main():
     lines += [f"Machine: {machine}, Python {platform.python_version()}, {platform.platform()}.", ""]
     lines += stages(out_dir / "times.tsv")
     for number, folder in enumerate(cfg.runs, 1):
-        try:
+        with name_damage(folder):
             lines += describe(number, Path(folder), out_dir)
-        except (LookupError, TypeError, AttributeError) as e:
-            raise UserError(f"a file in {folder} is damaged or of another version ({e!r})") from None
     runtime.write_atomically(out_dir / "report.md", lambda file: file.write("\n".join(lines).encode()))
     print(f"report: {out_dir / 'report.md'}; send the whole folder, which has its plots")
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -67,6 +68,8 @@ class StudyConfig:
         settings.check_range(self, 1, 100, "seeds", "cost_ratio", "points")
         settings.check_range(self, 0, 1024, "check_lr", "jobs")
         self.variants = tuple(dict.fromkeys(self.variants))
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise settings.UserError(f"the name {self.name!r} becomes part of a file's; use letters, digits, - and _")
         if not self.variants:
             raise settings.UserError("variants is empty; name files of config/study/")
 
@@ -85,9 +88,13 @@ class Run:
 
     def evaluation(self) -> dict | None:
         """The evaluation after the last step in its log; None if the run is not finished, or has diverged."""
-        found = [line for line in read_log(self.folder) if "val" in line and line["step"] == self.settings.max_steps]
-        is_finite = found and all(val["bits_per_byte"] is not None for val in found[-1]["val"].values())
-        return found[-1] if is_finite else None
+        found = [line for line in self.evaluations() if line["step"] == self.settings.max_steps]
+        return found[-1] if found else None
+
+    def evaluations(self) -> list[dict]:
+        """The evaluations in its log. One whose loss is not finite, null in the log, is left out."""
+        found = [line for line in read_log(self.folder) if "val" in line]
+        return [line for line in found if all(val["loss"] is not None for val in line["val"].values())]
 
     def n_parameters(self) -> int:
         with torch.device("meta"):  # no storage
@@ -100,7 +107,7 @@ class Run:
         over the layers, as a share of ln K.
         """
         points, cfg = [], self.settings
-        found = {line["step"]: line for line in read_log(self.folder) if "val" in line and line["step"] > 0}
+        found = {line["step"]: line for line in self.evaluations() if line["step"] > 0}
         for step, line in sorted(found.items()):
             bits = {domain: val["bits_per_byte"] for domain, val in line["val"].items()}
             point = {"tokens": step * cfg.batch_size * cfg.block_size, "tau": line["tau"], **with_mean(bits)}
@@ -142,6 +149,15 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
     checks = [(seed, name, x) for seed in seeds[: cfg.check_lr] for name in lr for x in (0.5, 2.0)]
     runs += [plan(f"{name}, lr x {x:g}", seed, f"--lr={x * lr[name]!r}") for seed, name, x in checks]
     return runs
+
+
+def saw_other_data(run: Run, data_dir: str, domains: dict) -> bool:
+    """Whether this run was trained on this corpus when it had other domains, or other text in them."""
+    try:
+        theirs = load_checkpoint(run.folder, verify=False)["domains"]
+    except (settings.UserError, KeyError):  # no checkpoint, or a damaged one, which train.py names
+        return False
+    return run.settings.data_dir == data_dir and run.settings.mixture is None and theirs != domains
 
 
 def train_runs(runs: list[Run], jobs: int) -> list[str]:
@@ -227,7 +243,11 @@ def measure_once(run: Run, name: str, measure: Callable[[Run, torch.device], dic
 def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     """The measurements of every finished run, and of each "sequence" run once more with its causal score."""
     results = []
-    for run in filter(Run.evaluation, runs):
+    for run in runs:
+        if not run.evaluation():
+            if any("val" in line and line["step"] == run.settings.max_steps for line in read_log(run.folder)):
+                print(f"{run.folder.name} is left out: its loss is not finite")
+            continue
         measured, points = run.evaluation(), run.points()
         by_domain = measure_once(run, "domains", routing_by_domain, device) if measured["routing"] else {}
         result = {
@@ -238,7 +258,11 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
             "routing": measured["routing"], "routing_by_domain": by_domain, "points": points,
         }  # fmt: skip
         results.append(result)
-        if run.settings.sees_future and (bits := measure_once(run, "causal", causal_losses, device)):  # takes minutes
+        if run.settings.sees_future:
+            bits = measure_once(run, "causal", causal_losses, device)  # takes minutes
+            if not bits:
+                print(f"{run.folder.name} has no causal score: its checkpoint is gone")
+                continue
             score = {"group": f"{run.group}, causal", "causal": True, "bits_per_byte": with_mean(bits)}
             results.append({**result, **score, "routing": {}, "routing_by_domain": {}, "points": []})
     return results
@@ -270,10 +294,9 @@ def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
     jobs = default_jobs if cfg.jobs is None else cfg.jobs
     # fail now if the corpus is missing, not once per run; a copy, because open_corpora() fills it in
     corpus, _ = open_corpora(dataclasses.replace(runs[0].settings))
-    for run in runs:
-        if (run.folder / "ckpt.pt").exists() and corpus.has_changed_since(load_checkpoint(run.folder, verify=False)):
-            found = f"{corpus.folder} has changed since {run.folder} was trained"
-            raise settings.UserError(f"{found}; remove it, or choose another --out_dir")
+    if others := [run.folder.name for run in runs if saw_other_data(run, runs[0].settings.data_dir, corpus.domains)]:
+        found = f"{corpus.folder} has changed since these runs were trained: {', '.join(others)[:200]}"
+        raise settings.UserError(f"{found}; remove them from {cfg.out_dir}, or choose another --out_dir")
     prepare_cpu()
     os.environ["OMP_NUM_THREADS"] = "1"  # of a run: its results do not depend on the number of cores
     torch.set_num_threads(1)
@@ -295,7 +318,8 @@ def main():
         found = [(name, report) for path in cfg.report for name, report in read_json(Path(path)).items()]
         studies = dict(found)
         if len(studies) < len(found):
-            raise settings.UserError(f"two studies in {', '.join(cfg.report)} have the same name; --name= sets it")
+            found = f"two studies in {', '.join(cfg.report)} have the same name"
+            raise settings.UserError(f"{found}; to give one another name, collect it again: --jobs=0 --name=")
     else:
         report, errors = run_study(cfg)
         studies = {cfg.name: report}

@@ -250,7 +250,7 @@ def draw_usage(ax, variant: str, runs: list[dict]):
 
 def has_figure(report: dict) -> bool:
     """Whether the runs are there that draw_report() shows."""
-    is_compared = any(x["ours"] == "geglu" for x in report["comparisons"]["swiglu"])
+    is_compared = any(x["ours"] == "geglu" for x in report["comparisons"].get("swiglu", ()))
     return is_compared and {run["group"] for run in report["runs"]} >= set(MAIN)
 
 

@@ -383,13 +383,18 @@ def test_a_study_trains_each_run_once_and_the_others_when_one_fails(corpus_dir, 
     saved = torch.load(tmp_path / "out/swiglu-1/ckpt.pt")
     saved["domains"]["math"]["val_tokens"] += 1
     torch.save(saved, tmp_path / "out/swiglu-1/ckpt.pt")
-    assert "has changed since" in error_of(run_study, "--jobs=0")
+    assert "has changed since these runs were trained: swiglu-1; remove them" in error_of(run_study, "--jobs=0")
     for checkpoint in (tmp_path / "out").glob("*/ckpt.pt"):
         checkpoint.unlink()
     (tmp_path / "out/sequence-1/eval_causal.json").unlink()
     printed = run_study("--jobs=0", "--variants=swiglu,prefix,prefix,sequence")
-    assert "| prefix | 1 |" in printed and "| sequence | 1 |" in printed and "causal" not in printed
-    assert "swiglu-1 was trained with eval_tokens=256, not 128" in error_of(run_study, "--eval_tokens=128")
+    assert "sequence-1 has no causal score: its checkpoint is gone" in printed
+    assert [run["group"] for run in json.loads(file.read_text())["short"]["runs"]] == ["swiglu", "prefix", "sequence"]
+    assert "figure: " in printed and "| prefix | 1 |" in run_study("--jobs=0", "--variants=prefix")
+    log = tmp_path / "out/swiglu-1/log.jsonl"
+    log.write_text(re.sub('"loss": [0-9.]+, "bits', '"loss": null, "bits', log.read_text()))
+    assert "swiglu-1 is left out: its loss is not finite" in run_study("--jobs=0")
+    assert "prefix-1 was trained with eval_tokens=256, not 128" in error_of(run_study, "--eval_tokens=128")
 
 
 def test_causal_losses_are_those_of_each_prefix_alone(corpus_dir, tmp_path):

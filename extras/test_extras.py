@@ -333,10 +333,11 @@ def test_the_report_shows_how_differences_change_between_studies_that_differ_in_
     assert f"| prefix - swiglu | 2 | {study_report.with_interval(values, '+.4f')} | {values['p']:.2g} |" in printed
 
 
-def test_the_published_tables_and_figure_follow_from_the_published_numbers(tmp_path):
+def test_the_published_tables_and_figures_follow_from_the_published_numbers(tmp_path):
     printed = run_here({"report": shutil.copy(ROOT / "assets/study.json", tmp_path)}, script=study)
     rows = re.findall(r"^\| .*\[.*\|$", (ROOT / "docs/study.md").read_text(), re.M)
-    assert len(rows) > 60 and all(row in printed for row in rows) and (tmp_path / "study.png").exists()
+    assert len(rows) > 150 and all(row in printed for row in rows)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"study.png", "study_growth.png"}
     error = error_of(run_here, {"report": tmp_path / "none.json"}, script=study)
     assert error == f"cannot read {tmp_path}/none.json: No such file or directory"
 

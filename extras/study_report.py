@@ -256,29 +256,28 @@ def has_figure(report: dict) -> bool:
 
 @matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10})  # GitHub shows 100 pixels an inch
 def draw_report(path: Path, report: dict):
-    """Draw the differences from SwiGLU, at most ten, and below them the usage by layer without and with centring."""
-    groups = {name: [run for run in report["runs"] if run["group"] == name] for name in MAIN}
-    figure = matplotlib.figure.Figure(figsize=(7, 6.5), dpi=200, layout="constrained")
-    axes = figure.subplot_mosaic([["differences"] * 2, ["prefix", "centred"]], height_ratios=(3, 2))
-    ax, rows = axes["differences"], sorted(report["summary"], key=lambda row: "equal time" not in row["group"])
-    to_swiglu = {x["ours"]: x for x in report["comparisons"]["swiglu"]}
-    names = [row["group"] for row in rows if row["group"] in to_swiglu][9::-1]
-    means = np.array([to_swiglu[name]["mean"] for name in names])
-    intervals = np.array([to_swiglu[name]["interval"] or 2 * [to_swiglu[name]["mean"]] for name in names])
-    ax.errorbar(means, names, xerr=abs(intervals.T - means), fmt="ko", markersize=4, capsize=2)
-    x_geglu = to_swiglu["geglu"]["mean"]
-    for name, x, style in (("SwiGLU", 0.0, "-"), ("GEGLU", x_geglu, "--")):
-        ax.axvline(x, color="gray", linestyle=style, linewidth=1)
-        ax.text(x, len(names) - 0.4, f" {name} ", color="gray", ha="left" if x == max(0.0, x_geglu) else "right")
-    routed = {row["group"] for row in rows if row["causal"] and "usage" in row and "," not in row["group"]}
-    better = [x for name in BASELINES for x in report["comparisons"][name] if x["mean"] < 0 and x.get("survives")]
-    swiglu, geglu = (sum(x["theirs"] == name and x["ours"] in routed for x in better) or "none" for name in BASELINES)
-    found = f"{swiglu} are significantly better\nthan SwiGLU and {geglu} than GEGLU"
-    label = "bits per byte minus SwiGLU's, with the 95% interval of this difference (lower is better)"
-    ax.set(xlabel=label, title=f"Of {len(routed)} causal routed variants, {found} (equal steps, Holm)")
-    ax.set(xmargin=0.12, ylim=(-0.6, len(names) + 0.4))
+    """Draw the differences from both baselines at equal steps, and the usage by layer without and with centring."""
+    figure = matplotlib.figure.Figure(figsize=(7, 7.5), dpi=200, layout="constrained")
+    axes = figure.subplot_mosaic([[*BASELINES], ["prefix", "centred"]], height_ratios=(3, 2))
+    means = {x["ours"]: x["mean"] for x in report["comparisons"]["swiglu"] if "equal time" not in x["ours"]}
+    names = sorted(means | {"swiglu": 0.0}, key=(means | {"swiglu": 0.0}).get, reverse=True)  # the best one on top
+    _, tokens = size_and_tokens(report)
+    for theirs, title in zip(BASELINES, ("SwiGLU", "GEGLU")):
+        ax, differences = axes[theirs], [x for x in report["comparisons"][theirs] if x["ours"] in names]
+        ax.axvline(0, color="gray", linewidth=1)
+        ax.plot(0, names.index(theirs), "o", color="gray", markersize=4)
+        for x in differences:
+            left, right = x["interval"] or 2 * [x["mean"]]
+            ax.plot([left, right], 2 * [names.index(x["ours"])], "k-", linewidth=1)
+            ax.plot(x["mean"], names.index(x["ours"]), "ko", markersize=4)
+        better = sum(x["mean"] < 0 and x.get("survives", False) for x in differences)
+        found = f"{better or 'none'} of {len(differences)}\nsignificantly better than {title}"
+        ax.set(title=f"After {tokens / 1e6:.1f}M tokens, {found}")
+        ax.set(xlabel=f"bits per byte minus {title}'s\n(lower is better; 95%, uncorrected)")
+        ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
+    axes[BASELINES[1]].set_yticklabels([])
     for variant in ("prefix", "centred"):
-        draw_usage(axes[variant], variant, groups[variant])
+        draw_usage(axes[variant], variant, [run for run in report["runs"] if run["group"] == variant])
     figure.legend(*axes[variant].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
     with name_write_errors(path):
         figure.savefig(path)
@@ -287,8 +286,8 @@ def draw_report(path: Path, report: dict):
 
 def draw_growth(path: Path, studies: dict[str, dict]):
     """Draw by training tokens, a column for each study: differences from the baselines, and what the routing does."""
-    figure = matplotlib.figure.Figure(figsize=(7, 8), dpi=200, layout="constrained")
-    axes = figure.subplots(3, len(studies), sharex="col", sharey="row", squeeze=False)
+    figure = matplotlib.figure.Figure(figsize=(7, 9), dpi=200, layout="constrained")
+    axes = figure.subplots(4, len(studies), sharex="col", sharey="row", squeeze=False)
     variants = list(dict.fromkeys(run["group"] for report in studies.values() for run in report["runs"]))
     legend = {}
     for column, (name, report) in zip(axes.T, studies.items()):
@@ -302,14 +301,16 @@ def draw_growth(path: Path, studies: dict[str, dict]):
                 legend[group] = ax.errorbar(tokens + shift, means, yerr=errors, capsize=2, label=group, **style)
                 if theirs == "swiglu" and "collapsed" in points[0]:
                     column[2].plot(tokens, [x["collapsed"]["mean"] for x in points], **style)
-                    dependence = [x["input_dependence"]["mean"] for x in points]
-                    column[2].plot(tokens, dependence, linestyle="--", **style)
-        parameters, _ = size_and_tokens(report)
-        column[0].set(title=f"{name}: {parameters / 1e6:.1f}M parameters,\n{report['settings']['seeds']} seeds")
-        column[2].set(xlabel="training tokens, millions", ylim=(0, 1))
+                    column[3].plot(tokens, [x["input_dependence"]["mean"] for x in points], **style)
+        parameters, tokens = (number / 1e6 for number in size_and_tokens(report))
+        size = f"{parameters:.1f}M parameters,\n{tokens:.1f}M tokens"
+        column[0].set(title=f"{name}: {size}, {report['settings']['seeds']} seeds")
+        column[2].set(ylim=(-0.04, 1.04))
+        column[3].set(xlabel="training tokens, millions", ylim=(-0.04, 1.04))
     for ax, name in zip(axes[:, 0], ("SwiGLU", "GEGLU")):
-        ax.set(ylabel=f"bits per byte minus\n{name}'s (lower is better)")
-    axes[2, 0].set(ylabel="share of layers over 90%\n(dashed: dependence / ln K)")
+        ax.set(ylabel=f"bits per byte\nminus {name}'s\n(95%, uncorrected)")
+    axes[2, 0].set(ylabel="share of layers with\nover 90% of their weight\nin one activation")
+    axes[3, 0].set(ylabel="input dependence,\nas a share of ln K")
     figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=9, frameon=False)
     with name_write_errors(path):
         figure.savefig(path)

@@ -181,8 +181,8 @@ def text_deltas(
 ) -> Iterator[list[str]]:  # fmt: skip
     """Continue prompts (token ids), each up to a stop token or stop text; yields the new text of each, step by step.
 
-    new_ids: a list for each prompt, which collects its new tokens, without the stop token. cache: see generate(). An
-    interrupt, such as Ctrl-C, first gets the text that was held back because it may begin a stop text.
+    new_ids: a list for each prompt, which collects its new tokens, without the stop token. cache: see generate(). On
+    an interrupt, such as Ctrl-C, yields the text that was held back because it may begin a stop text.
     """
     longest = max(map(len, stop_texts), default=1)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]  # keep unfinished characters
@@ -213,7 +213,7 @@ def text_deltas(
 
 
 def token_bytes(encoding, token: int) -> bytes:
-    """The text of a token; none of a special token, which Qwen3's <think> and <tool_call> are not."""
+    """A token's text; empty if it is special. Qwen3's <think> and <tool_call> are not."""
     return b"" if encoding.is_special_token(token) else encoding.decode_single_token_bytes(token)
 
 

@@ -224,7 +224,7 @@ def load_checkpoint(source: str | Path, verify: bool = True) -> dict:
     """Read a torch checkpoint, or the one in a run folder: tensors on the CPU and plain values, never code.
 
     A "model_config" in it is checked, and completed with this version's defaults. verify=False leaves the weights
-    unread. Raises UserError for a file that is missing, damaged, or (then it has a __cause__) cannot be read at all.
+    unread. Raises UserError for a missing, damaged or unreadable file; only the last sets its __cause__.
     """
     path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
     if not path.is_file():

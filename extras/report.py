@@ -2,8 +2,8 @@
 
 python -m extras.report --runs=out/tiny,out/tiny_sft --out_dir=out/tiny_report
 
-It reads what the scripts wrote: settings.json, log.jsonl, eval.json and the plots of eval.py. If they are in its
-folder, as extras/speedrun.sh leaves them: sample.txt, answer.txt, and times.tsv with the time of each stage.
+It reads what the scripts wrote: settings.json, log.jsonl, eval.json and the plots of eval.py. It also reads what
+extras/speedrun.sh leaves in its folder: sample.txt, answer.txt, and times.tsv with each stage's time.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
-"""Three studies: what routing is worth, and whether that changes with training or with size.
+"""Four studies: what routing is worth, and whether that changes with training or with size.
 
 python -m extras.study                             15 variants of config/tiny.py, 500 steps, five seeds (hours)
-python -m extras.study config/study_longer.py      five of them, 4,000 steps
-python -m extras.study config/study_larger.py      four of them at 6.8M parameters, 1,600 steps, three seeds
+python -m extras.study config/study_longer.py      five variants, 4,000 steps
+python -m extras.study config/study_larger.py      four variants, 6.8M parameters, 1,600 steps, three seeds; it names
+                                                   the command of its control, the middle study
 python -m extras.study --variants=swiglu,mine      train some variants, or a new one, by its file in config/study/
 python -m extras.study --jobs=0                    report the runs that are finished, without training
 python -m extras.study --report=assets/study.json  print the tables and draw the figures again from the numbers alone
@@ -233,7 +234,7 @@ def routing_by_domain(run: Run, device: torch.device, n_rows=32) -> dict[str, di
 
 
 def measure_once(run: Run, name: str, measure: Callable[[Run, torch.device], dict], device: torch.device) -> dict:
-    """measure(run, device), from the second time on read from eval_<name>.json; empty if the checkpoint is gone."""
+    """measure(run, device), cached in eval_<name>.json; empty if there is neither that file nor a checkpoint."""
     path = run.folder / f"eval_{name}.json"  # train.py --overwrite removes it
     if not path.exists() and (run.folder / "ckpt.pt").exists():
         write_json(path, measure(run, device))

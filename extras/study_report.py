@@ -12,7 +12,7 @@ from common.routing import COLLAPSED
 from common.run import name_write_errors
 from extras.bench import print_table
 
-MAIN = ("swiglu", "geglu", "prefix", "centred")  # each seed of them runs before any other variant, and is drawn
+MAIN = ("swiglu", "geglu", "prefix", "centred")  # run before all other variants; the figure needs all four
 BASELINES = MAIN[:2]  # also trained for the time that a routed variant takes
 CONTRASTS = (  # two estimates of what the leak of "sequence" is worth; what centring changes
     ("sequence, causal", "sequence"), ("prefix", "sequence"), ("centred", "token"), ("centred", "prefix"),
@@ -58,9 +58,9 @@ def correct(differences: list[dict]):
 def summarize(results: list[dict]) -> dict:
     """The means of each group of runs, and differences of groups in mean bits per byte, paired by seed.
 
-    "comparisons": each baseline with all other groups (its run at equal time: with all routed variants). p is corrected
-    for their number, without those at equal time. "contrasts": single pairs, not corrected. Groups that share no seed
-    are not compared.
+    "comparisons": each baseline with all groups at the usual learning rate, and its equal-time runs with the routed
+    ones. Holm's correction of p leaves out equal-time groups. "contrasts": single pairs, not corrected. Groups that
+    share no seed are not compared.
     """
     groups, rows = {}, {}
     for run in results:

@@ -457,10 +457,11 @@ def make_layout(model: PolychromaticLM, tokens: Tensor, doc_ids=None, cache=None
 def uses_flex(model: PolychromaticLM) -> bool:
     """Whether packed documents use FlexAttention: only if compiled, and by default in bfloat16 on CUDA.
 
-    Uncompiled it would hold all scores; in float32 it needs more shared memory than small GPUs have.
+    Uncompiled it would hold all scores; in float32 it needs more shared memory than small GPUs have. No
+    kernel takes heads narrower than 16.
     """
     weight = model.embedding.weight
-    suits = weight.is_cuda and compute_dtype(weight) == torch.bfloat16
+    suits = weight.is_cuda and compute_dtype(weight) == torch.bfloat16 and model.config.head_dim >= 16
     return model.is_compiled and (suits if model.flex is None else model.flex)
 
 

@@ -41,8 +41,6 @@ class Ranks:
         if self.world_size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = pick_device(device)
-        if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)
         if self.world_size > 1:
             backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             torch.distributed.init_process_group(backend, device_id=device_id)
@@ -96,14 +94,17 @@ class StopSignal:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of that name; "auto": cuda, else mps, else cpu."""
+    """The torch device of that name; "auto": cuda, else mps, else cpu. A named GPU becomes the current one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU
+    return device
 
 
 def pick_autocast(name: str, device: torch.device, training: bool = True) -> torch.autocast:

@@ -36,8 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | type[nn.Module]] = {
 # For packed documents and decoding:
 #   doc_start [B, T] index, in this call, of the first token of each token's document; -1 if the
 #                    document opens the row or began in an earlier call; None: all -1
-#   router_sums      [B, 1, R + 1], [B, 1, K + 1] of sum_dtype(): sums of u and of f over the document
-#                    in earlier calls; the last column is the number of tokens
+#   router_sums      [B, 1, R + 1], [B, 1, K + 1] float64 (on Apple GPUs float32): sums of u and of f
+#                    over the document in earlier calls; the last column is the number of tokens
 
 
 class PolyGLU(nn.Module):

@@ -266,7 +266,7 @@ def optimizer_step(model, run: Run, rows: np.ndarray, step: int) -> tuple[float,
         seed = np.random.SeedSequence((run.cfg.seed, step, i)).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         weight = np.count_nonzero(parts[i][:, 1] >= 0) / n_targets
-        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: this rank's last one alone
+        model.require_backward_grad_sync = i + ranks.world_size >= len(parts)  # DDP: in this rank's last one only
         with run.autocast:
             micro_loss = model(*to_inputs(parts[i], ranks.device)) * weight
         (micro_loss * ranks.world_size).backward()  # DDP averages over the GPUs; this sums

@@ -79,7 +79,7 @@ class Corpus:
         return tokens
 
     def has_changed_since(self, checkpoint: dict) -> bool:
-        """Whether meta.json describes a domain otherwise than this checkpoint does."""
+        """Whether meta.json describes a domain differently from this checkpoint."""
         before = checkpoint.get("domains", {})
         return any(before.get(domain, counts) != counts for domain, counts in self.domains.items())
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from common import settings
-from common.data import to_inputs
+from common.data import Corpus, to_inputs
 from common.routing import COLLAPSED, routing_stats
 from common.run import Ranks, load_checkpoint, pick_autocast, pick_device, prepare_cpu, read_json, read_log, write_json
 from common.weights import from_pretrained
@@ -152,13 +152,14 @@ def plan_runs(cfg: StudyConfig) -> list[Run]:
     return runs
 
 
-def saw_other_data(run: Run, data_dir: str, domains: dict) -> bool:
+def saw_other_data(run: Run, corpus: Corpus) -> bool:
     """Whether this run was trained on this corpus when it had other domains, or other text in them."""
+    if Path(run.settings.data_dir) != corpus.folder or run.settings.mixture:  # a variant with data of its own
+        return False
     try:
-        theirs = load_checkpoint(run.folder, verify=False)["domains"]
+        return load_checkpoint(run.folder, verify=False)["domains"] != corpus.domains
     except (settings.UserError, KeyError):  # no checkpoint, or a damaged one, which train.py names
         return False
-    return run.settings.data_dir == data_dir and run.settings.mixture is None and theirs != domains
 
 
 def train_runs(runs: list[Run], jobs: int) -> list[str]:
@@ -245,11 +246,11 @@ def collect_results(runs: list[Run], device: torch.device) -> list[dict]:
     """The measurements of every finished run, and of each "sequence" run once more with its causal score."""
     results = []
     for run in runs:
-        if not run.evaluation():
+        measured, points = run.evaluation(), run.points()
+        if not measured:
             if any("val" in line and line["step"] == run.settings.max_steps for line in read_log(run.folder)):
                 print(f"{run.folder.name} is left out: its loss is not finite")
             continue
-        measured, points = run.evaluation(), run.points()
         by_domain = measure_once(run, "domains", routing_by_domain, device) if measured["routing"] else {}
         result = {
             "group": run.group, "seed": run.settings.seed, "command": f"python train.py {shlex.join(run.arguments)}",
@@ -295,7 +296,7 @@ def run_study(cfg: StudyConfig) -> tuple[dict, list[str]]:
     jobs = default_jobs if cfg.jobs is None else cfg.jobs
     # fail now if the corpus is missing, not once per run; a copy, because open_corpora() fills it in
     corpus, _ = open_corpora(dataclasses.replace(runs[0].settings))
-    if others := [run.folder.name for run in runs if saw_other_data(run, runs[0].settings.data_dir, corpus.domains)]:
+    if others := [run.folder.name for run in runs if saw_other_data(run, corpus)]:
         found = f"{corpus.folder} has changed since these runs were trained: {', '.join(others)[:200]}"
         raise settings.UserError(f"{found}; remove them from {cfg.out_dir}, or choose another --out_dir")
     prepare_cpu()
@@ -316,9 +317,9 @@ def main():
     is_there = len(cfg.report) == 1
     file = Path(cfg.report[0]) if is_there else Path(cfg.out_dir) / "study.json"
     if cfg.report:
-        found = [(name, report) for path in cfg.report for name, report in read_json(Path(path)).items()]
-        studies = dict(found)
-        if len(studies) < len(found):
+        named = [item for path in cfg.report for item in read_json(Path(path)).items()]
+        studies = dict(named)
+        if len(studies) < len(named):
             found = f"two studies in {', '.join(cfg.report)} have the same name"
             raise settings.UserError(f"{found}; to give one another name, collect it again: --jobs=0 --name=")
     else:

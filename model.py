@@ -76,6 +76,7 @@ class PolyGLU(nn.Module):
         if self.has_router:
             self.router_in = nn.Linear(n_embd, router_hidden)  # W1, b1
             self.router_out = nn.Linear(router_hidden, K)  # W2, b2
+            self.router_out.bias.requires_grad_(not router_centred)  # centring cancels b2
             self.beta = nn.Parameter(torch.ones(K))
         self.register_buffer("tau", torch.tensor(1.0))
         for module in self.children():
@@ -117,8 +118,8 @@ class PolyGLU(nn.Module):
         u_sums, f_sums = router_sums or (None, None)
         with torch.autocast(x.device.type, enabled=False):  # the rest in float32: it is cheap
             context = ROUTER_CONTEXTS[self.router_context](u, doc_start, u_sums)
-            weight, bias = at_least_fp32(self.router_out.weight), at_least_fp32(self.router_out.bias)
-            f = F.linear(F.relu(context), weight, bias)
+            bias = None if self.router_centred else at_least_fp32(self.router_out.bias)
+            f = F.linear(F.relu(context), at_least_fp32(self.router_out.weight), bias)
             if self.router_centred:
                 f = f - running_mean(f, doc_start, f_sums)
             return self.beta * f
@@ -129,19 +130,22 @@ def running_mean(u: Tensor, doc_start: Tensor | None, sums: Tensor | None) -> Te
 
     sums [B, 1, R + 1], see router_sums above, are updated in place.
     """
+
+    def sum_so_far(terms: Tensor) -> Tensor:
+        total = terms.cumsum(1)
+        if doc_start is not None:  # subtract the tokens before the document
+            start = doc_start.clamp_min(0)[:, :, None].expand_as(terms)
+            total = total - (total - terms).gather(1, start)
+        return total
+
     # float64: subtracting two large float32 sums would lose a short document's digits.
-    B, T, R = u.shape
-    terms = torch.ones(B, T, R + 1, dtype=sum_dtype(u), device=u.device)  # the last column counts
-    terms[..., :-1] = u
-    total = terms.cumsum(1)
-    if doc_start is not None:  # subtract the tokens before the document
-        start = doc_start.clamp_min(0)[:, :, None].expand_as(terms)
-        total = total - (total - terms).gather(1, start)
+    terms = u.to(sum_dtype(u))
+    total, count = sum_so_far(terms), sum_so_far(torch.ones_like(terms[..., :1]))
     if sums is not None:  # add its tokens of earlier calls
         earlier = sums if doc_start is None else sums * (doc_start < 0)[:, :, None]
-        total = total + earlier
-        sums.copy_(total[:, -1:])
-    return (total[..., :-1] / total[..., -1:]).to(u.dtype)
+        total, count = total + earlier[..., :-1], count + earlier[..., -1:]
+        sums.copy_(torch.cat((total, count), dim=-1)[:, -1:])
+    return (total / count).to(u.dtype)
 
 
 # What the router reads. Each maps u, doc_start (or None) and sums (None, or updated in place) to a

@@ -280,7 +280,8 @@ def freeze(model: PolychromaticLM, parts: tuple[str, ...]):
             kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", name) for name in names)
             raise UserError(f"frozen: no parameter has {part!r} in its name; there are {', '.join(kinds)}")
     for name, p in model.named_parameters():
-        p.requires_grad_(not any(part in name for part in parts))
+        if any(part in name for part in parts):
+            p.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"frozen: {','.join(parts)} leaves nothing to train")
 

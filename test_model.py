@@ -700,7 +700,7 @@ def signal_at(command: list[str], line_start: str, number: int) -> tuple[int, st
     """Start a run and send it (or its torchrun) a signal once it prints such a line; exit status and output."""
     pipes, output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, ""
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, **pipes)
-    (watchdog := threading.Timer(120, process.kill)).start()
+    (watchdog := threading.Timer(400, process.kill)).start()
     for line in process.stdout:
         output += line
         if re.match(line_start, line):

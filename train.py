@@ -302,8 +302,6 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
     # the machine, and the lock on the run folder
     runtime.prepare_cpu()
     ranks = Ranks(cfg.device)
-    if ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves a product in float32
     folder, is_writer = Path(cfg.out_dir), ranks.is_main and not cfg.eval_only
     lock = runtime.locked(folder) if is_writer else contextlib.nullcontext()
     is_traced = is_writer and cfg.profile

@@ -94,7 +94,10 @@ class StopSignal:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of that name; "auto": cuda, else mps, else cpu. A named GPU becomes the current one."""
+    """The torch device of that name; "auto": cuda, else mps, else cpu.
+
+    A named GPU becomes the current one. Where autocast leaves a product in float32, a GPU uses TF32.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -102,8 +105,10 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
     device = torch.device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        if device.index is not None:
+            torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU
     return device
 
 

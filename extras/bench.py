@@ -225,7 +225,8 @@ def bench_decode(cfg: BenchConfig, device: torch.device, autocast: torch.autocas
         results = time_interleaved(functions, cfg.rounds, device)
         for result in results.values():
             result["tokens/s"] = 1e3 * n / result["ms"]
-        yield f"decode, {mode}: {describe_model(c)}, one row, {cfg.prompt_tokens} + {n} tokens", results
+        graph = ", ours as a CUDA graph" if device.type == "cuda" else ""
+        yield f"decode, {mode}{graph}: {describe_model(c)}, one row, {cfg.prompt_tokens} + {n} tokens", results
 
 
 BENCHMARKS = {"ffn": bench_ffn, "step": bench_step, "decode": bench_decode}

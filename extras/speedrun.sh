@@ -36,7 +36,7 @@ stage() {
 
 # Train or resume; fails if the training is stopped before its last step.
 finish() {
-    ${LAUNCH:-python} "$1" "$2" --resume ${flags[@]+"${flags[@]}"}
+    ${LAUNCH:-python} "$1" "$2" --resume "${@:4}" ${flags[@]+"${flags[@]}"}
     python -m extras.report --check --runs="$3"
 }
 
@@ -44,7 +44,8 @@ stage "data" python prepare_data.py "$base"
 stage "pretraining" finish train.py "config/$base.py" "out/$base"
 stage "evaluation" python eval.py "out/$base"
 stage "chat data" python prepare_data.py "$chat"
-stage "fine-tuning" finish sft.py "config/$chat.py" "out/$chat"
+# Each process needs a micro-batch: of a step's 14 rows, as many processes as possible get one.
+stage "fine-tuning" finish sft.py "config/$chat.py" "out/$chat" ${LAUNCH:+--micro_batch_size=1}
 stage "problems" python eval.py "out/$chat" --report --problems
 python sample.py "out/$base" --max_new_tokens=300 >"$report/sample.txt"
 python sample.py "out/$chat" --chat --temperature=0 --prompt="$question" >"$report/answer.txt"

@@ -304,8 +304,8 @@ def draw_growth(path: Path, studies: dict[str, dict]):
                     column[2].plot(tokens, [x["collapsed"]["mean"] for x in points], **style)
                     column[3].plot(tokens, [x["input_dependence"]["mean"] for x in points], **style)
         parameters, tokens = (number / 1e6 for number in size_and_tokens(report))
-        size = f"{parameters:.1f}M parameters,\n{tokens:.1f}M tokens"
-        column[0].set(title=f"{name}: {size}, {report['settings']['seeds']} seeds")
+        size = f"{parameters:.1f}M parameters\n{tokens:.1f}M tokens"
+        column[0].set(title=f"{name}, {report['settings']['seeds']} seeds\n{size}")
         column[2].set(ylim=(-0.04, 1.04))
         column[3].set(xlabel="training tokens, millions", ylim=(-0.04, 1.04))
     for ax, name in zip(axes[:, 0], ("SwiGLU", "GEGLU")):

@@ -245,7 +245,7 @@ def draw_usage(ax, variant: str, runs: list[dict]):
     dependence = np.mean([run["routing"]["input_dependence"] for run in runs])
     ax.set(xlabel=f"layer, one bar per seed\n(input dependence {dependence:.2f} of {np.log(K):.2f} nats)")
     title = f"In {variant}, on average {usage.max(-1).mean():.0%} of a\nlayer's weight goes to its favourite"
-    ax.set(ylabel="usage", ylim=(0, 1), xticks=range(L), title=title)
+    ax.set(ylabel="usage (share of weight)", ylim=(0, 1), xticks=range(L), title=title)
 
 
 def has_figure(report: dict) -> bool:
@@ -272,7 +272,7 @@ def draw_report(path: Path, report: dict):
             ax.plot([left, right], 2 * [names.index(x["ours"])], "k-", linewidth=1)
             ax.plot(x["mean"], names.index(x["ours"]), "ko", markersize=4)
         better = sum(x["mean"] < 0 and x.get("survives", False) for x in differences)
-        found = f"{better or 'none'} of {len(differences)}\nsignificantly better than {title}"
+        found = f"{better or 'none'} of {len(differences)}\nsignificantly better than {title}\nafter correction"
         ax.set(title=f"After {tokens / 1e6:.1f}M tokens, {found}")
         ax.set(xlabel=f"bits per byte minus {title}'s\n(lower is better; 95%, uncorrected)")
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
@@ -307,12 +307,13 @@ def draw_growth(path: Path, studies: dict[str, dict]):
         size = f"{parameters:.1f}M parameters\n{tokens:.1f}M tokens"
         column[0].set(title=f"{name}, {report['settings']['seeds']} seeds\n{size}")
         column[2].set(ylim=(-0.04, 1.04))
-        column[3].set(xlabel="training tokens, millions", ylim=(-0.04, 1.04))
+        column[3].set(xlabel="training tokens, millions")
     for ax, name in zip(axes[:, 0], ("SwiGLU", "GEGLU")):
-        ax.set(ylabel=f"bits per byte\nminus {name}'s\n(95%, uncorrected)")
+        ax.set(ylabel=f"bits per byte\nminus {name}'s\n(lower is better;\n95%, uncorrected)")
     axes[2, 0].set(ylabel="share of layers with\nover 90% of their weight\nin one activation")
     axes[3, 0].set(ylabel="input dependence,\nas a share of ln K")
-    figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=9, frameon=False)
+    handles = [legend[name] for name in variants if name in legend]
+    figure.legend(handles=handles, loc="outside lower center", ncols=9, frameon=False)
     with name_write_errors(path):
         figure.savefig(path)
     print(f"\nfigure: {path}")

@@ -59,7 +59,7 @@ class EvalConfig:
     # machine
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
+    dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32 (TF32 on CUDA)
 
     def __post_init__(self):
         check_range(self, 1, 2**40, "max_tokens", "limit", "batch_size")

@@ -50,7 +50,7 @@ class PolyGLU(nn.Module):
     It stands alone: PolyGLU(n_embd, d_ff)(x) maps [B, T, n_embd] to the same shape. The noise is
     for training only: one draw per row, neuron and activation, the same for all tokens of the row.
     One activation alone makes a plain GLU, without g. router_hidden=0 leaves out f; router_centred
-    subtracts from f its running mean.
+    subtracts from f its running mean, and so cancels b2.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PolyGLU(nn.Module):
         if self.has_router:
             self.router_in = nn.Linear(n_embd, router_hidden)  # W1, b1
             self.router_out = nn.Linear(router_hidden, K)  # W2, b2
-            self.router_out.bias.requires_grad_(not router_centred)  # centring cancels b2
+            self.router_out.bias.requires_grad_(not router_centred)  # or rounding would train it
             self.beta = nn.Parameter(torch.ones(K))
         self.register_buffer("tau", torch.tensor(1.0))
         for module in self.children():
@@ -144,7 +144,7 @@ def running_mean(u: Tensor, doc_start: Tensor | None, sums: Tensor | None) -> Te
     if sums is not None:  # add its tokens of earlier calls
         earlier = sums if doc_start is None else sums * (doc_start < 0)[:, :, None]
         total, count = total + earlier[..., :-1], count + earlier[..., -1:]
-        sums.copy_(torch.cat((total, count), dim=-1)[:, -1:])
+        sums.copy_(torch.cat((total[:, -1:], count[:, -1:]), dim=-1))
     return (total / count).to(u.dtype)
 
 

@@ -50,7 +50,7 @@ class SampleConfig:
     # machine
     vocab: str | None = None  # vocab.json of the tokenizer; None: downloaded and cached
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
+    dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32 (TF32 on CUDA)
     compile: bool | None = None  # compile the blocks, which takes half a minute; None: from 16,384 tokens on
 
     def __post_init__(self):

@@ -42,7 +42,7 @@ import sft
 import train
 from common import data, tokenizer
 from common.run import Ranks, StopSignal, flops_per_token, load_checkpoint, read_log
-from common.weights import from_pretrained
+from common.weights import freeze, from_pretrained
 from extras import embedded
 from model import (
     ROUTER_CONTEXTS,
@@ -871,6 +871,13 @@ def test_frozen_parameters_and_those_of_rate_0_stay_as_they_are(flag, kept, run_
     run_small(flag, "--resume", max_steps=6)
 
 
+def test_centring_freezes_the_bias_that_it_cancels_whatever_else_is_frozen():
+    model = small_model(router_centred=True)
+    freeze(model, ("alpha",))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {f"blocks.{i}.ffn.{name}" for i in range(2) for name in ("alpha", "router_out.bias")}
+
+
 def test_a_failed_save_leaves_the_checkpoint_before_it(run_small, tmp_path, monkeypatch):
     def save(checkpoint, file, save=torch.save):
         if checkpoint["progress"]["step"] == 2:
@@ -911,6 +918,12 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss_also_after_a_resume(run_
     error = error_of(run, "--resume", max_steps=14)
     assert "was written by another version of this code" in error and error.endswith("; --overwrite starts over")
     assert f"; python eval.py {tmp_path}/ckpt.pt --data_dir=" in error_of(run, "--eval_only")
+    checkpoint = load_checkpoint(unbroken)
+    checkpoint["optimizer"]["param_groups"][0]["params"].pop()  # AdamW would mistake the moments of one for another's
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    error = error_of(run, "--resume", max_steps=14)
+    assert "that trained other parameters" in error and error.endswith("; --overwrite starts over")
+    run("--eval_only")
 
 
 def test_checkpoints_are_kept_at_milestones_and_a_new_run_removes_them(run_small, tmp_path):

@@ -95,7 +95,7 @@ class TrainConfig(ModelConfig):
     profile: bool = False  # trace the sixth to eighth step of this start with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: str = "auto"  # of matmuls: auto (bfloat16 where it is fast), bfloat16 or float32; parameters stay float32
+    dtype: str = "auto"  # of matmuls: auto (bfloat16 where fast), bfloat16 or float32 (TF32 on CUDA); not of parameters
     compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU from 1,000 steps on
     recompute: bool = False  # activation checkpointing: less memory, more time
 
@@ -416,10 +416,14 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     # optimizer: the moments of the checkpoint; betas, weight decay and lr_scale of this run
     optimizer = configure_optimizer(model, cfg)
     progress = Progress()
-    if checkpoint:
+    if checkpoint and not cfg.eval_only:
+        ours, saved = optimizer.state_dict(), checkpoint["optimizer"]
+        if [group["params"] for group in ours["param_groups"]] != [group["params"] for group in saved["param_groups"]]:
+            found = f"{cfg.out_dir}/ckpt.pt was written by a version of this code that trained other parameters"
+            raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
         # a copy: on Windows, save() cannot replace a file that is mapped to memory
-        moments = copy.deepcopy(checkpoint["optimizer"]["state"])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        optimizer.load_state_dict({**ours, "state": copy.deepcopy(saved["state"])})
+    if checkpoint:
         progress = Progress(**checkpoint["progress"])
         what = "evaluating" if cfg.eval_only else "resumed"
         print(f"{what} {cfg.out_dir}/ckpt.pt at step {progress.step}")

@@ -96,7 +96,7 @@ class StopSignal:
 def pick_device(name: str) -> torch.device:
     """The torch device of that name; "auto": cuda, else mps, else cpu.
 
-    A named GPU becomes the current one. Where autocast leaves a product in float32, a GPU uses TF32.
+    A named GPU becomes the current one. On CUDA this turns on TF32, for the products that autocast leaves in float32.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -62,7 +62,7 @@ class BenchConfig:
     compile: bool = False  # decode: time it compiled as well
     json: str | None = None  # file to write the figures to
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32
+    dtype: str = "auto"  # of the matmuls: auto (bfloat16 on CUDA), bfloat16 or float32 (TF32 on CUDA)
 
 
 def time_interleaved(functions: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, dict]:

@@ -44,7 +44,7 @@ stage "data" python prepare_data.py "$base"
 stage "pretraining" finish train.py "config/$base.py" "out/$base"
 stage "evaluation" python eval.py "out/$base"
 stage "chat data" python prepare_data.py "$chat"
-# Each process needs a micro-batch: of a step's 14 rows, as many processes as possible get one.
+# Each process needs a micro-batch of its own. With one row in each, the 14 rows of a step serve up to 14 processes.
 stage "fine-tuning" finish sft.py "config/$chat.py" "out/$chat" ${LAUNCH:+--micro_batch_size=1}
 stage "problems" python eval.py "out/$chat" --report --problems
 python sample.py "out/$base" --max_new_tokens=300 >"$report/sample.txt"

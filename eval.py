@@ -179,7 +179,7 @@ def report(model: PolychromaticLM, corpus: Corpus, cfg: EvalConfig, batcher: Cal
     routing = {}  # by domain, and of "all", a mixture of them
     if len(activations) > 1:
         samples = {domain: val_rows(corpus, domain, min(max_tokens, 2**15)) for domain in corpus.domains}
-        samples["all"] = np.concatenate([rows[:: len(samples)] for rows in samples.values()])
+        samples["all"] = np.concatenate(list(samples.values()))
         for name, rows in samples.items():
             tokens, targets, doc_ids = to_inputs(rows, model.device)
             routing[name] = routing_stats(model, tokens, doc_ids, corpus.is_text(tokens, targets))
@@ -254,6 +254,8 @@ def read_results(file: Path, weights: str) -> dict:
         raise UserError(f"{e}; delete it to measure everything again") from None
     if saved.get("weights") == weights:
         return saved
+    if saved.keys() == {"weights"}:  # stopped before its first result
+        return {"weights": weights}
     theirs = file.with_suffix(f".{saved.get('weights', 'old')}.json")
     print(f"{file} is of other weights or settings: moved to {theirs.name}")
     with runtime.name_write_errors(theirs):

@@ -714,7 +714,7 @@ def step_of(out_dir: Path) -> int:
 
 
 def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(unbroken, corpus_dir, tmp_path):
-    """A polite signal saves, exits with status 0 and prints the command to go on with; SIGKILL costs a few steps."""
+    """A polite signal saves, exits with status 130 and prints the command to go on with; SIGKILL costs a few steps."""
     settings = run_settings(corpus_dir, tmp_path)
     command, resume = command_of(settings), command_of(settings, "--resume")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # before the first step, nothing is there to save
@@ -725,7 +725,7 @@ def test_a_run_stopped_killed_and_resumed_ends_bit_identical_to_an_unbroken_one(
         if number == signal.SIGKILL:
             assert status == -number and 4 <= step_of(tmp_path) <= 6, output
         else:
-            assert status == 0 and "stopping after" in output and step <= step_of(tmp_path) <= step + 2, output
+            assert status == 130 and "stopping after" in output and step <= step_of(tmp_path) <= step + 2, output
             command = shlex.split(re.search(r"Resume with: python (.*)", output)[1])
             assert command == resume
     assert "resumed" in run_here(settings, "--resume")

@@ -363,9 +363,12 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             if is_stopping:
                 print(f"stopped; {run.where_saved()}. Resume with: {runtime.resume_command()}")
                 break
-        if progress.step == cfg.max_steps:
+        is_done = progress.step == cfg.max_steps
+        if is_done:
             finish(run)
         ranks.wait(is_last=True)
+    if not is_done:
+        raise SystemExit(130)  # as after Ctrl-C: what && or a script does next is not for an unfinished model
 
 
 def finish(run: Run):

@@ -84,7 +84,7 @@ class StopSignal:
                 raise KeyboardInterrupt
             return
         self.requested, self.time = True, time.monotonic()
-        message = b"stopping after this step; Ctrl-C again stops at once\n" if self.is_main else b""
+        message = b"stopping after this step; a second signal (Ctrl-C) stops at once\n" if self.is_main else b""
         # print() is not reentrant. Writing nothing tells whether stdout is still there.
         for descriptor, text in ((1, b""), (2, message)):
             try:

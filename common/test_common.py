@@ -1086,6 +1086,9 @@ def test_the_report_of_a_run(unbroken, corpus_dir, tmp_path):
     rows = re.findall(r"^(layer \d|mean, \w+) +\d\.\d{4} ", printed, re.M)
     assert rows == ["layer 0", "layer 1", *(f"mean, {name}" for name in results["routing"])]
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {"layers", "training", "usage"}
+    dependence = {name: np.array(x["input_dependence"]) for name, x in results["routing"].items()}
+    domains = [dependence[name] for name in ("math", "stem", "code")]  # as many tokens of each
+    assert (dependence["all"] >= np.mean(domains, axis=0) - 1e-6).all()  # what tells the domains apart comes on top
 
 
 def test_a_diverged_model_is_measured_too(corpus_dir, monkeypatch):
@@ -1105,6 +1108,7 @@ def test_what_is_measured_does_not_depend_on_the_batch_size(fine_tuned, tmp_path
 def test_an_interrupted_evaluation_keeps_what_is_finished_and_one_of_other_weights_moves(
     unbroken, tmp_path, monkeypatch
 ):
+    (tmp_path / "eval.json").write_text('{"weights": "0123"}')  # of an evaluation that failed before its first result
     printed, results = run_eval(unbroken, tmp_path, "--max_tokens=64")
     assert "moved to" not in printed
     monkeypatch.setattr(evaluate, "solve_problems", mock.Mock(side_effect=KeyboardInterrupt))
@@ -1353,6 +1357,8 @@ def test_a_missing_local_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatc
     hint = "no such file or folder; train one: python train.py config/tiny.py"
     for path in "out/nope ./nope ~/nope nope a/b/c a/b.pt runs/nope".split():
         assert error_of(from_pretrained, path) == f"no checkpoint at {path}: {hint}"
+    (Path("runs") / "ckpt.pt").touch()
+    assert error_of(from_pretrained, "runs/best.pt").endswith(": no such file or folder; runs has ckpt.pt")
     download.assert_not_called()
     error_of(from_pretrained, "Qwen/Qwen3-0.6B-Base", revision="v1")
     wanted = {"revision": "v1", "allow_patterns": ["*.safetensors", "config.json"]}

@@ -139,7 +139,9 @@ def find_weights(source: str | Path, revision: str | None) -> Path:
             # owner/name may be on the hub, unless it ends like a file or the owner is "out" or a folder here
             is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.pt)(?<!\.safetensors)", str(source))
             if not is_name or owner == "out" or Path(owner).is_dir():
-                raise FileNotFoundError("no such file or folder; train one: python train.py config/tiny.py")
+                others = ", ".join(sorted(file.name for file in path.parent.glob("*.pt")))
+                hint = f"{path.parent} has {others}" if others else "train one: python train.py config/tiny.py"
+                raise FileNotFoundError(f"no such file or folder; {hint}")
             from huggingface_hub import snapshot_download
 
             patterns = ["*.safetensors", "config.json"]

@@ -68,7 +68,7 @@ def plot_training(path: Path, log: list[dict], evaluations: list[dict]):
         first, last = (f"{evaluations[i]['tau']:.2g}" for i in (0, -1))
         title += f".\nWhile tau went from {first} to {last}, " if first != last else f".\nWith tau at {last}, "
         title += f"the dynamic entropy went from {dynamic[0]:.1%} to {dynamic[-1]:.1%}\nof ln K; "
-        title += f"the static entropy stayed at {min(static):.2%} or more"
+        title += f"the static entropy stayed at {min(static):.2%} or more\n(means over the layers)"
     figure, axes = make_figure(title, "optimizer step", 1 + bool(evaluations))
     axes[0, 0].plot(steps, losses, "C7")
     axes[0, 0].set(ylabel="loss, nats per token", ylim=(0, None))

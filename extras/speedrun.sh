@@ -23,7 +23,6 @@ esac
 flags=("${@:2}")
 report=out/${base}_report
 mkdir -p "$report"
-trap 'exit 130' INT # a training that Ctrl-C stops has saved, and exits with status 0
 
 # Run a command, unless an earlier start has completed this stage, and note how many seconds it took.
 stage() {

@@ -341,8 +341,12 @@ def resume_command() -> str:
     processes, machines = (os.environ.get(f"{name}_WORLD_SIZE", "1") for name in ("LOCAL", "GROUP"))
     if processes == machines == "1":
         return f"python {command} --resume"
-    # Without the timeout, torchrun kills the processes 30 seconds after a stop signal.
-    torchrun = f"torchrun --nproc_per_node={processes} --shutdown_timeout=600"
+    from torch.distributed.run import get_args_parser
+
+    torchrun = f"torchrun --nproc_per_node={processes}"
+    # Without the timeout, torchrun kills the processes 30 seconds after a stop signal. An older one does not have it.
+    if "--shutdown_timeout" in get_args_parser().format_help():
+        torchrun += " --shutdown_timeout=600"
     if machines != "1":
         torchrun += f" --nnodes={machines} --rdzv_backend=c10d --rdzv_endpoint={os.environ['MASTER_ADDR']}:29500"
     return f"{torchrun} {command} --resume"

@@ -95,7 +95,7 @@ class TrainConfig(ModelConfig):
     profile: bool = False  # trace the sixth to eighth step of this start with torch's profiler, into trace.json
     # machine
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: str = "auto"  # of matmuls: auto (bfloat16 where fast), bfloat16 or float32 (TF32 on CUDA); not of parameters
+    dtype: str = "auto"  # of matmuls: auto (bfloat16 if fast), bfloat16 or float32 (TF32 on CUDA); weights stay float32
     compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU from 1,000 steps on
     recompute: bool = False  # activation checkpointing: less memory, more time
 
@@ -363,11 +363,10 @@ def train(cfg: TrainConfig, corpus_type: type[Corpus] = Corpus):
             if is_stopping:
                 print(f"stopped; {run.where_saved()}. Resume with: {runtime.resume_command()}")
                 break
-        is_done = progress.step == cfg.max_steps
-        if is_done:
+        if progress.step == cfg.max_steps:
             finish(run)
         ranks.wait(is_last=True)
-    if not is_done:
+    if progress.step < cfg.max_steps:
         raise SystemExit(130)  # as after Ctrl-C: what && or a script does next is not for an unfinished model
 
 
@@ -419,14 +418,9 @@ def set_up(cfg: TrainConfig, corpus_type: type[Corpus], ranks: Ranks) -> Run:
     # optimizer: the moments of the checkpoint; betas, weight decay and lr_scale of this run
     optimizer = configure_optimizer(model, cfg)
     progress = Progress()
-    if checkpoint and not cfg.eval_only:
-        ours, saved = optimizer.state_dict(), checkpoint["optimizer"]
-        if [group["params"] for group in ours["param_groups"]] != [group["params"] for group in saved["param_groups"]]:
-            found = f"{cfg.out_dir}/ckpt.pt was written by a version of this code that trained other parameters"
-            raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
-        # a copy: on Windows, save() cannot replace a file that is mapped to memory
-        optimizer.load_state_dict({**ours, "state": copy.deepcopy(saved["state"])})
     if checkpoint:
+        if not cfg.eval_only:
+            load_moments(optimizer, checkpoint["optimizer"], cfg.out_dir)
         progress = Progress(**checkpoint["progress"])
         what = "evaluating" if cfg.eval_only else "resumed"
         print(f"{what} {cfg.out_dir}/ckpt.pt at step {progress.step}")
@@ -495,6 +489,16 @@ def check_changes(checkpoint: dict, cfg: TrainConfig, corpus: Corpus):
     step = checkpoint["progress"]["step"]
     if step > cfg.max_steps and not cfg.eval_only:
         raise UserError(f"{cfg.out_dir} is already at step {step}, beyond max_steps, {cfg.max_steps}")
+
+
+def load_moments(optimizer: torch.optim.AdamW, saved: dict, out_dir: str):
+    """Load the moments of a checkpoint's optimizer, not its settings. UserError if it trained other parameters."""
+    ours = optimizer.state_dict()
+    if [group["params"] for group in ours["param_groups"]] != [group["params"] for group in saved["param_groups"]]:
+        found = f"{out_dir}/ckpt.pt was written by a version of this code that trained other parameters"
+        raise UserError(f"{found}: it cannot be resumed; --overwrite starts over")
+    # a copy: on Windows, save() cannot replace a file that is mapped to memory
+    optimizer.load_state_dict({**ours, "state": copy.deepcopy(saved["state"])})
 
 
 def make_embedded_corpus(folder: Path, ranks: Ranks):

@@ -36,7 +36,6 @@ class ReportConfig:
     runs: tuple[str, ...] = ("out/tiny", "out/tiny_sft")  # run folders, in the order of the report
     out_dir: str = "out/tiny_report"  # folder of the report
     question: str = ""  # what answer.txt answers
-    check: bool = False  # write nothing; fail unless every run has reached its last step
 
     def __post_init__(self):
         if not self.runs:
@@ -157,8 +156,6 @@ def main():
     cfg = settings.load(ReportConfig)
     for folder in cfg.runs:
         read_run(Path(folder))
-    if cfg.check:
-        return
     out_dir = Path(cfg.out_dir)
     with runtime.name_write_errors(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)

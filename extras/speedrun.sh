@@ -20,7 +20,7 @@ pretrain) chat=sft question="What is the sum of the first 100 odd numbers?" ;;
     exit 1
     ;;
 esac
-flags=("${@:2}")
+flags=(--resume "${@:2}") # start, or go on; a training that is stopped fails
 report=out/${base}_report
 mkdir -p "$report"
 
@@ -33,18 +33,12 @@ stage() {
     printf '%s\t%s\n' "$1" $((SECONDS - started)) >>"$report/times.tsv"
 }
 
-# Train or resume; fails if the training is stopped before its last step.
-finish() {
-    ${LAUNCH:-python} "$1" "$2" --resume "${@:4}" ${flags[@]+"${flags[@]}"}
-    python -m extras.report --check --runs="$3"
-}
-
 stage "data" python prepare_data.py "$base"
-stage "pretraining" finish train.py "config/$base.py" "out/$base"
+stage "pretraining" ${LAUNCH:-python} train.py "config/$base.py" "${flags[@]}"
 stage "evaluation" python eval.py "out/$base"
 stage "chat data" python prepare_data.py "$chat"
 # Each process needs a micro-batch of its own. With one row in each, the 14 rows of a step serve up to 14 processes.
-stage "fine-tuning" finish sft.py "config/$chat.py" "out/$chat" ${LAUNCH:+--micro_batch_size=1}
+stage "fine-tuning" ${LAUNCH:-python} sft.py "config/$chat.py" ${LAUNCH:+--micro_batch_size=1} "${flags[@]}"
 stage "problems" python eval.py "out/$chat" --report --problems
 python sample.py "out/$base" --max_new_tokens=300 >"$report/sample.txt"
 python sample.py "out/$chat" --chat --temperature=0 --prompt="$question" >"$report/answer.txt"

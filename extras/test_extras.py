@@ -516,7 +516,8 @@ def test_a_report_is_of_finished_runs_alone(run_small, tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     unfinished = "has not finished: its last evaluation was at step 0 of 3"
     for folder, message in ((tmp_path, unfinished), ("x", "x is not the folder of a run")):
-        assert message in error_of(run_main, report, "--check", f"--runs={folder}")
+        assert message in error_of(run_main, report, f"--out_dir={tmp_path}/report", f"--runs={folder}")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_report_shows_the_domains_of_all_evaluations_and_names_a_run_that_diverged(run_small, tmp_path):
@@ -528,7 +529,7 @@ def test_a_report_shows_the_domains_of_all_evaluations_and_names_a_run_that_dive
     run_small(max_steps=3)
     log = tmp_path / "log.jsonl"
     log.write_text(re.sub('"loss": [0-9.]+, "bits', '"loss": null, "bits', log.read_text()))
-    assert "has diverged" in error_of(run_main, report, "--check", f"--runs={tmp_path}")
+    assert "has diverged" in error_of(run_main, report, f"--out_dir={tmp_path}/report", f"--runs={tmp_path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- wandb
